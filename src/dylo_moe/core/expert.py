@@ -1,0 +1,296 @@
+"""The experts of one base model: creating, choosing, freezing, importing and exporting them.
+
+An expert is a PEFT adapter, no more. The order of ``ExpertManager.names`` is the order of the router's columns.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dylo_moe.core.checkpoint import ADAPTER_FILES, atomic_directory, write_adapter
+from dylo_moe.core.routed_lora import RoutingState, enable_routing
+from dylo_moe.core.routing import decoder_layers
+from dylo_moe.errors import ExpertError, ModelError, RoutingError, did_you_mean, first_line
+
+AUTO_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")
+"""Attention projections as the model families call them; an expert adapts those that the base model has."""
+
+ALL_LINEAR = "all-linear"
+
+
+class ExpertManager:
+    """Keeps the experts of a base model.
+
+    Args:
+        base_model: A causal LM; its parameters are frozen. The first expert wraps it in a ``PeftModel``.
+        first_layer: The first decoder layer that may carry experts.
+    """
+
+    def __init__(self, base_model: PreTrainedModel, first_layer: int = 0) -> None:
+        base_model.requires_grad_(False)
+        self.base_model = base_model
+        self.first_layer = first_layer
+        self.names: list[str] = []
+        self.active: list[str] = []
+        self.frozen: set[str] = set()
+        self._peft_model: PeftModel | None = None
+        self._state: RoutingState | None = None
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The base model with its adapters."""
+        if self._peft_model is None:
+            raise ExpertError("there is no expert yet; create or import one first")
+        return self._peft_model
+
+    @property
+    def routing_state(self) -> RoutingState:
+        """What the routed layers share."""
+        if self._state is None:
+            raise ExpertError("there is no expert yet; create or import one first")
+        return self._state
+
+    def create(
+        self,
+        name: str | None = None,
+        *,
+        rank: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        target_modules: str | Sequence[str] | None = None,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+    ) -> str:
+        """Creates an expert that changes nothing yet (``B`` is zero), and makes all experts active.
+
+        Args:
+            name: ``expert_N`` by default.
+            rank: Rank of the update, at least 1.
+            alpha: The update is scaled by ``alpha / rank``; ``2 * rank`` by default.
+            dropout: Dropout on the expert's input while training, 0 up to but not including 1.
+            target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
+            use_rslora: Scale by ``alpha / sqrt(rank)`` instead (Kalajdzievski 2023).
+            init_lora_weights: As in ``peft.LoraConfig``.
+
+        Returns:
+            The expert's name.
+
+        Raises:
+            ExpertError: The name is taken or not usable, or a number is out of its range.
+            ModelError: The base model has none of the target modules.
+        """
+        name = self._new_name(name)
+        if rank < 1:
+            raise ExpertError(f"the rank of an expert must be at least 1, got {rank}")
+        if not 0 <= dropout < 1:
+            raise ExpertError(f"the dropout of an expert must be from 0 up to but not including 1, got {dropout}")
+        targets, transposed = self._targets(target_modules)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            target_modules=targets,
+            layers_to_transform=self._layers_to_transform(),
+            fan_in_fan_out=transposed,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,  # type: ignore[arg-type]
+        )
+        if self._peft_model is None:
+            self._peft_model = get_peft_model(self.base_model, config, adapter_name=name)
+        else:
+            self._peft_model.add_adapter(name, config)
+        self._welcome(name)
+        return name
+
+    def import_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Makes an existing PEFT LoRA adapter an expert, its weights as they are, and all experts active.
+
+        Args:
+            path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            name: The folder's name by default.
+
+        Returns:
+            The expert's name.
+
+        Raises:
+            ExpertError: The folder is no LoRA adapter, does not fit the base model, or cannot be routed.
+        """
+        path = Path(path)
+        for file in ADAPTER_FILES:
+            if not (path / file).is_file():
+                raise ExpertError(f"{path} is no PEFT adapter that can be imported: it has no {file}")
+        name = self._new_name(name or path.name)
+        try:
+            if self._peft_model is None:
+                self._peft_model = PeftModel.from_pretrained(self.base_model, str(path), adapter_name=name)
+            else:
+                self._peft_model.load_adapter(str(path), name)
+            self._check_placement(name)
+            self._welcome(name)
+        except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
+            self._forget(name)
+            reason = first_line(error)
+            raise ExpertError(f"the adapter {path} cannot become an expert of this model: {reason}") from error
+        return name
+
+    def load_weights(self, name: str, path: str | Path) -> None:
+        """Puts the weights of an adapter folder into an expert of the same shape.
+
+        Raises:
+            ExpertError: There is no such expert, or the folder's weights do not fit it.
+        """
+        self._check_known([name])
+        try:
+            weights = load_file(Path(path) / "adapter_model.safetensors")
+            set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ExpertError(f"the weights in {path} do not fit expert {name!r}: {first_line(error)}") from error
+
+    def export(self, name: str, path: str | Path) -> None:
+        """Writes an expert as an ordinary PEFT adapter folder.
+
+        Raises:
+            ExpertError: There is no such expert.
+            CheckpointError: The folder cannot be written.
+        """
+        self._check_known([name])
+        with atomic_directory(Path(path)) as folder:
+            write_adapter(folder, self.peft_model, name)
+
+    def set_active(self, names: str | Iterable[str]) -> None:
+        """Routes among these experts alone; with one, the model is the base with that adapter."""
+        chosen = [names] if isinstance(names, str) else list(names)
+        self._check_known(chosen)
+        if not chosen:
+            raise ExpertError("at least one expert must be active")
+        self.active = [name for name in self.names if name in chosen]
+        tuner: Any = self.peft_model.base_model
+        tuner.set_adapter(self.active, inference_mode=True)
+        tuner.set_requires_grad([name for name in self.active if name not in self.frozen])
+
+    def activate_all(self) -> None:
+        """Routes among all experts."""
+        self.set_active(self.names)
+
+    def freeze(self, *names: str) -> None:
+        """Stops training these experts."""
+        self._check_known(names)
+        self.frozen.update(names)
+        self.set_active(self.active)
+
+    def unfreeze(self, *names: str) -> None:
+        """Trains these experts again, while they are active."""
+        self._check_known(names)
+        self.frozen.difference_update(names)
+        self.set_active(self.active)
+
+    def active_indices(self) -> list[int]:
+        """The router's columns for the active experts, in order."""
+        return [self.names.index(name) for name in self.active]
+
+    def num_parameters(self, name: str) -> int:
+        """How many parameters an expert has, counted."""
+        self._check_known([name])
+        marker = f".{name}."
+        return sum(
+            parameter.numel()
+            for key, parameter in self.peft_model.named_parameters()
+            if "lora_" in key and marker in key
+        )
+
+    def _welcome(self, name: str) -> None:
+        self._state = enable_routing(self.peft_model)
+        self.names.append(name)
+        self.activate_all()
+
+    def _forget(self, name: str) -> None:
+        """Undoes a failed import, so that the experts that were there work on."""
+        if self._peft_model is not None and name in self._peft_model.peft_config:
+            self._peft_model.delete_adapter(name)
+        if not self.names:
+            self.base_model = self._peft_model.unload() if self._peft_model is not None else self.base_model
+            self._peft_model = None
+        else:
+            self.activate_all()
+
+    def _new_name(self, name: str | None) -> str:
+        if name is None:
+            taken = [int(match[1]) for known in self.names if (match := re.fullmatch(r"expert_(\d+)", known))]
+            name = f"expert_{max(taken, default=-1) + 1}"
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+            raise ExpertError(f"an expert's name has letters, digits, _ and - only, got {name!r}")
+        if name in self.names:
+            raise ExpertError(f"there is an expert {name!r} already; choose another name")
+        return name
+
+    def _check_known(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.names:
+                known = ", ".join(self.names)
+                raise ExpertError(f"there is no expert {name!r} (there are: {known}){did_you_mean(name, self.names)}")
+
+    def _linear_modules(self) -> dict[str, nn.Module]:
+        """Linear modules in the decoder layers that may carry experts, by their full names."""
+        layers = decoder_layers(self.base_model)[self.first_layer :]
+        return {
+            f"{index}.{name}": module.get_base_layer() if isinstance(module, LoraLayer) else module
+            for index, layer in enumerate(layers)
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear | Conv1D | LoraLayer)
+            and ".lora_" not in name
+            and not name.endswith("base_layer")
+        }
+
+    def _targets(self, wanted: str | Sequence[str] | None) -> tuple[list[str], bool]:
+        """The target names, and whether their weights are stored as ``(in, out)`` (GPT-2's Conv1D)."""
+        linear = self._linear_modules()
+        have = sorted({name.rpartition(".")[2] for name in linear})
+        if wanted == ALL_LINEAR:
+            targets = have
+        elif wanted is None:
+            targets = [name for name in AUTO_TARGETS if name in have]
+            if not targets:
+                raise ModelError(
+                    f"{type(self.base_model).__name__} has none of the target modules {', '.join(AUTO_TARGETS)}; "
+                    f"name some of its linear modules with --target_modules: {', '.join(have) or 'it has none'}"
+                )
+        else:
+            targets = [wanted] if isinstance(wanted, str) else list(wanted)
+            for target in targets:
+                if target not in have:
+                    raise ModelError(
+                        f"--target_modules {target!r} is no linear module of {type(self.base_model).__name__}, "
+                        f"which has: {', '.join(have)}{did_you_mean(target, have)}"
+                    )
+        chosen = [module for name, module in linear.items() if name.rpartition(".")[2] in targets]
+        return targets, any(isinstance(module, Conv1D) for module in chosen)
+
+    def _layers_to_transform(self) -> list[int] | None:
+        count = len(decoder_layers(self.base_model))
+        return list(range(self.first_layer, count)) if self.first_layer else None
+
+    def _check_placement(self, name: str) -> None:
+        allowed = {
+            id(module) for layer in decoder_layers(self.base_model)[self.first_layer :] for module in layer.modules()
+        }
+        for key, module in self.peft_model.named_modules():
+            if isinstance(module, LoraLayer) and name in module.lora_A and id(module) not in allowed:
+                raise RoutingError(
+                    f"it adapts {key}, outside the decoder layers from {self.first_layer} on, where this model routes; "
+                    "use routing per_layer or final"
+                )
+
+
+def count_parameters(module: nn.Module, *, trainable: bool = False) -> int:
+    """Counts a module's parameters, each once; with ``trainable`` those that train."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)

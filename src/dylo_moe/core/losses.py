@@ -1,0 +1,132 @@
+"""The losses as pure functions: tensors in, tensor out.
+
+Each token's share of a loss is additive. Divided by a count over the whole global batch (``num_items``,
+``num_tokens``) the parts of an accumulated or distributed batch therefore add up to exactly what one large
+batch gives; with no count given, each function divides by its own.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def causal_lm_loss(
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Cross-entropy of each labelled token given the tokens before it.
+
+    Args:
+        logits: ``(batch, seq, vocab)``.
+        labels: ``(batch, seq)``, not shifted; ``IGNORE_INDEX`` carries no loss.
+        label_smoothing: Share of the target spread evenly over the vocabulary, 0 to 1.
+        num_items: Labelled tokens to divide by.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits), in nats per token.
+    """
+    targets = labels[:, 1:].to(logits.device)
+    predictions = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(
+        predictions.flatten(0, 1),
+        targets.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    return total / _count(targets != IGNORE_INDEX, num_items)
+
+
+def expert_load(router_logits: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
+    """Real tokens that would choose each expert, times ``1 / top_k``: ``(num_gates, num_experts)``.
+
+    Args:
+        router_logits: ``(num_gates, batch, seq, num_experts)``.
+        mask: ``(batch, seq)``, nonzero for real tokens; None if all are.
+        top_k: Experts that each token chooses.
+
+    Returns:
+        float32 counts whose rows sum to the number of real tokens. Counts of the parts of a batch add up.
+    """
+    num_experts = router_logits.shape[-1]
+    k = min(top_k, num_experts)
+    chosen = router_logits.detach().topk(k, dim=-1).indices
+    counts = F.one_hot(chosen, num_experts).sum(dim=-2).float() / k
+    return (counts * _real(router_logits, mask)).sum(dim=(1, 2))
+
+
+def load_balance_loss(
+    router_logits: Tensor,
+    mask: Tensor | None,
+    top_k: int,
+    *,
+    load: Tensor | None = None,
+    num_tokens: Tensor | int | None = None,
+) -> Tensor:
+    """``E * sum_e f_e * P_e`` over real tokens, averaged over the gates; 1.0 when routing is uniform.
+
+    ``f_e`` is the share of tokens that choose expert e and ``P_e`` its mean softmax probability (GShard, Lepikhin
+    et al. 2020; Switch Transformers, Fedus et al. 2021, equation 4). The gradient flows through ``P`` alone.
+
+    Args:
+        router_logits: ``(num_gates, batch, seq, num_experts)``.
+        mask: ``(batch, seq)``, nonzero for real tokens; None if all are.
+        top_k: Experts that each token chooses.
+        load: ``f`` from a larger batch, ``(num_gates, num_experts)`` in any positive scale; this batch's own by
+            default. A fixed ``f`` makes the loss additive over micro-batches, and balancing over a larger batch
+            leaves experts room to specialise (Qiu et al. 2025, "Demons in the Detail").
+        num_tokens: Real tokens to divide by.
+
+    Returns:
+        A scalar.
+    """
+    if load is None:
+        load = expert_load(router_logits, mask, top_k)
+    fraction = load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    real = _real(router_logits, mask)
+    probability = (router_logits.softmax(dim=-1) * real).sum(dim=(1, 2)) / _count(real, num_tokens)
+    return router_logits.shape[-1] * (fraction * probability).sum(dim=-1).mean()
+
+
+def router_z_loss(router_logits: Tensor, mask: Tensor | None, *, num_tokens: Tensor | int | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the router's logits over real tokens (ST-MoE, Zoph et al. 2022, equation 5).
+
+    Args:
+        router_logits: ``(num_gates, batch, seq, num_experts)``.
+        mask: ``(batch, seq)``, nonzero for real tokens; None if all are.
+        num_tokens: Real tokens to divide by.
+
+    Returns:
+        A scalar, averaged over the gates.
+    """
+    real = _real(router_logits, mask)
+    squared = router_logits.logsumexp(dim=-1, keepdim=True).square()
+    return ((squared * real).sum(dim=(1, 2, 3)) / _count(real, num_tokens)).mean()
+
+
+def updated_selection_bias(bias: Tensor, load: Tensor, rate: float = 1e-3) -> Tensor:
+    """One step of auxiliary-loss-free balancing (DeepSeek-V3, 2024, section 2.1.2).
+
+    Args:
+        bias: ``(num_gates, num_experts)``, the router's ``selection_bias``.
+        load: ``(num_gates, num_experts)``, tokens that chose each expert since the last step.
+        rate: Size of the step.
+
+    Returns:
+        The new bias: raised by ``rate`` where an expert was chosen less than its fair share, lowered where more.
+    """
+    fair = load.mean(dim=-1, keepdim=True)
+    return bias + rate * torch.sign(fair - load)
+
+
+def _real(router_logits: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask as ``(1, batch, seq, 1)`` in the logits' dtype."""
+    if mask is None:
+        mask = router_logits.new_ones(router_logits.shape[1:3])
+    return mask.to(router_logits)[None, :, :, None]
+
+
+def _count(mask: Tensor, given: Tensor | int | None) -> Tensor | int:
+    # A batch without a single counted token has the loss 0, not 0/0.
+    return given if given is not None else mask.sum().clamp(min=1)

@@ -1,0 +1,364 @@
+"""``DyLoRA_MoE``: a frozen causal language model, LoRA experts on it, and a router that mixes them per token.
+
+This is where the parts meet: it owns the experts and the router, runs the one forward that training, evaluation
+and generation share, and sums the losses in one place. How to route, adapt, save or load is in its neighbours.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from dylo_moe.core import checkpoint
+from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model
+from dylo_moe.core.checkpoint import LossEntry
+from dylo_moe.core.expert import ExpertManager
+from dylo_moe.core.losses import causal_lm_loss, load_balance_loss, router_z_loss
+from dylo_moe.core.router import MATURE, DynamicHybridRouter
+from dylo_moe.core.routing import attach_router, decoder_layers, prefix_layer, resolve_routing
+from dylo_moe.errors import CheckpointError, RoutingError, first_line
+
+DEFAULT_ROUTING = "prefix"
+
+
+@dataclass
+class DyLoRAOutput(ModelOutput):
+    """What a forward returns.
+
+    Attributes:
+        loss: ``lm_loss + aux_loss``; None without labels.
+        lm_loss: Cross-entropy in nats per labelled token.
+        aux_loss: ``balance_coefficient * balance_loss + z_loss_coefficient * z_loss``.
+        balance_loss: The balance loss before its coefficient.
+        z_loss: The router z-loss before its coefficient.
+        logits: ``(batch, seq, vocab)``.
+        router_logits: ``(num_gates, batch, seq, num_active_experts)``; None where the router did not run.
+        past_key_values: The cache, where one was asked for.
+    """
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    logits: Tensor | None = None
+    router_logits: Tensor | None = None
+    past_key_values: Any = None
+
+
+class DyLoRA_MoE(nn.Module):
+    """A mixture of LoRA experts on one frozen causal language model.
+
+    Args:
+        model: A Hub id, a folder, ``"demo"``, or a loaded causal LM.
+        num_experts: How many experts to create; at least 1.
+        rank: Rank of each expert.
+        alpha: Updates are scaled by ``alpha / rank``; ``2 * rank`` by default.
+        dropout: Dropout on the experts' input while training.
+        target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
+        use_rslora: Scale updates by ``alpha / sqrt(rank)``.
+        routing: ``final``, ``prefix:K``, ``prefix`` (K a quarter of the layers) or ``per_layer``.
+        top_k: Experts per token when routing is sparse.
+        temperature: Divides the router's logits.
+        balance_coefficient: Weight of the balance loss; 0 leaves it out.
+        z_loss_coefficient: Weight of the router z-loss; 0 leaves it out.
+        revision: Revision of the base model on the Hub.
+        dtype: Floating type of a base model that is loaded here.
+
+    Raises:
+        ModelError: The base model cannot be had or has no target module.
+        ExpertError: A number of the experts is out of its range.
+        RoutingError: The mode does not fit the model, or a number of the router is out of its range.
+    """
+
+    accepts_loss_kwargs = True
+    """Tells the HF Trainer to pass ``num_items_in_batch``."""
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        num_experts: int = 4,
+        *,
+        rank: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        target_modules: str | Sequence[str] | None = None,
+        use_rslora: bool = False,
+        routing: str = DEFAULT_ROUTING,
+        top_k: int = 2,
+        temperature: float = 1.0,
+        balance_coefficient: float = 0.01,
+        z_loss_coefficient: float = 0.0,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        base = load_base_model(model, revision=revision, dtype=dtype) if isinstance(model, str) else model
+        mode = resolve_routing(routing, len(decoder_layers(base)))
+        # made before the experts: a router that cannot be is refused before the base model is changed
+        router = _make_router(base, mode, num_experts, top_k, temperature)
+        experts = ExpertManager(base, prefix_layer(mode))
+        for _ in range(num_experts):
+            experts.create(
+                rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, use_rslora=use_rslora
+            )
+        self._assemble(
+            model if isinstance(model, str) else base.config._name_or_path,
+            revision,
+            mode,
+            experts,
+            router,
+            LossEntry(balance_coefficient=balance_coefficient, z_loss_coefficient=z_loss_coefficient),
+        )
+
+    def _assemble(
+        self,
+        base_name: str,
+        revision: str | None,
+        routing: str,
+        experts: ExpertManager,
+        router: DynamicHybridRouter,
+        losses: LossEntry,
+    ) -> None:
+        """The one place where the parts become a model, whether they are new or were read from a checkpoint."""
+        super().__init__()
+        self.base_name = base_name
+        self.revision = revision
+        self.routing = routing
+        self.losses = losses
+        self.experts = experts
+        self.model = experts.peft_model
+        self.router = router
+        attach_router(experts.base_model, routing, router, experts.routing_state, experts.active_indices)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The base model's configuration."""
+        return self.experts.base_model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return self.experts.base_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's floating type."""
+        return self.experts.base_model.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        routing_weights: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        num_items_in_batch: Tensor | int | None = None,
+        num_tokens_in_batch: Tensor | int | None = None,
+        expert_load: Tensor | None = None,
+        **kwargs: Any,
+    ) -> DyLoRAOutput:
+        """Runs the mixture, and with ``labels`` sums its losses.
+
+        Args:
+            input_ids: ``(batch, seq)``.
+            attention_mask: ``(batch, seq)``, nonzero for real tokens.
+            labels: ``(batch, seq)``, not shifted, -100 where there is no loss.
+            routing_weights: ``(batch, seq, num_active_experts)`` in the place of the router's.
+            label_smoothing: Share of each target spread over the vocabulary.
+            num_items_in_batch: Labelled tokens of the whole global batch, where this is a part of one.
+            num_tokens_in_batch: Real tokens of the whole global batch.
+            expert_load: How a larger batch's tokens chose the experts, ``(num_gates, num_active_experts)``; see
+                ``losses.load_balance_loss``.
+            **kwargs: Passed to the base model.
+
+        Returns:
+            Losses, logits and router logits.
+        """
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)
+        with self.experts.routing_state.recording() as recorded:
+            outputs = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, routing_weights=routing_weights, **kwargs
+            )
+        router_logits = torch.stack(recorded) if recorded else None
+        result = DyLoRAOutput(
+            logits=outputs.logits, router_logits=router_logits, past_key_values=outputs.get("past_key_values")
+        )
+        if labels is not None:
+            result.lm_loss = causal_lm_loss(
+                outputs.logits, labels, label_smoothing=label_smoothing, num_items=num_items_in_batch
+            )
+            self._add_losses(result, attention_mask, num_tokens_in_batch, expert_load)
+        return result
+
+    def _add_losses(
+        self, result: DyLoRAOutput, mask: Tensor | None, num_tokens: Tensor | int | None, load: Tensor | None
+    ) -> None:
+        assert result.lm_loss is not None
+        result.loss = result.lm_loss
+        if result.router_logits is None:
+            return
+        result.balance_loss = load_balance_loss(
+            result.router_logits, mask, self.router.top_k, load=load, num_tokens=num_tokens
+        )
+        result.z_loss = router_z_loss(result.router_logits, mask, num_tokens=num_tokens)
+        weights = self.losses
+        result.aux_loss = weights.balance_coefficient * result.balance_loss + weights.z_loss_coefficient * result.z_loss
+        result.loss = result.lm_loss + result.aux_loss.to(result.lm_loss.device)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates with the mixture: transformers' ``generate``, each new token routed as in training."""
+        return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Runs the base model alone, without any expert, for a block of code."""
+        with self.experts.routing_state.scope(base_only=True):
+            yield
+
+    def add_expert(self, name: str | None = None, **options: Any) -> str:
+        """Adds a young expert, with the options of ``ExpertManager.create``, and gives the router a row for it.
+
+        No parameter of the older experts changes, and the ratios of their routing weights stay as they were.
+
+        Returns:
+            The expert's name.
+        """
+        name = self.experts.create(name, **options)
+        self.router.add_expert()
+        return name
+
+    def import_expert(self, path: str | Path, name: str | None = None) -> str:
+        """Adds an existing PEFT adapter as a young expert; see ``ExpertManager.import_adapter``."""
+        name = self.experts.import_adapter(path, name)
+        self.router.add_expert()
+        return name
+
+    def set_maturity(self, maturity: int = MATURE, names: Sequence[str] | None = None) -> None:
+        """Marks experts mature (1) or young (0); all of them by default. Routing is sparse once all are mature."""
+        if maturity not in (0, 1):
+            raise RoutingError(f"maturity must be 0 (young) or 1 (mature), got {maturity}")
+        for name in self.experts.names if names is None else names:
+            self.router.maturity[self.experts.names.index(name)] = maturity
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Trades time for memory in training; the recomputation routes as the first run did.
+
+        Raises:
+            RoutingError: ``use_reentrant`` was asked for: it would lose the gradient to the router.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise RoutingError("gradient checkpointing needs use_reentrant=False here, got True")
+        self.experts.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Ends gradient checkpointing."""
+        self.experts.base_model.gradient_checkpointing_disable()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes a checkpoint folder; what was there before is replaced only once the new one is whole.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        checkpoint.write_checkpoint(Path(path), self.model, self.router.state_dict(), self._describe())
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, model: str | PreTrainedModel | None = None, *, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Loads a checkpoint folder.
+
+        Args:
+            path: The folder.
+            model: The base model, loaded or by name; the one that the checkpoint names by default.
+            dtype: Floating type of a base model that is loaded here; the checkpoint's by default.
+
+        Raises:
+            CheckpointError: The folder is not whole, or belongs to another base model.
+            ModelError: The base model cannot be had.
+        """
+        path = Path(path)
+        description = checkpoint.read_description(path)
+        entry = description.base_model
+        name = entry.name if model is None else model
+        if isinstance(name, str):
+            name_of_base, base = (
+                name,
+                load_base_model(name, revision=entry.revision, dtype=dtype or DTYPES[entry.dtype]),
+            )
+        else:
+            name_of_base, base = entry.name, name
+        if fingerprint(base) != entry.fingerprint:
+            raise CheckpointError(
+                f"the checkpoint {path} belongs to the base model {entry.name!r}, and {name_of_base!r} is another one"
+            )
+        mode = resolve_routing(description.routing.mode, len(decoder_layers(base)))
+        routing = description.routing
+        router = _make_router(base, mode, len(description.experts), routing.top_k, routing.temperature)
+        experts = ExpertManager(base, prefix_layer(mode))
+        for expert in description.experts:
+            experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / expert.name, expert.name)
+        self = cls.__new__(cls)
+        self._assemble(name_of_base, entry.revision, mode, experts, router, description.losses)
+        self._load_router(path, description)
+        return self
+
+    def load_weights(self, path: str | Path) -> None:
+        """Loads the weights of a checkpoint into this model, which must have the same experts and routing.
+
+        Raises:
+            CheckpointError: The folder is not whole, or has other experts or another routing.
+        """
+        path = Path(path)
+        description = checkpoint.read_description(path)
+        theirs = ([expert.name for expert in description.experts], description.routing.mode)
+        ours = (self.experts.names, self.routing)
+        if theirs != ours:
+            raise CheckpointError(
+                f"the checkpoint {path} has experts {', '.join(theirs[0])} under routing {theirs[1]}, and this run "
+                f"has {', '.join(ours[0])} under {ours[1]}; give the flags of the run that wrote it"
+            )
+        for name in self.experts.names:
+            self.experts.load_weights(name, path / checkpoint.EXPERTS_FOLDER / name)
+        self._load_router(path, description)
+
+    def _load_router(self, path: Path, description: checkpoint.Description) -> None:
+        try:
+            self.router.load_state_dict(checkpoint.read_router(path))
+        except RuntimeError as error:
+            raise CheckpointError(f"the router in {path} does not fit its experts: {first_line(error)}") from error
+        self.router.maturity = [expert.maturity for expert in description.experts]
+
+    def _describe(self) -> checkpoint.Description:
+        router = self.router
+        maturity = zip(self.experts.names, router.maturity, strict=True)
+        return checkpoint.Description(
+            dylo_moe_version=version("dylora-moe"),
+            base_model=checkpoint.BaseModelEntry(
+                name=self.base_name,
+                revision=self.revision,
+                dtype=str(self.dtype).removeprefix("torch."),
+                fingerprint=fingerprint(self.experts.base_model),
+            ),
+            experts=[checkpoint.ExpertEntry(name=name, maturity=value) for name, value in maturity],
+            routing=checkpoint.RoutingEntry(mode=self.routing, top_k=router.top_k, temperature=router.temperature),
+            losses=self.losses,
+        )
+
+
+def _make_router(
+    base: PreTrainedModel, routing: str, num_experts: int, top_k: int, temperature: float
+) -> DynamicHybridRouter:
+    gates = len(decoder_layers(base)) if routing == "per_layer" else 1
+    hidden_size = base.config.get_text_config().hidden_size
+    return DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, gates).to(base.device)

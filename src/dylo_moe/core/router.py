@@ -1,0 +1,138 @@
+"""The router: from hidden states to routing weights.
+
+A linear gate on normalised hidden states, then a softmax over all experts (dense) or over the chosen ``top_k``
+of them (sparse). The router knows nothing of LoRA, of layers, or of where its input was read.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from dylo_moe.errors import RoutingError
+
+YOUNG, MATURE = 0, 1
+
+
+class RouterOutput(NamedTuple):
+    """Routing weights and the logits they came from, both ``(batch, seq, num_routed_experts)``."""
+
+    weights: Tensor
+    logits: Tensor
+
+
+class DynamicHybridRouter(nn.Module):
+    """Routes each token to a mixture of experts; dense while anything is young or training, sparse otherwise.
+
+    Gates are kept and computed in float32 at least, whatever the model's dtype and autocast say: a softmax in
+    bfloat16 loses small weights (Switch Transformers, Fedus et al. 2021, section 2.4, "selective precision").
+
+    Args:
+        hidden_size: Width of the hidden states.
+        num_experts: How many experts to begin with; at least 1.
+        top_k: Experts per token when sparse; 1 to ``num_experts``.
+        temperature: Divides the logits; above 0. Lower is sharper.
+        num_gates: Independent gates, one for each place where a router input is read.
+
+    Raises:
+        RoutingError: A number is out of its range.
+    """
+
+    selection_bias: Tensor
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int = 2, temperature: float = 1.0, num_gates: int = 1
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise RoutingError(f"num_experts must be at least 1, got {num_experts}")
+        if not 1 <= top_k <= num_experts:
+            raise RoutingError(f"top_k must be from 1 to num_experts ({num_experts}), got {top_k}")
+        if not temperature > 0:
+            raise RoutingError(f"temperature must be above 0, got {temperature}")
+        self.hidden_size = hidden_size
+        self.top_k = top_k
+        self.temperature = temperature
+        self.maturity = [YOUNG] * num_experts
+        # On RMS-normalised input of width H a gate of this spread gives logits of unit variance or less.
+        self.gates = nn.ParameterList(
+            nn.Parameter(torch.randn(num_experts, hidden_size) * 0.02) for _ in range(num_gates)
+        )
+        self.register_buffer("selection_bias", torch.zeros(num_gates, num_experts))
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts the router can choose from."""
+        return len(self.maturity)
+
+    def is_sparse(self, experts: Sequence[int] | None = None) -> bool:
+        """Whether routing is sparse now: evaluating, and every routed expert mature."""
+        routed = self.maturity if experts is None else [self.maturity[expert] for expert in experts]
+        return not self.training and all(maturity == MATURE for maturity in routed)
+
+    def forward(self, hidden_states: Tensor, gate: int = 0, experts: Sequence[int] | None = None) -> RouterOutput:
+        """Computes routing weights for each token from that token's hidden state alone.
+
+        Args:
+            hidden_states: ``(batch, seq, hidden_size)``, any floating dtype.
+            gate: Which gate to use.
+            experts: Indices of the experts to route among; all of them by default. The others take no part
+                in the computation at all, so leaving one out gives the same bits as never having had it.
+
+        Returns:
+            Weights and temperature-scaled logits, float32 (float64 for a float64 input), each
+            ``(batch, seq, len(experts))``; each row of weights sums to 1.
+        """
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        weight, bias = self.gates[gate], self.selection_bias[gate]
+        if experts is not None and len(experts) < self.num_experts:
+            chosen = list(experts)
+            weight, bias = weight[chosen], bias[chosen]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            normalised = F.rms_norm(hidden_states.to(dtype), (self.hidden_size,))
+            logits = F.linear(normalised, weight.to(normalised)) / self.temperature
+            if self.is_sparse(experts):
+                return RouterOutput(sparse_weights(logits, self.top_k, bias.to(logits)), logits)
+            return RouterOutput(logits.softmax(dim=-1), logits)
+
+    @torch.no_grad()
+    def add_expert(self) -> int:
+        """Adds a young expert to every gate and returns its index.
+
+        The old rows are copied as they are, so the ratios of the old experts' weights stay the same for every
+        input. The new row is their mean: the newcomer begins with a fair share, wherever the logits have drifted.
+        """
+        for index, gate in enumerate(self.gates):
+            grown = torch.cat([gate, gate.mean(dim=0, keepdim=True)])
+            self.gates[index] = nn.Parameter(grown, requires_grad=gate.requires_grad)
+        self.selection_bias = F.pad(self.selection_bias, (0, 1))
+        self.maturity.append(YOUNG)
+        return self.num_experts - 1
+
+    @override
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"temperature={self.temperature}, num_gates={len(self.gates)}"
+        )
+
+
+def sparse_weights(logits: Tensor, top_k: int, selection_bias: Tensor | None = None) -> Tensor:
+    """Softmax over the ``top_k`` largest logits of each row; exactly 0 elsewhere.
+
+    Args:
+        logits: ``(..., num_experts)``.
+        top_k: How many to keep; all where there are fewer.
+        selection_bias: ``(num_experts,)``, added for the choice only, never to the weights (DeepSeek-V3, 2024,
+            section 2.1.2).
+
+    Returns:
+        ``(..., num_experts)``; rows sum to 1.
+    """
+    scores = logits if selection_bias is None else logits + selection_bias
+    chosen = scores.topk(min(top_k, logits.shape[-1]), dim=-1).indices
+    kept = torch.full_like(logits, float("-inf")).scatter(-1, chosen, logits.gather(-1, chosen))
+    return kept.softmax(dim=-1)
