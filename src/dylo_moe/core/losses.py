@@ -26,16 +26,29 @@ def causal_lm_loss(
     Returns:
         A float32 scalar (float64 for float64 logits), in nats per token.
     """
-    targets = labels[:, 1:].to(logits.device)
+    per_token = token_cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    return per_token.sum() / _count(labels[:, 1:] != IGNORE_INDEX, num_items)
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each token given the tokens before it, 0 where there is no label.
+
+    Args:
+        logits: ``(batch, seq, vocab)``.
+        labels: ``(batch, seq)``, not shifted; ``IGNORE_INDEX`` carries no loss.
+        label_smoothing: Share of the target spread evenly over the vocabulary, 0 to 1.
+
+    Returns:
+        ``(batch, seq - 1)`` in float32 (float64 for float64 logits), in nats.
+    """
     predictions = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(
-        predictions.flatten(0, 1),
-        targets.flatten(),
+    return F.cross_entropy(
+        predictions.transpose(1, 2),
+        labels[:, 1:].to(logits.device),
         ignore_index=IGNORE_INDEX,
-        reduction="sum",
+        reduction="none",
         label_smoothing=label_smoothing,
     )
-    return total / _count(targets != IGNORE_INDEX, num_items)
 
 
 def expert_load(router_logits: Tensor, mask: Tensor | None, top_k: int) -> Tensor:

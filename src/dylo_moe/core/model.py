@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 from dylo_moe.core import checkpoint
 from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model
 from dylo_moe.core.checkpoint import LossEntry
-from dylo_moe.core.expert import ExpertManager
+from dylo_moe.core.expert import ExpertManager, count_parameters
 from dylo_moe.core.losses import causal_lm_loss, load_balance_loss, router_z_loss
 from dylo_moe.core.router import MATURE, DynamicHybridRouter
 from dylo_moe.core.routing import attach_router, decoder_layers, prefix_layer, resolve_routing
@@ -40,6 +40,7 @@ class DyLoRAOutput(ModelOutput):
         z_loss: The router z-loss before its coefficient.
         logits: ``(batch, seq, vocab)``.
         router_logits: ``(num_gates, batch, seq, num_active_experts)``; None where the router did not run.
+        routing_weights: What the experts were mixed by, of the same shape; None where the router did not run.
         past_key_values: The cache, where one was asked for.
     """
 
@@ -50,6 +51,7 @@ class DyLoRAOutput(ModelOutput):
     z_loss: Tensor | None = None
     logits: Tensor | None = None
     router_logits: Tensor | None = None
+    routing_weights: Tensor | None = None
     past_key_values: Any = None
 
 
@@ -79,7 +81,8 @@ class DyLoRA_MoE(nn.Module):
     """
 
     accepts_loss_kwargs = True
-    """Tells the HF Trainer to pass ``num_items_in_batch``."""
+    loss_type = "ForCausalLM"
+    """Tell the HF Trainer to pass ``num_items_in_batch``, and to count the labels that are left after shifting."""
 
     def __init__(
         self,
@@ -188,10 +191,10 @@ class DyLoRA_MoE(nn.Module):
             outputs = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, routing_weights=routing_weights, **kwargs
             )
-        router_logits = torch.stack(recorded) if recorded else None
-        result = DyLoRAOutput(
-            logits=outputs.logits, router_logits=router_logits, past_key_values=outputs.get("past_key_values")
-        )
+        result = DyLoRAOutput(logits=outputs.logits, past_key_values=outputs.get("past_key_values"))
+        if recorded:
+            result.router_logits = torch.stack([output.logits for output in recorded])
+            result.routing_weights = torch.stack([output.weights for output in recorded])
         if labels is not None:
             result.lm_loss = causal_lm_loss(
                 outputs.logits, labels, label_smoothing=label_smoothing, num_items=num_items_in_batch
@@ -248,6 +251,14 @@ class DyLoRA_MoE(nn.Module):
             raise RoutingError(f"maturity must be 0 (young) or 1 (mature), got {maturity}")
         for name in self.experts.names if names is None else names:
             self.router.maturity[self.experts.names.index(name)] = maturity
+
+    def num_base_parameters(self) -> int:
+        """How many parameters the frozen base has, counted."""
+        return count_parameters(self) - count_parameters(self.router) - self.num_expert_parameters()
+
+    def num_expert_parameters(self) -> int:
+        """How many parameters all experts have, counted."""
+        return sum(self.experts.num_parameters(name) for name in self.experts.names)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Trades time for memory in training; the recomputation routes as the first run did.

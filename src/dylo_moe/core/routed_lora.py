@@ -21,6 +21,7 @@ from peft.tuners.lora import Conv2d, Conv3d, LoraLayer
 from peft.tuners.lora.layer import Conv1d
 from torch import Tensor, nn
 
+from dylo_moe.core.router import RouterOutput
 from dylo_moe.errors import RoutingError
 
 
@@ -73,7 +74,7 @@ class RoutingState:
         self.weights: Tensor | None = None
         self.base_only = False
         self.given = False
-        self.recorded_logits: list[Tensor] | None = None
+        self.record: list[RouterOutput] | None = None
 
     @contextmanager
     def scope(self, weights: Tensor | None = None, *, given: bool = False, base_only: bool = False) -> Iterator[None]:
@@ -86,13 +87,13 @@ class RoutingState:
             self.weights, self.given, self.base_only = before
 
     @contextmanager
-    def recording(self) -> Iterator[list[Tensor]]:
-        """Collects the router logits of one forward, ``(batch, seq, num_active_experts)`` for each gate in order."""
-        before, self.recorded_logits = self.recorded_logits, []
+    def recording(self) -> Iterator[list[RouterOutput]]:
+        """Collects what the router gave in one forward, for each gate in order."""
+        before, self.record = self.record, []
         try:
-            yield self.recorded_logits
+            yield self.record
         finally:
-            self.recorded_logits = before
+            self.record = before
 
 
 class RoutedLayer:
@@ -122,7 +123,8 @@ class RoutedLayer:
         if len(present) < len(self.active_adapters):
             weights = weights[..., present]
         names = [self.active_adapters[index] for index in present]
-        return (result + self._mixture(x, names, weights)).to(result.dtype)
+        mixture: Tensor = self._mixture(x, names, weights)
+        return (result + mixture).to(result.dtype)
 
     def _mixture(self: Any, x: Tensor, names: Sequence[str], weights: Tensor) -> Tensor:
         """``(..., out_features)``: one fused product for each distinct dropout rate, as a rule one in all."""

@@ -103,8 +103,8 @@ def attach_router(
 def _route(state: RoutingState, router: DynamicHybridRouter, experts: Experts, hidden: Tensor, gate: int = 0) -> None:
     output = router(hidden, gate, experts())
     state.weights = output.weights
-    if state.recorded_logits is not None:
-        state.recorded_logits.append(output.logits)
+    if state.record is not None:
+        state.record.append(output)
 
 
 def _route_by_input(

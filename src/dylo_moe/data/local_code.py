@@ -13,7 +13,7 @@ import ast
 import re
 import sysconfig
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ def cpp_headers_rows() -> Iterator[Row]:
             yield from _rows_of_header(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def unique_rows(rows: Iterable[Row]) -> list[Row]:
+def unique_rows(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
     """Keeps the first of rows with equal prompt and response, and those within the length bounds."""
     seen = {
         (row["prompt"], row["response"]): row

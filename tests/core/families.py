@@ -1,0 +1,143 @@
+"""Small random models of each family, mixtures on them, and batches to feed them.
+
+Weights are drawn wider than a real initialisation does, so that attention, experts and router all matter to the
+logits; a test that compares two ways of computing something then compares something.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from dylo_moe import DyLoRA_MoE
+
+VOCABULARY = 61
+HIDDEN = 32
+LAYERS = 3
+PAD = 0
+
+ROUTINGS = ("final", "prefix:1", "per_layer")
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 8}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_GROUPED),
+    "gemma": GemmaConfig(**_GROUPED),
+    "gemma3": Gemma3TextConfig(
+        **_GROUPED,
+        sliding_window=8,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "qwen3": Qwen3Config(**_GROUPED),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=None,
+    ),
+    "neox": GPTNeoXConfig(**_COMMON),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def tiny(family: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+    """A random model of a family, evaluating; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]))
+    return model.to(dtype).eval()
+
+
+def stir(model: nn.Module, seed: int = 1) -> None:
+    """Gives every ``lora_B`` random values, as if the adapters had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def mixture(
+    family: str = "llama",
+    routing: str = "final",
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    mature: bool = False,
+    **options: object,
+) -> DyLoRA_MoE:
+    """A mixture on ``tiny(family)``, evaluating, whose experts and router have random values that matter.
+
+    The router's gates are in the base model's dtype, so that a float64 mixture has float64 gradients throughout.
+    """
+    base = tiny(family, dtype=dtype, seed=seed)
+    torch.manual_seed(seed + 1)
+    model = DyLoRA_MoE(base, **{"num_experts": 3, "rank": 4, "routing": routing, **options})
+    stir(model, seed + 2)
+    with torch.no_grad():
+        for gate in model.router.gates:
+            gate.mul_(20)
+    if dtype == torch.float64:
+        model.router.double()
+    if mature:
+        model.set_maturity()
+    return model.eval()
+
+
+def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
+    """Random tokens, none of them the padding or the first token."""
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows: list[Tensor], side: str, pad: int = PAD) -> tuple[Tensor, Tensor]:
+    """Token rows of unequal lengths as one batch: ``input_ids`` and ``attention_mask``."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[index, place], mask[index, place] = row, 1
+    return ids, mask
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """The largest difference, as a share of the largest wanted value."""
+    assert got.shape == want.shape, f"shapes {tuple(got.shape)} and {tuple(want.shape)} differ"
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a module's parameters by name, as copies."""
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
