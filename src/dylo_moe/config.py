@@ -245,9 +245,9 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     @override
     def _format_action_invocation(self, action: Any) -> str:
         if not action.option_strings or action.dest == "help":
-            return super()._format_action_invocation(action)
-        metavar = "" if action.const is True else " " + self._format_args(action, action.dest.upper())
-        return action.option_strings[0] + metavar
+            return str(super()._format_action_invocation(action))
+        metavar = "" if action.const is True else f" {self._format_args(action, action.dest.upper())}"
+        return f"{action.option_strings[0]}{metavar}"
 
     @override
     def _get_help_string(self, action: Any) -> str | None:

@@ -10,10 +10,17 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -165,36 +172,36 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _readable_errors:
+@contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
     """Turns what transformers and the Hub client raise for a model that cannot be had into one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelError(_explain(name, error)) from error
 
-    def __init__(self, name: str) -> None:
-        self.name = name
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, ModelError):
-            raise ModelError(self._message(error)) from error
-
-    def _message(self, error: BaseException) -> str:
-        causes = list(_chain(error))
-        if any(isinstance(cause, GatedRepoError) for cause in causes):
-            return (
-                f"the model {self.name!r} is gated: accept its licence on its Hub page, then set HF_TOKEN to a token "
-                f"of that account, or use --model_name {EMBEDDED}"
-            )
-        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            return f"the Hub has no model {self.name!r}, or HF_TOKEN may not see it; check --model_name"
-        if Path(self.name).is_dir():
-            return f"the folder {self.name!r} holds no causal LM that transformers can load: {first_line(error)}"
-        if any(isinstance(cause, HfHubHTTPError) for cause in causes):
-            return f"the Hub refused the model {self.name!r}: {first_line(error)}"
+def _explain(name: str, error: BaseException) -> str:
+    causes = tuple(type(cause) for cause in _chain(error))
+    if GatedRepoError in causes:
         return (
-            f"the model {self.name!r} could not be fetched and is not in the local cache: the Hub cannot be reached "
+            f"the model {name!r} is gated: accept its licence on its Hub page, then set HF_TOKEN to a token "
+            f"of that account, or use --model_name {EMBEDDED}"
+        )
+    if RepositoryNotFoundError in causes:
+        return f"the Hub has no model {name!r}, or HF_TOKEN may not see it; check --model_name"
+    if Path(name).is_dir():
+        return f"the folder {name!r} holds no causal LM that transformers can load: {first_line(error)}"
+    if name.startswith(("/", ".", "~")):
+        return f"there is no folder {name!r}; check --model_name"
+    if any(issubclass(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError) for cause in causes):
+        return (
+            f"the model {name!r} could not be fetched and is not in the local cache: the Hub cannot be reached "
             f"(or HF_HUB_OFFLINE is set); connect, name a folder with --model_name, or use --model_name {EMBEDDED}"
         )
+    return f"the model {name!r} cannot be loaded: {first_line(error)}"
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

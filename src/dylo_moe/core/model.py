@@ -260,20 +260,34 @@ class DyLoRA_MoE(nn.Module):
         """How many parameters all experts have, counted."""
         return sum(self.experts.num_parameters(name) for name in self.experts.names)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Trades time for memory in training; the recomputation routes as the first run did.
+
+        Args:
+            activation_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``.
+            **options: Passed to the base model's method of the same name.
 
         Raises:
             RoutingError: ``use_reentrant`` was asked for: it would lose the gradient to the router.
         """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise RoutingError("gradient checkpointing needs use_reentrant=False here, got True")
-        self.experts.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        for_torch = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if for_torch["use_reentrant"]:
+            raise RoutingError("activation checkpointing needs use_reentrant=False here, got True")
+        self.experts.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs=for_torch, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Ends activation checkpointing."""
+        self.experts.base_model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The older name of ``activation_checkpointing_enable``."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Ends gradient checkpointing."""
-        self.experts.base_model.gradient_checkpointing_disable()
+        """The older name of ``activation_checkpointing_disable``."""
+        self.activation_checkpointing_disable()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a checkpoint folder; what was there before is replaced only once the new one is whole.

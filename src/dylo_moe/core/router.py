@@ -37,11 +37,18 @@ class DynamicHybridRouter(nn.Module):
         temperature: Divides the logits; above 0. Lower is sharper.
         num_gates: Independent gates, one for each place where a router input is read.
 
+    Attributes:
+        maturity: 0 (young) or 1 (mature) for each expert.
+        selection_bias: ``(num_gates, num_experts)``; see ``sparse_weights``.
+        expert_load: ``(num_gates, num_experts)``, how the last global batch of a training run chose; kept here so
+            that a run that is resumed goes on with it. Routing does not depend on it.
+
     Raises:
         RoutingError: A number is out of its range.
     """
 
     selection_bias: Tensor
+    expert_load: Tensor
 
     def __init__(
         self, hidden_size: int, num_experts: int, top_k: int = 2, temperature: float = 1.0, num_gates: int = 1
@@ -62,6 +69,7 @@ class DynamicHybridRouter(nn.Module):
             nn.Parameter(torch.randn(num_experts, hidden_size) * 0.02) for _ in range(num_gates)
         )
         self.register_buffer("selection_bias", torch.zeros(num_gates, num_experts))
+        self.register_buffer("expert_load", torch.ones(num_gates, num_experts))
 
     @property
     def num_experts(self) -> int:
@@ -109,6 +117,7 @@ class DynamicHybridRouter(nn.Module):
             grown = torch.cat([gate, gate.mean(dim=0, keepdim=True)])
             self.gates[index] = nn.Parameter(grown, requires_grad=gate.requires_grad)
         self.selection_bias = F.pad(self.selection_bias, (0, 1))
+        self.expert_load = torch.cat([self.expert_load, self.expert_load.mean(dim=1, keepdim=True)], dim=1)
         self.maturity.append(YOUNG)
         return self.num_experts - 1
 

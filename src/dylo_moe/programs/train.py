@@ -3,6 +3,7 @@
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -70,7 +71,7 @@ def train(
         DyLoRAError: The user can mend it.
     """
     resume_from = _resume_folder(training_args)
-    _check_reachable(model_args, data_args)
+    _check_inputs(model_args, data_args, training_args)
     transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(model_args.model_name, revision=model_args.revision)
     data = _prepare(data_args, tokenizer, training_args.seed)
@@ -129,11 +130,17 @@ def _resume_folder(args: TrainingArgumentsGroup) -> str | None:
     return wanted
 
 
-def _check_reachable(model_args: ModelArguments, data_args: DataArguments) -> None:
+def _check_inputs(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArgumentsGroup) -> None:
     """What can be known to fail, fails before anything is read or computed."""
     for name in data_args.names:
         spec_of(name)
     check_base_model(model_args.model_name, revision=model_args.revision)
+    try:
+        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=training_args.output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output_dir {training_args.output_dir} cannot be written: {error.strerror}") from error
 
 
 def _prepare(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
@@ -205,7 +212,7 @@ def _trainer_arguments(args: TrainingArgumentsGroup) -> TrainingArguments:
         bf16=args.bf16,
         use_cpu=not accelerated,
         dataloader_pin_memory=accelerated,
-        gradient_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing=args.gradient_checkpointing,
         logging_steps=args.logging_steps,
         eval_strategy="epoch",
         save_strategy="epoch",
@@ -224,4 +231,3 @@ def _trainer_arguments(args: TrainingArgumentsGroup) -> TrainingArguments:
 
 def _without_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-

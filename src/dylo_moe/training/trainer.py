@@ -4,6 +4,7 @@ Covered: label smoothing, gradient accumulation and data parallelism leave the s
 evaluation counts tokens, per domain. Everything else is the Trainer's.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
 from dylo_moe.core.losses import expert_load
 from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
+from dylo_moe.errors import CheckpointError, first_line
 from dylo_moe.training.metrics import domain_metrics, example_sums
 
 
@@ -34,9 +37,7 @@ class DyLoRATrainer(Trainer):
         self.domains = domains
         # The Trainer's smoother would take the labels away from the model, and the router's losses with them.
         self.label_smoother = None
-        shape = (len(model.router.gates), len(model.experts.active))
-        self._load = torch.ones(shape, device=self.args.device)
-        self._next_load = torch.zeros(shape, device=self.args.device)
+        self._chosen: Tensor | None = None
 
     @override
     def get_batch_samples(
@@ -51,12 +52,20 @@ class DyLoRATrainer(Trainer):
         if batches:
             tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum().to(device)
             tokens = self.accelerator.reduce(tokens, "sum")
-            if self._next_load.any():
-                self._load = self.accelerator.reduce(self._next_load, "sum")
-                self._next_load = torch.zeros_like(self._next_load)
+            self._settle_load()
+            load = self.model.router.expert_load[:, self.model.experts.active_indices()]
             for batch in batches:
-                batch.update(num_tokens_in_batch=tokens, expert_load=self._load)
+                batch.update(num_tokens_in_batch=tokens, expert_load=load)
         return batches, num_items
+
+    def _settle_load(self) -> None:
+        """Makes what the last global batch chose, over all processes, the router's ``expert_load``."""
+        if self._chosen is not None:
+            chosen = self.accelerator.reduce(self._chosen, "sum")
+            self.model.router.expert_load[:, self.model.experts.active_indices()] = chosen.to(
+                self.model.router.expert_load
+            )
+            self._chosen = None
 
     @override
     def compute_loss(
@@ -71,7 +80,7 @@ class DyLoRATrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             chosen = expert_load(outputs["router_logits"], inputs["attention_mask"], self.model.router.top_k)
-            self._next_load += chosen
+            self._chosen = chosen if self._chosen is None else self._chosen + chosen
         return (loss, outputs) if return_outputs else loss
 
     @override
@@ -98,6 +107,20 @@ class DyLoRATrainer(Trainer):
             self.domains,
             self.model.experts.active,
         )
+
+    @override
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._settle_load()
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, CheckpointError) as error:
+            # torch reports a full disk as a RuntimeError; what was half written must not be resumed from
+            shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write {folder}: {first_line(error)}; free space or choose another --output_dir, then go on "
+                "with --resume_from_checkpoint; earlier checkpoints are intact"
+            ) from error
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

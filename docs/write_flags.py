@@ -1,0 +1,30 @@
+"""Writes ``docs/flags.md`` from the dataclasses that are the flags; ``make docs`` runs it, a test compares."""
+
+import dataclasses
+from pathlib import Path
+
+from dylo_moe.config import GENERATE_GROUPS, TRAIN_GROUPS
+
+PAGE = Path(__file__).with_name("flags.md")
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = ["# Flags\n", "Written by `make docs` from the code. Each flag may be written with `-` or `_`.\n"]
+    for program, groups in (("train", TRAIN_GROUPS), ("generate", GENERATE_GROUPS)):
+        parts.append(f"## `dylora-moe {program}`\n")
+        for group in groups:
+            parts.append(f"### {group._argument_group_name}\n\n| flag | default | |\n| --- | --- | --- |")
+            parts.extend(_row(field) for field in dataclasses.fields(group))
+            parts.append("")
+    return "\n".join(parts)
+
+
+def _row(field: "dataclasses.Field[object]") -> str:
+    names = [f"--{field.name}", *(alias for alias in field.metadata.get("aliases", ()) if "-" not in alias[2:])]
+    default = "" if field.default is None else f"`{field.default}`"
+    return f"| {', '.join(f'`{name}`' for name in names)} | {default} | {field.metadata['help']} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,259 @@
+"""The programs as people run them: a tiny base model in a folder, real local data, real processes."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from dylo_moe import DyLoRA_MoE
+from dylo_moe.cli import main
+from dylo_moe.errors import EXIT_USER_ERROR
+from tiny_folder import write_tiny_folder
+
+ROOT = Path(__file__).parents[2]
+DATA = ["--datasets", "python_stdlib,cpp_headers", "--training_subset", "1", "--eval_subset", "4"]
+SHORT = [
+    *DATA,
+    "--max_seq_length",
+    "96",
+    "--train_batch_size",
+    "8",
+    "--gradient_accumulation_steps",
+    "2",
+    "--lora_r",
+    "4",
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_folder(tmp_path_factory.mktemp("base"))
+
+
+def script(name: str, *arguments: str, stdin: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100", **environment},
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A finished training run, by ``python train.py``: its output folder and what it printed."""
+    output = tmp_path_factory.mktemp("run")
+    arguments = [
+        "--model_name",
+        str(base),
+        *SHORT,
+        "--num_epochs",
+        "2",
+        "--learning-rate",
+        "5e-3",
+        "--interleaved_sampling",
+    ]
+    done = script("train.py", *arguments, "--output_dir", str(output))
+    assert done.returncode == 0, done.stderr
+    yield output, done.stdout + done.stderr
+
+
+def test_training_lowers_the_held_out_loss_and_says_so(run: tuple[Path, str]) -> None:
+    output, printed = run
+    report = json.loads((output / "report.json").read_text())
+    for domain in ("python_stdlib", "cpp_headers"):
+        before, after = report["base"][f"loss/{domain}"], report["mixture"][f"loss/{domain}"]
+        assert after < before
+        assert f"{before:.3f}" in printed and f"{after:.3f}" in printed
+        shares = [report["mixture"][f"usage/{domain}/{expert}"] for expert in report["experts"]]
+        assert len(shares) == 4 and sum(shares) == pytest.approx(1)
+    assert "tokens/s" in printed and "loss=" in printed
+    assert f"{report['trainable_parameters']:,}" in printed
+    assert "dylora-moe generate --trained_model" in printed
+
+
+def test_the_parameters_are_counted(run: tuple[Path, str], base: Path) -> None:
+    report = json.loads((run[0] / "report.json").read_text())
+    model = DyLoRA_MoE.from_pretrained(run[0] / "best_model")
+    assert report["base_parameters"] == sum(p.numel() for p in model.model.get_base_model().parameters()) - sum(
+        p.numel() for name, p in model.named_parameters() if ".lora_" in name
+    )
+    assert report["trainable_parameters"] == sum(
+        p.numel() for name, p in model.named_parameters() if ".lora_" in name or name.startswith("router.gates")
+    )
+
+
+def test_the_saved_mixture_is_mature_and_has_the_reported_routing(run: tuple[Path, str]) -> None:
+    model = DyLoRA_MoE.from_pretrained(run[0] / "best_model").eval()
+    assert model.router.maturity == [1, 1, 1, 1]
+    assert model.router.is_sparse()
+    assert model.routing == json.loads((run[0] / "report.json").read_text())["routing"] == "prefix:1"
+
+
+def test_a_new_process_generates_what_the_model_generates(run: tuple[Path, str]) -> None:
+    checkpoint = str(run[0] / "best_model")
+    arguments = ["--trained_model", checkpoint, "--max_new_tokens", "12"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dylo_moe", "generate", *arguments],
+        input="def add(a, b):\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def add(a, b):\n") and len(done.stdout) > len("def add(a, b):\n") + 3
+
+
+def test_mixture_expert_base_and_beams_generate(run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    common = [
+        "generate",
+        "--trained_model",
+        str(run[0] / "best_model"),
+        "--prompt",
+        "def f(x):\n",
+        "--max-new-tokens",
+        "16",
+    ]
+    texts = []
+    for extra in ([], ["--expert", "expert_1"], ["--base_only"], ["--num_beams", "3"], ["--temperature", "0.8"]):
+        assert main([*common, *extra]) == 0
+        texts.append(capsys.readouterr().out)
+    assert all(text.startswith("def f(x):\n") for text in texts)
+    assert texts[0] != texts[2], "the mixture must not be the base model"
+    assert main([*common[:3], "--instruction", "Add.", "--max_new_tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("### Instruction:\nAdd.\n\n### Response:\n")
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(base: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--model_name", str(base), *SHORT, "--output_dir", str(tmp_path)]
+    assert main([*arguments, "--num_epochs", "1"]) == 0
+    steps = json.loads((tmp_path / "report.json").read_text())["steps"]
+    assert main([*arguments, "--num_epochs", "2", "--resume_from_checkpoint"]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 2 * steps
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--bf16"],
+        ["--gradient_checkpointing", "--routing", "per_layer", "--label_smoothing", "0.1"],
+        ["--routing", "final", "--cosine_restarts", "--lora_dropout", "0.1", "--use_rslora"],
+        ["--num_experts", "1", "--target_modules", "all-linear", "--z_loss_coefficient", "0.01"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_train(base: Path, tmp_path: Path, flags: list[str]) -> None:
+    arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "2", "--output_dir", str(tmp_path)]
+    assert main([*arguments, *flags]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["steps"] == 2
+    assert all(torch.isfinite(torch.tensor(value)) for value in report["mixture"].values())
+
+
+def test_a_dry_run_prints_a_configuration_and_touches_nothing(tmp_path: Path) -> None:
+    done = script("train.py", "--dry-run", "--bf16", "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 0
+    assert "bf16: true" in done.stdout and "model_name: google/codegemma-2b" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_there_for_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for program in ("train", "generate"):
+        assert program in overview
+        with pytest.raises(SystemExit) as ended:
+            main([program, "--help"])
+        assert ended.value.code == 0
+        assert "--" in capsys.readouterr().out
+
+
+def test_scripts_and_verbs_are_the_same_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry_run"]) == 0
+    assert script("train.py", "--dry_run").stdout == capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], ""),
+        (["trian"], "there is no program 'trian'; did you mean 'train'"),
+        (["train", "--datasets", "code_alpca"], "did you mean 'code_alpaca'"),
+        (["train", "--num_expert", "2"], "did you mean '--num_experts'"),
+        (["train", "--model_name", "./nowhere"], "there is no folder './nowhere'"),
+        (["train", "--model_name", "nobody/nothing", *DATA], "the Hub cannot be reached"),
+        (["train", "--lora_r", "-1"], "--lora_r must be at least 1, got -1"),
+        (["train", "--top_k", "5"], "--top_k must be from 1 to the number of experts (4), got 5"),
+        (["train", "--model_name", "BASE", "--datasets", "mbpp"], "dataset 'mbpp'"),
+        (["train", "--model_name", "BASE", *SHORT, "--routing", "prefix:9"], "prefix:K needs K from 0 to 3"),
+        (["train", "--model_name", "BASE", *SHORT, "--target_modules", "qproj"], "did you mean 'q_proj'"),
+        (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint", "gone"], "no checkpoint of this program"),
+        (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint"], "holds no checkpoint yet"),
+        (["generate", "--trained_model", "gone", "--prompt", "x"], "no checkpoint of this program"),
+        (
+            ["generate", "--trained_model", "RUN", "--prompt", "x", "--expert", "expert_7"],
+            "there is no expert 'expert_7'",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_a_code(
+    arguments: list[str],
+    message: str,
+    base: Path,
+    run: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"BASE": str(base), "RUN": str(run[0] / "best_model")}
+    assert main([places.get(word, word) for word in arguments]) == EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    if arguments:
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert message in line
+    assert "Traceback" not in said
+
+
+def test_a_folder_that_cannot_be_written_ends_before_training(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = script("train.py", "--model_name", str(base), *SHORT, "--output_dir", str(tmp_path / "file" / "out"))
+    assert done.returncode == EXIT_USER_ERROR
+    assert "--output_dir" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+class _GatedHub(BaseHTTPRequestHandler):
+    """What the Hub answers for a gated model to somebody without a token."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_gated_model_without_a_token_asks_for_one(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _GatedHub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        place = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = script("train.py", *DATA, "--output_dir", str(tmp_path / "out"), **place)
+        hub.shutdown()
+    assert done.returncode == EXIT_USER_ERROR
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "google/codegemma-2b" in line and "HF_TOKEN" in line and "demo" in line
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,49 @@
+"""The layers import one way: a rule, so a test."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "dylo_moe"
+LAYERS = [
+    "errors",
+    "config",
+    "core",
+    {"data", "training", "evaluation", "skills", "cloud"},
+    "reports",
+    "programs",
+    "cli",
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in ([layer] if isinstance(layer, str) else layer)}
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The top-level parts of the package that a file imports, wherever in the file it does."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names.append(node.module or "")
+    return {name.split(".")[1] for name in names if name.startswith("dylo_moe.")}
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for imported in imported_parts(path) - {part}:
+        assert RANK[imported] < RANK[part], f"{part} must not import {imported}"
+
+
+def test_core_knows_no_trainer_and_no_dataset() -> None:
+    for path in (PACKAGE / "core").glob("*.py"):
+        text = path.read_text()
+        assert "import datasets" not in text and "from datasets" not in text, path
+        assert "Trainer" not in {
+            alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) for alias in node.names
+        }, path
