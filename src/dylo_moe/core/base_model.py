@@ -96,20 +96,32 @@ def model_source(name: str) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest that tells one base model from another, whatever its dtype or quantisation.
+    """What tells one base model from another, whatever floating type or quantisation it was loaded in.
 
-    Covers a sample of each embedding and of each vector parameter (norms, biases): the parts that quantisation
-    leaves alone, rounded to bfloat16 so that loading in another floating type changes nothing.
+    Covers the parts that quantisation leaves alone, the embeddings and the vector parameters (norms, biases): a
+    digest of their names and shapes, then a sample of their values as bfloat16, both in hexadecimal.
     """
-    digest = hashlib.sha256()
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    shapes, samples = hashlib.sha256(), []
     for name, parameter in model.named_parameters():
-        if (parameter.dim() == 1 or id(parameter) in embeddings) and "lora_" not in name:
+        if "lora_" not in name and (parameter.dim() == 1 or id(parameter) in embeddings):
+            shapes.update(f"{tuple(parameter.shape)}".encode())
             values = parameter.detach().flatten()
-            sample = values[:: max(1, values.numel() // 1024)].to("cpu", torch.bfloat16)
-            digest.update(str(tuple(parameter.shape)).encode())
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+            places = torch.linspace(0, values.numel() - 1, min(values.numel(), 32), dtype=torch.float64).long()
+            samples.append(values[places.to(values.device)].to("cpu", torch.bfloat16))
+    return f"{shapes.hexdigest()[:16]}:{torch.cat(samples).view(torch.uint8).numpy().tobytes().hex()}"
+
+
+def same_base_model(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same model: equal shapes, and samples equal but for their rounding."""
+    (shapes, _, sample), (other_shapes, _, other_sample) = one.partition(":"), other.partition(":")
+    if shapes != other_shapes or len(sample) != len(other_sample):
+        return False
+    values, other_values = (
+        torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).double() for text in (sample, other_sample)
+    )
+    # bfloat16 rounds by at most 2^-9 of a value on each side; below 1e-6 float16 has rounded more coarsely before
+    return torch.allclose(values, other_values, rtol=2**-7, atol=1e-6)
 
 
 def embedded_model() -> Path:
@@ -163,7 +175,10 @@ def _is_whole(folder: Path) -> bool:
     sums_file = folder / _CHECKSUM_FILE
     if not sums_file.is_file():
         return False
-    sums: dict[str, str] = json.loads(sums_file.read_text())
+    try:
+        sums: dict[str, str] = json.loads(sums_file.read_text())
+    except ValueError:  # cut short: as good as absent, the folder is made anew
+        return False
     return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in sums.items())
 
 

@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dylo_moe.errors import CheckpointError
+from dylo_moe.core.adapter_folder import ADAPTER_FILES, difference, tensor_shapes
+from dylo_moe.errors import CheckpointError, first_line
 
 DESCRIPTION_FILE = "dylo_moe.json"
 ROUTER_FILE = "router.safetensors"
 EXPERTS_FOLDER = "experts"
 CARD_FILE = "README.md"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class _Entry(BaseModel):
@@ -42,7 +42,7 @@ class BaseModelEntry(_Entry):
 
     name: str
     revision: str | None
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
     fingerprint: str
 
 
@@ -99,7 +99,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         _sync_tree(target)
         if path.exists():
             path.rename(previous)
-        target.rename(path)
+        try:
+            target.rename(path)
+        except OSError:
+            if previous.exists():
+                previous.rename(path)
+            raise
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         kept = "; the previous one is intact" if path.exists() else ""
@@ -165,16 +170,26 @@ def read_description(path: Path) -> Description:
     return description
 
 
-def read_router(path: Path) -> dict[str, Tensor]:
+def read_router(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Reads the router's state dict.
 
+    Args:
+        path: The checkpoint.
+        like: A state dict of the same shapes.
+
     Raises:
-        CheckpointError: The file is damaged.
+        CheckpointError: The file is damaged, or holds a router of another shape.
     """
     try:
-        return load_file(path / ROUTER_FILE)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path / ROUTER_FILE} is damaged: {error}; use another checkpoint") from error
+        state = load_file(path / ROUTER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path / ROUTER_FILE} is damaged: {first_line(error)}; use another checkpoint"
+        ) from error
+    wrong = difference(tensor_shapes(state), tensor_shapes(like))
+    if wrong is not None:
+        raise CheckpointError(f"the router in {path} does not fit its experts: {wrong}")
+    return state
 
 
 def _model_card(description: Description) -> str:

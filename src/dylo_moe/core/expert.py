@@ -8,23 +8,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dylo_moe.core.checkpoint import ADAPTER_FILES, atomic_directory, write_adapter
+from dylo_moe.core.adapter_folder import PLAIN_INITIALISATIONS, check_adapter, difference, read_weights, tensor_shapes
+from dylo_moe.core.checkpoint import atomic_directory, write_adapter
 from dylo_moe.core.routed_lora import RoutingState, enable_routing
 from dylo_moe.core.routing import decoder_layers
-from dylo_moe.errors import ExpertError, ModelError, RoutingError, did_you_mean, first_line
+from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 
 AUTO_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")
 """Attention projections as the model families call them; an expert adapts those that the base model has."""
 
 ALL_LINEAR = "all-linear"
+_NAMES_IN_KEYS = {"weight", "bias", "base_layer", "lora_A", "lora_B", "base_model", "model"}
 
 
 class ExpertManager:
@@ -93,6 +93,9 @@ class ExpertManager:
             raise ExpertError(f"the rank of an expert must be at least 1, got {rank}")
         if not 0 <= dropout < 1:
             raise ExpertError(f"the dropout of an expert must be from 0 up to but not including 1, got {dropout}")
+        if init_lora_weights not in PLAIN_INITIALISATIONS:
+            allowed = ", ".join(map(repr, PLAIN_INITIALISATIONS))
+            raise ExpertError(f"init_lora_weights must leave the base as it is ({allowed}), got {init_lora_weights!r}")
         targets, transposed = self._targets(target_modules)
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -105,11 +108,12 @@ class ExpertManager:
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,  # type: ignore[arg-type]
         )
+        training = self.base_model.training
         if self._peft_model is None:
             self._peft_model = get_peft_model(self.base_model, config, adapter_name=name)
         else:
             self._peft_model.add_adapter(name, config)
-        self._welcome(name)
+        self._welcome(name, training)
         return name
 
     def import_adapter(self, path: str | Path, name: str | None = None) -> str:
@@ -126,35 +130,33 @@ class ExpertManager:
             ExpertError: The folder is no LoRA adapter, does not fit the base model, or cannot be routed.
         """
         path = Path(path)
-        for file in ADAPTER_FILES:
-            if not (path / file).is_file():
-                raise ExpertError(f"{path} is no PEFT adapter that can be imported: it has no {file}")
         name = self._new_name(name or path.name)
-        try:
-            if self._peft_model is None:
-                self._peft_model = PeftModel.from_pretrained(self.base_model, str(path), adapter_name=name)
-            else:
-                self._peft_model.load_adapter(str(path), name)
-            self._check_placement(name)
-            self._welcome(name)
-        except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
-            self._forget(name)
-            reason = first_line(error)
-            raise ExpertError(f"the adapter {path} cannot become an expert of this model: {reason}") from error
+        check_adapter(path, self._linear_modules(), self._module_names())
+        training = self.base_model.training
+        if self._peft_model is None:
+            self._peft_model = PeftModel.from_pretrained(self.base_model, str(path), adapter_name=name)
+        else:
+            self._peft_model.load_adapter(str(path), name)
+        self._welcome(name, training)
         return name
 
-    def load_weights(self, name: str, path: str | Path) -> None:
-        """Puts the weights of an adapter folder into an expert of the same shape.
+    def fitting_weights(self, name: str, path: str | Path) -> dict[str, Tensor]:
+        """Reads the weights of an adapter folder for an expert of the same shape; changes nothing.
 
         Raises:
             ExpertError: There is no such expert, or the folder's weights do not fit it.
         """
-        self._check_known([name])
-        try:
-            weights = load_file(Path(path) / "adapter_model.safetensors")
-            set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ExpertError(f"the weights in {path} do not fit expert {name!r}: {first_line(error)}") from error
+        self.check_known([name])
+        weights = read_weights(Path(path))
+        ours = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
+        wrong = difference(tensor_shapes(weights), tensor_shapes(ours))
+        if wrong is not None:
+            raise ExpertError(f"the weights in {path} do not fit expert {name!r}: {wrong}")
+        return weights
+
+    def load_weights(self, name: str, path: str | Path) -> None:
+        """Puts the weights of an adapter folder into an expert of the same shape; raises as ``fitting_weights``."""
+        set_peft_model_state_dict(self.peft_model, self.fitting_weights(name, path), adapter_name=name)
 
     def export(self, name: str, path: str | Path) -> None:
         """Writes an expert as an ordinary PEFT adapter folder.
@@ -163,14 +165,14 @@ class ExpertManager:
             ExpertError: There is no such expert.
             CheckpointError: The folder cannot be written.
         """
-        self._check_known([name])
+        self.check_known([name])
         with atomic_directory(Path(path)) as folder:
             write_adapter(folder, self.peft_model, name)
 
     def set_active(self, names: str | Iterable[str]) -> None:
         """Routes among these experts alone; with one, the model is the base with that adapter."""
         chosen = [names] if isinstance(names, str) else list(names)
-        self._check_known(chosen)
+        self.check_known(chosen)
         if not chosen:
             raise ExpertError("at least one expert must be active")
         self.active = [name for name in self.names if name in chosen]
@@ -184,13 +186,13 @@ class ExpertManager:
 
     def freeze(self, *names: str) -> None:
         """Stops training these experts."""
-        self._check_known(names)
+        self.check_known(names)
         self.frozen.update(names)
         self.set_active(self.active)
 
     def unfreeze(self, *names: str) -> None:
         """Trains these experts again, while they are active."""
-        self._check_known(names)
+        self.check_known(names)
         self.frozen.difference_update(names)
         self.set_active(self.active)
 
@@ -200,7 +202,7 @@ class ExpertManager:
 
     def num_parameters(self, name: str) -> int:
         """How many parameters an expert has, counted."""
-        self._check_known([name])
+        self.check_known([name])
         marker = f".{name}."
         return sum(
             parameter.numel()
@@ -208,20 +210,12 @@ class ExpertManager:
             if "lora_" in key and marker in key
         )
 
-    def _welcome(self, name: str) -> None:
+    def _welcome(self, name: str, training: bool) -> None:
         self._state = enable_routing(self.peft_model)
+        # PEFT makes new layers in training mode, and loads adapters in evaluation mode
+        self.peft_model.train(training)
         self.names.append(name)
         self.activate_all()
-
-    def _forget(self, name: str) -> None:
-        """Undoes a failed import, so that the experts that were there work on."""
-        if self._peft_model is not None and name in self._peft_model.peft_config:
-            self._peft_model.delete_adapter(name)
-        if not self.names:
-            self.base_model = self._peft_model.unload() if self._peft_model is not None else self.base_model
-            self._peft_model = None
-        else:
-            self.activate_all()
 
     def _new_name(self, name: str | None) -> str:
         if name is None:
@@ -231,25 +225,35 @@ class ExpertManager:
             raise ExpertError(f"an expert's name has letters, digits, _ and - only, got {name!r}")
         if name in self.names:
             raise ExpertError(f"there is an expert {name!r} already; choose another name")
+        # PEFT tells an adapter's tensors by its name in their keys, and keeps it as an attribute
+        parts = {part for module in self._module_names() for part in module.split(".")}
+        if name in parts or name in _NAMES_IN_KEYS or name.isdigit() or hasattr(nn.ModuleDict, name):
+            raise ExpertError(f"an expert cannot be called {name!r}: a module has that name; choose another one")
         return name
 
-    def _check_known(self, names: Iterable[str]) -> None:
+    def check_known(self, names: Iterable[str]) -> None:
+        """Raises ``ExpertError`` for a name that is no expert's."""
         for name in names:
             if name not in self.names:
                 known = ", ".join(self.names)
                 raise ExpertError(f"there is no expert {name!r} (there are: {known}){did_you_mean(name, self.names)}")
 
+    def _module_names(self) -> list[str]:
+        """Full names of the base model's modules, as they are without adapters."""
+        inside = (".base_layer", ".lora_")
+        return [name for name, _ in self.base_model.named_modules() if not any(part in name for part in inside)]
+
     def _linear_modules(self) -> dict[str, nn.Module]:
         """Linear modules in the decoder layers that may carry experts, by their full names."""
         layers = decoder_layers(self.base_model)[self.first_layer :]
-        return {
-            f"{index}.{name}": module.get_base_layer() if isinstance(module, LoraLayer) else module
-            for index, layer in enumerate(layers)
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear | Conv1D | LoraLayer)
-            and ".lora_" not in name
-            and not name.endswith("base_layer")
-        }
+        allowed = {id(module) for layer in layers for module in layer.modules()}
+        found: dict[str, nn.Module] = {}
+        for name in self._module_names():
+            module = self.base_model.get_submodule(name)
+            bare = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            if id(module) in allowed and isinstance(bare, nn.Linear | Conv1D):
+                found[name] = bare
+        return found
 
     def _targets(self, wanted: str | Sequence[str] | None) -> tuple[list[str], bool]:
         """The target names, and whether their weights are stored as ``(in, out)`` (GPT-2's Conv1D)."""
@@ -278,17 +282,6 @@ class ExpertManager:
     def _layers_to_transform(self) -> list[int] | None:
         count = len(decoder_layers(self.base_model))
         return list(range(self.first_layer, count)) if self.first_layer else None
-
-    def _check_placement(self, name: str) -> None:
-        allowed = {
-            id(module) for layer in decoder_layers(self.base_model)[self.first_layer :] for module in layer.modules()
-        }
-        for key, module in self.peft_model.named_modules():
-            if isinstance(module, LoraLayer) and name in module.lora_A and id(module) not in allowed:
-                raise RoutingError(
-                    f"it adapts {key}, outside the decoder layers from {self.first_layer} on, where this model routes; "
-                    "use routing per_layer or final"
-                )
 
 
 def count_parameters(module: nn.Module, *, trainable: bool = False) -> int:

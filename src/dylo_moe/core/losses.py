@@ -51,6 +51,21 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: floa
     )
 
 
+def without_padding(labels: Tensor, mask: Tensor) -> Tensor:
+    """Labels without those that padding would predict: the first real token after padding on the left.
+
+    Args:
+        labels: ``(batch, seq)``, not shifted.
+        mask: ``(batch, seq)``, nonzero for real tokens.
+
+    Returns:
+        A copy of the labels, ``IGNORE_INDEX`` at padding and right after it.
+    """
+    real = mask.to(labels.device).bool()
+    after_real = torch.cat([real[:, :1], real[:, :-1]], dim=1)
+    return labels.masked_fill(~(real & after_real), IGNORE_INDEX)
+
+
 def expert_load(router_logits: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
     """Real tokens that would choose each expert, times ``1 / top_k``: ``(num_gates, num_experts)``.
 

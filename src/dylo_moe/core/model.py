@@ -17,13 +17,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from dylo_moe.core import checkpoint
-from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model
+from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model, same_base_model
 from dylo_moe.core.checkpoint import LossEntry
 from dylo_moe.core.expert import ExpertManager, count_parameters
-from dylo_moe.core.losses import causal_lm_loss, load_balance_loss, router_z_loss
+from dylo_moe.core.losses import causal_lm_loss, load_balance_loss, router_z_loss, without_padding
 from dylo_moe.core.router import MATURE, DynamicHybridRouter
 from dylo_moe.core.routing import attach_router, decoder_layers, prefix_layer, resolve_routing
-from dylo_moe.errors import CheckpointError, RoutingError, first_line
+from dylo_moe.errors import CheckpointError, RoutingError
 
 DEFAULT_ROUTING = "prefix"
 
@@ -196,6 +196,8 @@ class DyLoRA_MoE(nn.Module):
             result.router_logits = torch.stack([output.logits for output in recorded])
             result.routing_weights = torch.stack([output.weights for output in recorded])
         if labels is not None:
+            if attention_mask is not None:
+                labels = without_padding(labels, attention_mask)
             result.lm_loss = causal_lm_loss(
                 outputs.logits, labels, label_smoothing=label_smoothing, num_items=num_items_in_batch
             )
@@ -249,6 +251,7 @@ class DyLoRA_MoE(nn.Module):
         """Marks experts mature (1) or young (0); all of them by default. Routing is sparse once all are mature."""
         if maturity not in (0, 1):
             raise RoutingError(f"maturity must be 0 (young) or 1 (mature), got {maturity}")
+        self.experts.check_known(names or [])
         for name in self.experts.names if names is None else names:
             self.router.maturity[self.experts.names.index(name)] = maturity
 
@@ -301,7 +304,7 @@ class DyLoRA_MoE(nn.Module):
     def from_pretrained(
         cls, path: str | Path, model: str | PreTrainedModel | None = None, *, dtype: torch.dtype | None = None
     ) -> Self:
-        """Loads a checkpoint folder.
+        """Loads a checkpoint folder, ready to evaluate.
 
         Args:
             path: The folder.
@@ -314,29 +317,18 @@ class DyLoRA_MoE(nn.Module):
         """
         path = Path(path)
         description = checkpoint.read_description(path)
-        entry = description.base_model
-        name = entry.name if model is None else model
-        if isinstance(name, str):
-            name_of_base, base = (
-                name,
-                load_base_model(name, revision=entry.revision, dtype=dtype or DTYPES[entry.dtype]),
-            )
-        else:
-            name_of_base, base = entry.name, name
-        if fingerprint(base) != entry.fingerprint:
-            raise CheckpointError(
-                f"the checkpoint {path} belongs to the base model {entry.name!r}, and {name_of_base!r} is another one"
-            )
-        mode = resolve_routing(description.routing.mode, len(decoder_layers(base)))
+        base, name, revision = _base_of(path, description.base_model, model, dtype)
         routing = description.routing
+        mode = resolve_routing(routing.mode, len(decoder_layers(base)))
         router = _make_router(base, mode, len(description.experts), routing.top_k, routing.temperature)
         experts = ExpertManager(base, prefix_layer(mode))
         for expert in description.experts:
             experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / expert.name, expert.name)
         self = cls.__new__(cls)
-        self._assemble(name_of_base, entry.revision, mode, experts, router, description.losses)
-        self._load_router(path, description)
-        return self
+        self._assemble(name, revision, mode, experts, router, description.losses)
+        self.router.load_state_dict(checkpoint.read_router(path, router.state_dict()))
+        self.router.maturity = [expert.maturity for expert in description.experts]
+        return self.eval()
 
     def load_weights(self, path: str | Path) -> None:
         """Loads the weights of a checkpoint into this model, which must have the same experts and routing.
@@ -353,15 +345,18 @@ class DyLoRA_MoE(nn.Module):
                 f"the checkpoint {path} has experts {', '.join(theirs[0])} under routing {theirs[1]}, and this run "
                 f"has {', '.join(ours[0])} under {ours[1]}; give the flags of the run that wrote it"
             )
-        for name in self.experts.names:
-            self.experts.load_weights(name, path / checkpoint.EXPERTS_FOLDER / name)
-        self._load_router(path, description)
-
-    def _load_router(self, path: Path, description: checkpoint.Description) -> None:
-        try:
-            self.router.load_state_dict(checkpoint.read_router(path))
-        except RuntimeError as error:
-            raise CheckpointError(f"the router in {path} does not fit its experts: {first_line(error)}") from error
+        if not same_base_model(fingerprint(self.experts.base_model), description.base_model.fingerprint):
+            raise CheckpointError(
+                f"the checkpoint {path} belongs to another base model, {description.base_model.name!r}"
+            )
+        router = checkpoint.read_router(path, self.router.state_dict())
+        folders = {name: path / checkpoint.EXPERTS_FOLDER / name for name in self.experts.names}
+        for name, folder in folders.items():
+            self.experts.fitting_weights(name, folder)
+        # all of it fits: a checkpoint that does not has changed nothing
+        for name, folder in folders.items():
+            self.experts.load_weights(name, folder)
+        self.router.load_state_dict(router)
         self.router.maturity = [expert.maturity for expert in description.experts]
 
     def _describe(self) -> checkpoint.Description:
@@ -387,3 +382,22 @@ def _make_router(
     gates = len(decoder_layers(base)) if routing == "per_layer" else 1
     hidden_size = base.config.get_text_config().hidden_size
     return DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, gates).to(base.device)
+
+
+def _base_of(
+    path: Path, entry: checkpoint.BaseModelEntry, given: str | PreTrainedModel | None, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, str, str | None]:
+    """The base model of a checkpoint, its name and its revision; what the caller gives comes first."""
+    if isinstance(given, PreTrainedModel):
+        base, name, revision = given, entry.name, entry.revision
+    else:
+        name, revision = (entry.name, entry.revision) if given is None else (given, None)
+        if not name:
+            raise CheckpointError(f"the checkpoint {path} was made on a base model in memory; pass that as model=")
+        base = load_base_model(name, revision=revision, dtype=dtype or DTYPES[entry.dtype])
+    if not same_base_model(fingerprint(base), entry.fingerprint):
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to the base model {entry.name!r}, and "
+            f"{type(base).__name__} {given if isinstance(given, str) else name!r} is another one"
+        )
+    return base, name, revision

@@ -48,17 +48,21 @@ def routed_delta(
     """
     down = torch.cat(list(lora_a))
     up = torch.cat(list(lora_b), dim=1)
-    ranks = [a.shape[0] for a in lora_a]
+    ranks = tuple(a.shape[0] for a in lora_a)
     rank_space = F.linear(x if dropout is None else dropout(x), down)
-    per_rank = routing_weights.to(rank_space.dtype) @ _spread(ranks, scalings, rank_space)
+    spread = _spread(ranks, tuple(scalings), rank_space.dtype, rank_space.device)
+    per_rank = routing_weights.to(rank_space.dtype) @ spread
     return F.linear(rank_space * per_rank, up)
 
 
-def _spread(ranks: Sequence[int], scalings: Sequence[float], like: Tensor) -> Tensor:
+@cache
+def _spread(ranks: tuple[int, ...], scalings: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(num_experts, sum of ranks)``: row e holds ``s_e`` on the columns of expert e. Spreads weights over ranks."""
-    rows = [torch.full((rank,), scaling) for rank, scaling in zip(ranks, scalings, strict=True)]
-    spread: Tensor = torch.block_diag(*rows)
-    return spread.to(like)
+    # a tensor that was made in inference mode could not take part in training later
+    with torch.inference_mode(False):
+        rows = [torch.full((rank,), scaling, dtype=dtype) for rank, scaling in zip(ranks, scalings, strict=True)]
+        spread: Tensor = torch.block_diag(*rows)
+        return spread.to(device)
 
 
 class RoutingState:
@@ -105,15 +109,14 @@ class RoutedLayer:
     def routed_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the routed mixture of the active adapters that this layer has."""
         state = self.routing
+        if self.merged and (state.base_only or state.weights is not None):
+            raise RoutingError(
+                f"the adapters {self.merged_adapters} are merged into the base; call unmerge_adapter() first to route"
+            )
         if state.base_only:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         if state.weights is None or self.disable_adapters:
             return self.plain_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if self.merged:
-            raise RoutingError(
-                f"routing_weights were given, but the adapters {self.merged_adapters} are merged into the base; "
-                "call unmerge_adapter() first"
-            )
         result: Tensor = self.base_layer(x, *args, **kwargs)
         weights = state.weights
         _check_weights(weights, x, self.active_adapters)
@@ -125,6 +128,10 @@ class RoutedLayer:
         names = [self.active_adapters[index] for index in present]
         mixture: Tensor = self._mixture(x, names, weights)
         return (result + mixture).to(result.dtype)
+
+    def enable_adapters(self: Any, enabled: bool) -> None:
+        """As PEFT's, but which experts train is left alone: the end of ``disable_adapter`` must not unfreeze any."""
+        self._disable_adapters = not enabled
 
     def _mixture(self: Any, x: Tensor, names: Sequence[str], weights: Tensor) -> Tensor:
         """``(..., out_features)``: one fused product for each distinct dropout rate, as a rule one in all."""
@@ -184,7 +191,11 @@ def enable_routing(model: PeftModel) -> RoutingState:
 @cache
 def _routed_class(lora_class: type[LoraLayer]) -> type[LoraLayer]:
     # The layer's own class comes first: an object may only move to a class of the same layout.
-    namespace = {"forward": RoutedLayer.routed_forward, "plain_forward": lora_class.forward}  # type: ignore[attr-defined]
+    namespace = {
+        "forward": RoutedLayer.routed_forward,
+        "plain_forward": lora_class.forward,  # type: ignore[attr-defined]
+        "enable_adapters": RoutedLayer.enable_adapters,
+    }
     return type(f"Routed{lora_class.__name__}", (lora_class, RoutedLayer), namespace)
 
 

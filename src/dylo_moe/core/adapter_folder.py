@@ -1,0 +1,133 @@
+"""A PEFT adapter folder, read and checked before any model is touched.
+
+What passes here loads: the configuration is plain LoRA, and the tensors are exactly those that PEFT will make for
+the base model. A refusal therefore leaves nothing to undo.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dylo_moe.errors import ExpertError, first_line
+
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_KEY_PREFIX = "base_model.model."
+_NOT_ROUTED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias")
+"""Options of ``LoraConfig`` that change more than ``B A x`` adds up to."""
+
+PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+"""Those that leave the base weights as they are; PiSSA and its kin subtract from them."""
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder.
+
+    Raises:
+        ExpertError: The file is missing or damaged.
+    """
+    try:
+        return load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ExpertError(f"{folder / WEIGHTS_FILE} cannot be read: {first_line(error)}") from error
+
+
+def check_adapter(folder: Path, linear: Mapping[str, nn.Module], module_names: list[str]) -> None:
+    """Raises ``ExpertError`` unless the folder holds a LoRA adapter that can be routed on a base model.
+
+    Args:
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+        linear: The linear modules that may carry experts, by their full names.
+        module_names: Full names of all modules of the base model.
+    """
+    config = _read_config(folder)
+    wrong = _unroutable(config) or _misplaced(config, linear, module_names)
+    if wrong is None:
+        shapes = {key.removeprefix(_KEY_PREFIX): shape for key, shape in tensor_shapes(read_weights(folder)).items()}
+        wrong = difference(shapes, _expected_shapes(config, linear))
+    if wrong is not None:
+        raise ExpertError(f"the adapter {folder} cannot become an expert of this model: {wrong}")
+
+
+def difference(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
+    """In words, the first difference between two sets of tensor shapes; None where there is none."""
+    for key in sorted(got.keys() | wanted.keys()):
+        if key not in got:
+            return f"it has no {key}"
+        if key not in wanted:
+            return f"it has {key}, which does not belong there"
+        if got[key] != wanted[key]:
+            return f"its {key} is {got[key]}, and {wanted[key]} is needed"
+    return None
+
+
+def tensor_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of named tensors."""
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    for file in ADAPTER_FILES:
+        if not (folder / file).is_file():
+            raise ExpertError(f"{folder} is no PEFT adapter that can be imported: it has no {file}")
+    try:
+        json.loads((folder / CONFIG_FILE).read_text())  # PEFT would look for what it cannot read on the Hub
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExpertError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
+    if not isinstance(config, LoraConfig):
+        raise ExpertError(f"the adapter {folder} is of type {config.peft_type}; only LoRA adapters can be routed")
+    return config
+
+
+def _unroutable(config: LoraConfig) -> str | None:
+    """What in a configuration is more than plain LoRA, in words."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}
+    for name in (*sorted(variants), *_NOT_ROUTED):
+        if getattr(config, name):
+            return f"it uses {name}, and only plain LoRA and rsLoRA can be routed"
+    if config.init_lora_weights in fields["init_lora_weights"].metadata["lora_variants"]:
+        return f"it uses {config.init_lora_weights}, and only plain LoRA and rsLoRA can be routed"
+    if config.bias != "none":
+        return f"it trained biases of the base (bias={config.bias!r}), which all experts share"
+    return None
+
+
+def _misplaced(config: LoraConfig, linear: Mapping[str, nn.Module], module_names: list[str]) -> str | None:
+    for name in module_names:
+        if name not in linear and check_target_module_exists(config, name):
+            return (
+                f"it adapts {name}, which is no linear module of the decoder layers that route here; "
+                "routing prefix:K has none below layer K"
+            )
+    return None
+
+
+def _expected_shapes(config: LoraConfig, linear: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in linear.items():
+        if check_target_module_exists(config, name):
+            ranks = config.rank_pattern or {}
+            rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+            columns, rows = in_and_out_features(module)
+            shapes[f"{name}.lora_A.weight"] = (rank, columns)
+            shapes[f"{name}.lora_B.weight"] = (rows, rank)
+    return shapes
+
+
+def in_and_out_features(module: nn.Module) -> tuple[int, int]:
+    """The input and output widths of a linear module."""
+    if isinstance(module, Conv1D):
+        columns, rows = module.weight.shape
+        return columns, rows
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
