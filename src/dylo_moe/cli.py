@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from dylo_moe.errors import EXIT_USER_ERROR, DyLoRAError, did_you_mean
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(program: str, arguments: Sequence[str] | None = None, called_as: str | None = None) -> int:
     """Runs one program; a user's error becomes one line on standard error and a non-zero exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # peft asks transformers for a property that the installed transformers has renamed: nothing that a user can mend
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         # imported here: --help and a mistyped program should not wait for torch
         module = importlib.import_module(f"dylo_moe.programs.{program}")

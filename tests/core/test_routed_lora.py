@@ -4,16 +4,16 @@ import copy
 
 import pytest
 import torch
-from families import PAD, VOCABULARY, gradients, relative_error, stir, tiny, token_ids
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from dylo_moe import enable_routing
 from dylo_moe.core.routed_lora import RoutingState, routed_delta
 from dylo_moe.errors import RoutingError
+from families import PAD, VOCABULARY, gradients, relative_error, stir, tiny, token_ids
 
 RANKS = (1, 8, 3, 5)
-SCALINGS = (2.0, 0.25, 1.0, -1.5)
+SCALINGS = (2.0, 0.3, 1.1, -1.7)  # not all of them exact in float32
 IN, OUT = 19, 23
 BF16_ERROR = 0.02
 """Relative error allowed in bfloat16: two matmuls on inputs of 8 significant bits, each of error 2**-8 or less."""
@@ -150,7 +150,7 @@ def test_an_exception_in_the_base_model_leaves_no_weights_behind() -> None:
     before = model(IDS).logits
     with pytest.raises(IndexError):
         model(torch.full_like(IDS, VOCABULARY), routing_weights=weights_for(IDS))
-    assert (state.weights, state.given, state.base_only, state.recorded_logits) == (None, False, False, None)
+    assert (state.weights, state.given, state.base_only) == (None, False, False)
     assert torch.equal(model(IDS).logits, before)
 
 
@@ -158,7 +158,10 @@ def test_an_exception_in_the_base_model_leaves_no_weights_behind() -> None:
     ("options", "message"),
     [
         ({"use_dora": True}, "'first' uses DoraLinearVariant at .*; only plain LoRA and rsLoRA can be routed"),
-        ({"family": "gpt2", "target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True}, "lora_bias is set at .*; train the adapter with lora_bias=False"),
+        (
+            {"family": "gpt2", "target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True},
+            "lora_bias is set at .*; train the adapter with lora_bias=False",
+        ),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding; only linear layers can be routed"),
     ],
     ids=["dora", "lora_bias", "embedding"],
@@ -230,7 +233,7 @@ def test_gradient_checkpointing_on_plain_peft_keeps_every_gradient(reentrant: bo
         enable_routing(model)
         model.enable_input_require_grads()
         if checkpointing:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
         weights = weights_for(IDS).requires_grad_()
         loss = model(IDS, routing_weights=weights, labels=IDS.masked_fill(IDS == PAD, -100), use_cache=False).loss
         loss.backward()

@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, relative_error, stir, tiny, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from dylo_moe import enable_routing
+from families import FAMILIES, LAYERS, relative_error, stir, tiny, token_ids
 
 NAMES = ("first", "second")
-RANKS, ALPHAS = (4, 6), (8, 3)
+RANKS, ALPHAS = (5, 6), (7, 3)  # a scaling of 7/5 is not exact in float32, one of 3/6 is
 TOLERANCE = 1e-10
 IDS = token_ids(2, 9)
 
@@ -105,7 +105,7 @@ def check_gradients_reach_the_weights(family: str) -> None:
     loss.backward()
     assert (weights.grad != 0).all()
     # the norms of some families compute in float32 whatever comes in, so the step cannot be small
-    direction, step = torch.randn(weights.shape, dtype=torch.float64), 1e-3
+    direction, step = weights.grad.sign(), 3e-3
     ends = [routed(IDS, routing_weights=weights + sign * step * direction).logits.square().mean() for sign in (1, -1)]
     slope = (ends[0] - ends[1]) / (2 * step)
     assert abs((weights.grad * direction).sum() / slope - 1) < 1e-3

@@ -28,6 +28,19 @@ class TokenProgressCallback(ProgressCallback):
         self._show({"tokens/s": f"{rate:.0f}"})
 
     @override
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("Evaluating", refresh=False)
+
+    @override
     def on_log(
         self,
         args: TrainingArguments,

@@ -115,11 +115,12 @@ class DyLoRATrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, CheckpointError) as error:
-            # torch reports a full disk as a RuntimeError; what was half written must not be resumed from
+            # torch reports a full disk as a RuntimeError; what is half written must not be resumed from
+            free = shutil.disk_usage(folder.parent).free / 2**20
             shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(
-                f"cannot write {folder}: {first_line(error)}; free space or choose another --output_dir, then go on "
-                "with --resume_from_checkpoint; earlier checkpoints are intact"
+                f"cannot write {folder}, with {free:.1f} MiB free: {first_line(error)}; free space or choose another "
+                "--output_dir, then go on with --resume_from_checkpoint; earlier checkpoints are intact"
             ) from error
 
     @override
