@@ -42,13 +42,16 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: floa
         ``(batch, seq - 1)`` in float32 (float64 for float64 logits), in nats.
     """
     predictions = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(
-        predictions.transpose(1, 2),
-        labels[:, 1:].to(logits.device),
+    targets = labels[:, 1:].to(logits.device)
+    # flat, so that the softmax runs along contiguous memory: several times as fast as over (batch, vocab, seq)
+    per_token = F.cross_entropy(
+        predictions.flatten(0, 1),
+        targets.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction="none",
         label_smoothing=label_smoothing,
     )
+    return per_token.view_as(targets)
 
 
 def without_padding(labels: Tensor, mask: Tensor) -> Tensor:
