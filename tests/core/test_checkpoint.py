@@ -417,7 +417,7 @@ def test_a_relative_path_is_written_where_it_says(tmp_path: Path, monkeypatch: p
 def test_an_exception_while_writing_leaves_no_trace(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "file").write_text("old")
-    with pytest.raises(KeyError), atomic_directory(tmp_path / "old") as folder:
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "old", marker="file") as folder:
         (folder / "file").write_text("new")
         raise KeyError
     assert (tmp_path / "old" / "file").read_text() == "old"
@@ -438,7 +438,7 @@ def test_a_last_step_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "rename", failing)
     with (
         pytest.raises(CheckpointError, match="the previous one is intact"),
-        atomic_directory(tmp_path / "old") as folder,
+        atomic_directory(tmp_path / "old", marker="file") as folder,
     ):
         (folder / "file").write_text("new")
     assert (tmp_path / "old" / "file").read_text() == "old"
@@ -456,3 +456,17 @@ def test_given_weights_of_a_loaded_model_are_checked(tmp_path: Path) -> None:
     loaded = DyLoRA_MoE.from_pretrained(tmp_path / "saved")
     with pytest.raises(RoutingError, match="2 columns, but 3 adapters are active: expert_0, expert_1, expert_2"):
         loaded(IDS, routing_weights=torch.ones(3, 10, 2))
+
+
+def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("three years of work")
+    model = mixture()
+    for write in (model.save_pretrained, lambda path: model.experts.export("expert_0", path)):
+        with pytest.raises(CheckpointError, match="holds other files, and writing would replace them"):
+            write(tmp_path / "thesis")
+        assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        write(tmp_path / "empty")
+        write(tmp_path / "empty")
+        shutil.rmtree(tmp_path / "empty")

@@ -9,21 +9,22 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dylo_moe.core.checkpoint import atomic_directory
 from dylo_moe.errors import ModelError, first_line
 
 EMBEDDED = "demo"
@@ -98,30 +99,46 @@ def model_source(name: str) -> str:
 def fingerprint(model: nn.Module) -> str:
     """What tells one base model from another, whatever floating type or quantisation it was loaded in.
 
-    Covers the parts that quantisation leaves alone, the embeddings and the vector parameters (norms, biases): a
-    digest of their names and shapes, then a sample of their values as bfloat16, both in hexadecimal.
+    Three hexadecimal parts: a digest of the shapes of embeddings and vector parameters (norms, biases), which
+    quantisation leaves alone; a sample of their values as bfloat16; and a sample of the other matrices, which is
+    empty where those are quantised.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    shapes, samples = hashlib.sha256(), []
+    shapes = hashlib.sha256()
+    plain, matrices = "", ""
     for name, parameter in model.named_parameters():
-        if "lora_" not in name and (parameter.dim() == 1 or id(parameter) in embeddings):
+        if "lora_" in name:
+            continue
+        if parameter.dim() == 1 or id(parameter) in embeddings:
             shapes.update(f"{tuple(parameter.shape)}".encode())
-            values = parameter.detach().flatten()
-            places = torch.linspace(0, values.numel() - 1, min(values.numel(), 32), dtype=torch.float64).long()
-            samples.append(values[places.to(values.device)].to("cpu", torch.bfloat16))
-    return f"{shapes.hexdigest()[:16]}:{torch.cat(samples).view(torch.uint8).numpy().tobytes().hex()}"
+            plain += _sample(parameter, 32)
+        elif parameter.is_floating_point():
+            matrices += _sample(parameter, 4)
+    return f"{shapes.hexdigest()[:16]}:{plain}:{matrices}"
 
 
 def same_base_model(one: str, other: str) -> bool:
     """Whether two fingerprints are of the same model: equal shapes, and samples equal but for their rounding."""
-    (shapes, _, sample), (other_shapes, _, other_sample) = one.partition(":"), other.partition(":")
-    if shapes != other_shapes or len(sample) != len(other_sample):
+    (shapes, plain, matrices), (other_shapes, other_plain, other_matrices) = one.split(":"), other.split(":")
+    if shapes != other_shapes or not _nearly_equal(plain, other_plain):
         return False
-    values, other_values = (
-        torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).double() for text in (sample, other_sample)
-    )
-    # bfloat16 rounds by at most 2^-9 of a value on each side; below 1e-6 float16 has rounded more coarsely before
-    return torch.allclose(values, other_values, rtol=2**-7, atol=1e-6)
+    # one of the two may be quantised, and then has fewer matrices to compare, or none
+    return len(matrices) != len(other_matrices) or _nearly_equal(matrices, other_matrices)
+
+
+def _sample(parameter: Tensor, count: int) -> str:
+    values = parameter.detach().flatten()
+    places = torch.linspace(0, values.numel() - 1, min(values.numel(), count), dtype=torch.float64).long()
+    sample = values[places.to(values.device)].to("cpu", torch.bfloat16)
+    return sample.view(torch.uint8).numpy().tobytes().hex()
+
+
+def _nearly_equal(one: str, other: str) -> bool:
+    if len(one) != len(other) or not one:
+        return one == other
+    values, others = (torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).double() for text in (one, other))
+    # the two may round to neighbours, 2^-7 of a value apart; below 1e-6 float16 has rounded more coarsely before
+    return torch.allclose(values, others, rtol=2**-7, atol=1e-6)
 
 
 def embedded_model() -> Path:
@@ -131,8 +148,11 @@ def embedded_model() -> Path:
         ModelError: The package that carries it is not installed, or the file is not the one that was published.
     """
     folder = cache_directory() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
-    if not _is_whole(folder):
-        _dequantise(_gguf_file(), folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # of two processes that come at once, one makes it and the other waits
+    with FileLock(folder.with_suffix(".lock")):
+        if not _is_whole(folder):
+            _dequantise(_gguf_file(), folder)
     return folder
 
 
@@ -152,9 +172,8 @@ def _gguf_file() -> Path:
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        target = Path(scratch) / "model"
+    shutil.rmtree(folder, ignore_errors=True)  # it is damaged, or not there
+    with atomic_directory(folder, marker=_CHECKSUM_FILE) as target:
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         config = quantised.config
         # transformers refuses to save or train what carries a quantisation config, dequantised or not
@@ -165,10 +184,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
         sums = {path.name: _sha256(path) for path in sorted(target.iterdir())}
         (target / _CHECKSUM_FILE).write_text(json.dumps(sums, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
-        # two processes may prepare at once: the one that comes second finds a whole folder, and keeps it
-        if not folder.exists():
-            target.rename(folder)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from huggingface_hub import ModelCardData
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,6 +28,7 @@ from dylo_moe.core.adapter_folder import ADAPTER_FILES, difference, tensor_shape
 from dylo_moe.errors import CheckpointError, first_line
 
 DESCRIPTION_FILE = "dylo_moe.json"
+FINGERPRINT_PATTERN = r"^[0-9a-f]{16}(:([0-9a-f]{4})*){2}$"
 ROUTER_FILE = "router.safetensors"
 EXPERTS_FOLDER = "experts"
 CARD_FILE = "README.md"
@@ -43,7 +44,7 @@ class BaseModelEntry(_Entry):
     name: str
     revision: str | None
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
-    fingerprint: str
+    fingerprint: str = Field(pattern=FINGERPRINT_PATTERN)
 
 
 class ExpertEntry(_Entry):
@@ -80,15 +81,22 @@ class Description(_Entry):
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, *, marker: str) -> Iterator[Path]:
     """Gives a sibling folder to write into; it takes the place of ``path`` once all of it is on the disk.
 
     Where writing fails, the sibling is removed and ``path`` stays as it was.
 
+    Args:
+        path: The folder to make or replace.
+        marker: A file that tells a folder of this kind. One that has other files and not this one is somebody
+            else's, and is not replaced.
+
     Raises:
-        CheckpointError: The file system refused: full, read-only, or no permission.
+        CheckpointError: ``path`` holds something else, or the file system refused: full, read-only, no permission.
     """
     path = path.absolute()
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
+        raise CheckpointError(f"{path} holds other files, and writing would replace them; choose a new or empty folder")
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +130,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: It could not be written; what was at ``path`` is intact.
     """
-    with atomic_directory(path) as folder:
+    with atomic_directory(path, marker=DESCRIPTION_FILE) as folder:
         names = [expert.name for expert in description.experts]
         for name in names:
             write_adapter(folder / EXPERTS_FOLDER / name, peft_model, name)

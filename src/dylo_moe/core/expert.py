@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dylo_moe.core.adapter_folder import PLAIN_INITIALISATIONS, check_adapter, difference, read_weights, tensor_shapes
+from dylo_moe.core.adapter_folder import (
+    CONFIG_FILE,
+    PLAIN_INITIALISATIONS,
+    check_adapter,
+    difference,
+    read_weights,
+    tensor_shapes,
+)
 from dylo_moe.core.checkpoint import atomic_directory, write_adapter
 from dylo_moe.core.routed_lora import RoutingState, enable_routing
 from dylo_moe.core.routing import decoder_layers
@@ -33,9 +40,15 @@ class ExpertManager:
     Args:
         base_model: A causal LM; its parameters are frozen. The first expert wraps it in a ``PeftModel``.
         first_layer: The first decoder layer that may carry experts.
+
+    Raises:
+        ModelError: The base model carries adapters already.
     """
 
     def __init__(self, base_model: PreTrainedModel, first_layer: int = 0) -> None:
+        carried = next((name for name, module in base_model.named_modules() if isinstance(module, LoraLayer)), None)
+        if carried is not None:
+            raise ModelError(f"the base model carries adapters already (at {carried}); unload them, or load it anew")
         base_model.requires_grad_(False)
         self.base_model = base_model
         self.first_layer = first_layer
@@ -96,6 +109,8 @@ class ExpertManager:
         if init_lora_weights not in PLAIN_INITIALISATIONS:
             allowed = ", ".join(map(repr, PLAIN_INITIALISATIONS))
             raise ExpertError(f"init_lora_weights must leave the base as it is ({allowed}), got {init_lora_weights!r}")
+        if init_lora_weights == "orthogonal" and rank % 2:
+            raise ExpertError(f"init_lora_weights='orthogonal' needs an even rank, got {rank}")
         targets, transposed = self._targets(target_modules)
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -166,7 +181,7 @@ class ExpertManager:
             CheckpointError: The folder cannot be written.
         """
         self.check_known([name])
-        with atomic_directory(Path(path)) as folder:
+        with atomic_directory(Path(path), marker=CONFIG_FILE) as folder:
             write_adapter(folder, self.peft_model, name)
 
     def set_active(self, names: str | Iterable[str]) -> None:

@@ -73,12 +73,13 @@ def expert_load(router_logits: Tensor, mask: Tensor | None, top_k: int) -> Tenso
     """Real tokens that would choose each expert, times ``1 / top_k``: ``(num_gates, num_experts)``.
 
     Args:
-        router_logits: ``(num_gates, batch, seq, num_experts)``.
+        router_logits: ``(num_gates, batch, seq, num_experts)``, with the selection bias added where there is one.
         mask: ``(batch, seq)``, nonzero for real tokens; None if all are.
         top_k: Experts that each token chooses.
 
     Returns:
-        float32 counts whose rows sum to the number of real tokens. Counts of the parts of a batch add up.
+        Counts in the logits' dtype, float32 at least, whose rows sum to the number of real tokens. Counts of the
+        parts of a batch add up.
     """
     num_experts = router_logits.shape[-1]
     k = min(top_k, num_experts)

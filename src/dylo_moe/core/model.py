@@ -67,7 +67,7 @@ class DyLoRA_MoE(nn.Module):
         target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
         use_rslora: Scale updates by ``alpha / sqrt(rank)``.
         routing: ``final``, ``prefix:K``, ``prefix`` (K a quarter of the layers) or ``per_layer``.
-        top_k: Experts per token when routing is sparse.
+        top_k: Experts per token when routing is sparse; 2 by default, or 1 where there is one expert.
         temperature: Divides the router's logits.
         balance_coefficient: Weight of the balance loss; 0 leaves it out.
         z_loss_coefficient: Weight of the router z-loss; 0 leaves it out.
@@ -95,7 +95,7 @@ class DyLoRA_MoE(nn.Module):
         target_modules: str | Sequence[str] | None = None,
         use_rslora: bool = False,
         routing: str = DEFAULT_ROUTING,
-        top_k: int = 2,
+        top_k: int | None = None,
         temperature: float = 1.0,
         balance_coefficient: float = 0.01,
         z_loss_coefficient: float = 0.0,
@@ -105,7 +105,7 @@ class DyLoRA_MoE(nn.Module):
         base = load_base_model(model, revision=revision, dtype=dtype) if isinstance(model, str) else model
         mode = resolve_routing(routing, len(decoder_layers(base)))
         # made before the experts: a router that cannot be is refused before the base model is changed
-        router = _make_router(base, mode, num_experts, top_k, temperature)
+        router = _make_router(base, mode, num_experts, min(2, num_experts) if top_k is None else top_k, temperature)
         experts = ExpertManager(base, prefix_layer(mode))
         for _ in range(num_experts):
             experts.create(
