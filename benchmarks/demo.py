@@ -28,8 +28,11 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="only print the committed result")
     args = parser.parse_args()
     if not args.show:
-        result = {"recipe": RECIPE, "machine": machine(), "runs": [train(seed) for seed in args.seeds]}
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        runs: list[dict[str, Any]] = []
+        for seed in args.seeds:
+            runs.append(train(seed))
+            RESULT.parent.mkdir(exist_ok=True)
+            RESULT.write_text(json.dumps({"recipe": RECIPE, "machine": machine(), "runs": runs}, indent=2) + "\n")
     sys.stdout.write(table(json.loads(RESULT.read_text())) + "\n")
 
 

@@ -142,11 +142,3 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_a_valid_configuration(recipe: Path) -> None:
     assert parse_train("--config", str(recipe)) != parse_train()
-
-
-def test_the_flags_page_is_what_the_code_says() -> None:
-    import runpy
-
-    docs = Path(__file__).parents[1] / "docs"
-    written = runpy.run_path(str(docs / "write_flags.py"))["page"]()
-    assert (docs / "flags.md").read_text() == written, "run `make docs`"

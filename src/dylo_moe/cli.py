@@ -1,5 +1,6 @@
 """The command ``dylora-moe`` and the one place where errors become exit codes."""
 
+import errno
 import importlib
 import os
 import sys
@@ -13,6 +14,7 @@ PROGRAMS = {
     "generate": "generate text with a trained mixture",
 }
 EXIT_INTERRUPTED = 130
+_DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +43,10 @@ def run(program: str, arguments: Sequence[str] | None = None, called_as: str | N
         return code
     except DyLoRAError as error:
         return _fail(" ".join(str(error).split()))
+    except OSError as error:
+        if error.errno not in _DISK_REFUSED:
+            raise
+        return _fail(f"{error.strerror}: {error.filename or 'while writing'}; free space, or write elsewhere")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

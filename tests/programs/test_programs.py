@@ -232,6 +232,14 @@ def test_a_folder_that_cannot_be_written_ends_before_training(base: Path, tmp_pa
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_a_disk_that_is_full_at_the_last_step_keeps_the_mixture(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").symlink_to("/dev/full")
+    done = script("train.py", "--model_name", str(base), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path))
+    assert done.returncode == EXIT_USER_ERROR
+    assert "error: No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert DyLoRA_MoE.from_pretrained(tmp_path / "best_model").router.maturity == [1, 1, 1, 1]
+
+
 class _GatedHub(BaseHTTPRequestHandler):
     """What the Hub answers for a gated model to somebody without a token."""
 

@@ -1,0 +1,49 @@
+"""The pages say what the code says, and every figure comes from a committed result."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+from dylo_moe.config import GENERATE_GROUPS, TRAIN_GROUPS, parse
+from dylo_moe.data.registry import REGISTRY
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands(program: str) -> list[list[str]]:
+    """The arguments of each README command that runs a program."""
+    lines = re.findall(rf"^(?:python {program}\.py|dylora-moe {program}) (.*)$", README, flags=re.MULTILINE)
+    return [re.findall(r'"[^"]*"|\S+', line) for line in lines]
+
+
+def test_the_flags_page_is_what_the_code_says() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "write_flags.py"))["page"]()
+    assert (ROOT / "docs" / "flags.md").read_text() == written, "run `make docs`"
+
+
+def test_every_command_of_the_readme_parses() -> None:
+    assert len(commands("train")) >= 5 and len(commands("generate")) >= 2
+    for program, groups in (("train", TRAIN_GROUPS), ("generate", GENERATE_GROUPS)):
+        for arguments in commands(program):
+            assert parse(groups, program, "", [argument.strip('"') for argument in arguments])
+
+
+def test_the_readmes_figures_are_those_of_the_committed_result() -> None:
+    demo = runpy.run_path(str(ROOT / "benchmarks" / "demo.py"))
+    result = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    assert demo["table"](result) in README, "run `python benchmarks/demo.py --show` and paste its table"
+
+
+def test_the_readme_names_every_dataset_with_its_licence() -> None:
+    for name, spec in REGISTRY.items():
+        (row,) = re.findall(rf"^\| `{name}` \| .* \|$", README, flags=re.MULTILINE)
+        assert spec.licence in row
+        assert not isinstance(spec.source, str) or spec.source in row
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
