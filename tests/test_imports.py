@@ -14,6 +14,7 @@ LAYERS = [
     "reports",
     "programs",
     "cli",
+    "__main__",
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in ([layer] if isinstance(layer, str) else layer)}
 

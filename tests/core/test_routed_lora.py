@@ -162,9 +162,10 @@ def test_an_exception_in_the_base_model_leaves_no_weights_behind() -> None:
             {"family": "gpt2", "target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True},
             "lora_bias is set at .*; train the adapter with lora_bias=False",
         ),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding; only linear layers can be routed"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens is adapted by PEFT's Embedding; only linear"),
+        ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "q_proj is adapted by PEFT's ParamWrapper"),
     ],
-    ids=["dora", "lora_bias", "embedding"],
+    ids=["dora", "lora_bias", "embedding", "parameter"],
 )
 def test_layers_that_cannot_be_routed_are_refused(options: dict[str, object], message: str) -> None:
     model = lora_model(**options)

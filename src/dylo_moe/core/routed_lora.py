@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.tuners.lora import Conv2d, Conv3d, LoraLayer
-from peft.tuners.lora.layer import Conv1d
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from dylo_moe.core.router import RouterOutput
 from dylo_moe.errors import RoutingError
+
+_NOT_LINEAR = (Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper)
 
 
 def routed_delta(
@@ -252,13 +254,9 @@ def _check_layer(name: str, layer: LoraLayer) -> None:
         )
     if any(layer.lora_bias.values()):
         raise RoutingError(f"lora_bias is set at {name}; train the adapter with lora_bias=False to route it")
-    if not layer.lora_A:
-        raise RoutingError(
-            f"{name} is a {type(layer.get_base_layer()).__name__}; only linear layers can be routed, "
-            "leave it out of target_modules"
-        )
-    if isinstance(layer, Conv1d | Conv2d | Conv3d):
-        raise RoutingError(f"{name} is a convolution; only linear layers can be routed")
+    if isinstance(layer, _NOT_LINEAR):
+        kind = type(layer).__name__
+        raise RoutingError(f"{name} is adapted by PEFT's {kind}; only linear layers can be routed, leave it out")
 
 
 def _check_weights(weights: Tensor, x: Tensor, active: Sequence[str]) -> None:
