@@ -78,7 +78,7 @@ def test_training_lowers_the_held_out_loss_and_says_so(run: tuple[Path, str]) ->
         assert len(shares) == 4 and sum(shares) == pytest.approx(1)
     assert "tokens/s" in printed and "loss=" in printed
     assert f"{report['trainable_parameters']:,}" in printed
-    assert "dylora-moe generate --trained_model" in printed
+    assert f"generate --trained_model {output / 'best_model'} --prompt" in printed
 
 
 def test_the_parameters_are_counted(run: tuple[Path, str], base: Path) -> None:

@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -76,7 +77,7 @@ def train(
     tokenizer = load_tokenizer(model_args.model_name, revision=model_args.revision)
     data = _prepare(data_args, tokenizer, training_args.seed)
     for note in data.notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
     set_seed(training_args.seed)
     model = _build_model(model_args, expert_args, training_args)
     trainer = _build_trainer(model, tokenizer, data, training_args)
@@ -112,7 +113,9 @@ def train(
     )
     (output / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n")
     console.print(training_table(report))
-    command = ["dylora-moe", "generate", "--trained_model", report.checkpoint, "--prompt", "def reverse(text):"]
+    # as it can be typed here: the environment's commands need not be on the path
+    program = ["dylora-moe"] if shutil.which("dylora-moe") else [sys.executable, "-m", "dylo_moe"]
+    command = [*program, "generate", "--trained_model", report.checkpoint, "--prompt", "def reverse(text):"]
     console.print(f"\nGenerate with it:\n  {shlex.join(command)}", soft_wrap=True, highlight=False)
     return report
 
