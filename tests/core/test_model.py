@@ -348,7 +348,7 @@ def test_maturity_is_checked() -> None:
 
 def test_parameters_are_counted() -> None:
     model = mixture(rank=4, target_modules=["q_proj"])
-    assert model.num_expert_parameters() == 3 * LAYERS * 4 * (32 + 32)
+    assert sum(map(model.experts.num_parameters, model.experts.names)) == 3 * LAYERS * 4 * (32 + 32)
     assert model.num_base_parameters() == sum(p.numel() for p in tiny().parameters())
 
 

@@ -25,8 +25,6 @@ from dylo_moe.core.router import MATURE, DynamicHybridRouter
 from dylo_moe.core.routing import attach_router, decoder_layers, prefix_layer, resolve_routing
 from dylo_moe.errors import CheckpointError, RoutingError
 
-DEFAULT_ROUTING = "prefix"
-
 
 @dataclass
 class DyLoRAOutput(ModelOutput):
@@ -94,7 +92,7 @@ class DyLoRA_MoE(nn.Module):
         dropout: float = 0.0,
         target_modules: str | Sequence[str] | None = None,
         use_rslora: bool = False,
-        routing: str = DEFAULT_ROUTING,
+        routing: str = "prefix",
         top_k: int | None = None,
         temperature: float = 1.0,
         balance_coefficient: float = 0.01,
@@ -257,11 +255,7 @@ class DyLoRA_MoE(nn.Module):
 
     def num_base_parameters(self) -> int:
         """How many parameters the frozen base has, counted."""
-        return count_parameters(self) - count_parameters(self.router) - self.num_expert_parameters()
-
-    def num_expert_parameters(self) -> int:
-        """How many parameters all experts have, counted."""
-        return sum(self.experts.num_parameters(name) for name in self.experts.names)
+        return count_parameters(self.model) - sum(map(self.experts.num_parameters, self.experts.names))
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
