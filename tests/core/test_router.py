@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dylo_moe import DynamicHybridRouter
-from dylo_moe.core.router import MATURE, YOUNG, sparse_weights
+from dylo_moe.core import router as router_module
+from dylo_moe.core.router import MATURE, YOUNG, choose
 from dylo_moe.errors import RoutingError
 from families import relative_error
 
@@ -51,6 +52,10 @@ def test_rows_sum_to_1_in_float32(dtype: torch.dtype, mature: bool, autocast: bo
     torch.testing.assert_close(output.weights.sum(dim=-1), torch.ones(3, 7), rtol=0, atol=1e-6)
     exact = router(mature=mature)(hidden(dtype).double())
     assert relative_error(output.weights.double(), exact.weights) < 1e-5
+
+
+def sparse_weights(logits: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
+    return router_module.sparse_weights(logits, choose(logits, top_k, bias))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

@@ -8,8 +8,11 @@ batch gives; with no count given, each function divides by its own.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
 
 IGNORE_INDEX = -100
+ROWS_AT_ONCE = 256
+"""Tokens whose logits ``linear_causal_lm_loss`` holds at a time: enough for a quick product, few beside a batch."""
 
 
 def causal_lm_loss(
@@ -52,6 +55,53 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: floa
         label_smoothing=label_smoothing,
     )
     return per_token.view_as(targets)
+
+
+def linear_causal_lm_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """``causal_lm_loss`` of ``hidden_states @ weight.T + bias``, without ever holding all of these logits.
+
+    The logits are made for the labelled tokens alone, ``ROWS_AT_ONCE`` at a time, by torch's chunked
+    ``linear_cross_entropy``; their gradients are made in the forward, so that ``backward`` can run once.
+
+    Args:
+        hidden_states: ``(batch, seq, hidden_size)``, the input of the language-modelling head.
+        weight: ``(vocab, hidden_size)``, the head's.
+        labels: ``(batch, seq)``, not shifted; ``IGNORE_INDEX`` carries no loss.
+        bias: ``(vocab,)``.
+        label_smoothing: Share of the target spread evenly over the vocabulary, 0 to 1.
+        num_items: Labelled tokens to divide by.
+
+    Returns:
+        A float32 scalar (float64 for float64 weights), in nats per token.
+    """
+    targets = labels[:, 1:].to(hidden_states.device)
+    labelled = targets != IGNORE_INDEX
+    hidden, targets = hidden_states[:, :-1][labelled].to(weight.dtype), targets[labelled]
+    options = LinearCrossEntropyOptions(batch_chunk_size=ROWS_AT_ONCE, chunking_method=None)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    # cut here as well, and summed in float32: torch rounds each sum to the dtype of the weight
+    chunks = zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
+    total = torch.stack(
+        [
+            F.linear_cross_entropy(rows, weight, wanted, linear_bias=bias, reduction="sum", options=options).to(dtype)
+            for rows, wanted in chunks
+        ]
+    ).sum()
+    if label_smoothing:
+        # Smoothing swaps a share of the target's logit for the mean logit, and both are linear in the hidden state.
+        gap = (hidden * (weight[targets] - weight.mean(dim=0))).sum(dtype=dtype)
+        if bias is not None:
+            gap = gap + (bias[targets] - bias.mean()).sum(dtype=dtype)
+        total = total + label_smoothing * gap
+    return total / _count(labelled, num_items)
 
 
 def without_padding(labels: Tensor, mask: Tensor) -> Tensor:

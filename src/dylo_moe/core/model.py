@@ -20,7 +20,14 @@ from dylo_moe.core import checkpoint
 from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model, same_base_model
 from dylo_moe.core.checkpoint import LossEntry
 from dylo_moe.core.expert import ExpertManager, count_parameters
-from dylo_moe.core.losses import causal_lm_loss, load_balance_loss, router_z_loss, without_padding
+from dylo_moe.core.head import backbone_output, plain_head
+from dylo_moe.core.losses import (
+    causal_lm_loss,
+    linear_causal_lm_loss,
+    load_balance_loss,
+    router_z_loss,
+    without_padding,
+)
 from dylo_moe.core.router import MATURE, DynamicHybridRouter
 from dylo_moe.core.routing import attach_router, decoder_layers, prefix_layer, resolve_routing
 from dylo_moe.errors import CheckpointError, RoutingError
@@ -36,7 +43,7 @@ class DyLoRAOutput(ModelOutput):
         aux_loss: ``balance_coefficient * balance_loss + z_loss_coefficient * z_loss``.
         balance_loss: The balance loss before its coefficient.
         z_loss: The router z-loss before its coefficient.
-        logits: ``(batch, seq, vocab)``.
+        logits: ``(batch, seq, vocab)``; None with ``return_logits=False``.
         router_logits: ``(num_gates, batch, seq, num_active_experts)``; None where the router did not run.
         routing_weights: What the experts were mixed by, of the same shape; None where the router did not run.
         past_key_values: The cache, where one was asked for.
@@ -136,6 +143,7 @@ class DyLoRA_MoE(nn.Module):
         self.experts = experts
         self.model = experts.peft_model
         self.router = router
+        self._head_is_plain: bool | None = None
         attach_router(experts.base_model, routing, router, experts.routing_state, experts.active_indices)
 
     @property
@@ -164,6 +172,7 @@ class DyLoRA_MoE(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
         expert_load: Tensor | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> DyLoRAOutput:
         """Runs the mixture, and with ``labels`` sums its losses.
@@ -178,6 +187,8 @@ class DyLoRA_MoE(nn.Module):
             num_tokens_in_batch: Real tokens of the whole global batch.
             expert_load: How a larger batch's tokens chose the experts, ``(num_gates, num_active_experts)``; see
                 ``losses.load_balance_loss``.
+            return_logits: False leaves out the logits of a forward with ``labels``. The loss is then computed in
+                chunks, at the labelled tokens alone, and ``backward`` can run once; it is what the Trainer does.
             **kwargs: Passed to the base model.
 
         Returns:
@@ -185,22 +196,45 @@ class DyLoRA_MoE(nn.Module):
         """
         if labels is not None:
             kwargs.setdefault("use_cache", False)
-        with self.experts.routing_state.recording() as recorded:
+            if attention_mask is not None:
+                labels = without_padding(labels, attention_mask)
+        head = self._head() if labels is not None and not return_logits else None
+        if head is not None:
+            # one position, so that the base model makes next to no logits itself
+            kwargs["logits_to_keep"] = 1
+        with self.experts.routing_state.recording() as recorded, backbone_output(self.experts.base_model) as features:
             outputs = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, routing_weights=routing_weights, **kwargs
             )
-        result = DyLoRAOutput(logits=outputs.logits, past_key_values=outputs.get("past_key_values"))
+        result = DyLoRAOutput(past_key_values=outputs.get("past_key_values"))
+        if labels is None or return_logits:
+            result.logits = outputs.logits
         if recorded:
             result.router_logits = torch.stack([output.logits for output in recorded])
             result.routing_weights = torch.stack([output.weights for output in recorded])
         if labels is not None:
-            if attention_mask is not None:
-                labels = without_padding(labels, attention_mask)
-            result.lm_loss = causal_lm_loss(
-                outputs.logits, labels, label_smoothing=label_smoothing, num_items=num_items_in_batch
-            )
+            if head is None:
+                result.lm_loss = causal_lm_loss(
+                    outputs.logits, labels, label_smoothing=label_smoothing, num_items=num_items_in_batch
+                )
+            else:
+                result.lm_loss = linear_causal_lm_loss(
+                    features[-1],
+                    head.weight,
+                    labels,
+                    bias=head.bias,
+                    label_smoothing=label_smoothing,
+                    num_items=num_items_in_batch,
+                )
             self._add_losses(result, attention_mask, num_tokens_in_batch, expert_load)
         return result
+
+    def _head(self) -> nn.Linear | None:
+        """The language-modelling head, where the loss can be computed from its input; the model is asked once."""
+        if self._head_is_plain is None:
+            with self.base_only():
+                self._head_is_plain = plain_head(self.experts.base_model) is not None
+        return self.experts.base_model.get_output_embeddings() if self._head_is_plain else None
 
     def _add_losses(
         self, result: DyLoRAOutput, mask: Tensor | None, num_tokens: Tensor | int | None, load: Tensor | None

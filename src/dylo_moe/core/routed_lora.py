@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,70 +20,102 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
+from transformers import Cache
 
+from dylo_moe.core.mixture import TokenWeights, add_product, pays_sparse, routed_delta, sparse_delta
 from dylo_moe.core.router import RouterOutput
 from dylo_moe.errors import RoutingError
 
 _NOT_LINEAR = (Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper)
 
+# Layers that models feed the very same tensor. Only a hint: where it does not hold, each layer computes for itself.
+_FED_ALIKE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
-def routed_delta(
-    x: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scalings: Sequence[float],
-    routing_weights: Tensor,
-    dropout: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """``sum_e w[t, e] * s_e * B_e A_e x_t`` with one matmul down and one up, for any number of experts.
 
-    Args:
-        x: ``(..., in_features)``.
-        lora_a: A matrix ``(rank_e, in_features)`` for each expert; ranks may differ.
-        lora_b: A matrix ``(out_features, rank_e)`` for each expert.
-        scalings: The factor ``s_e`` of each expert.
-        routing_weights: ``(..., num_experts)``, broadcastable to the leading dimensions of ``x``.
-        dropout: Applied to ``x`` once; the experts share the mask.
+class Experts(NamedTuple):
+    """The active experts of one layer.
 
-    Returns:
-        ``(..., out_features)`` in the dtype of ``x``.
+    Attributes:
+        places: Where they stand among the model's active adapters; None where the layer has them all.
+        names: Their names.
+        ranks: Rank of each.
+        scalings: Scaling of each.
     """
-    down = torch.cat(list(lora_a))
-    up = torch.cat(list(lora_b), dim=1)
-    ranks = tuple(a.shape[0] for a in lora_a)
-    rank_space = F.linear(x if dropout is None else dropout(x), down)
-    spread = _spread(ranks, tuple(scalings), rank_space.dtype, rank_space.device)
-    per_rank = routing_weights.to(rank_space.dtype) @ spread
-    return F.linear(rank_space * per_rank, up)
+
+    places: tuple[int, ...] | None
+    names: tuple[str, ...]
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
 
 
-@cache
-def _spread(ranks: tuple[int, ...], scalings: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``(num_experts, sum of ranks)``: row e holds ``s_e`` on the columns of expert e. Spreads weights over ranks."""
-    # a tensor that was made in inference mode could not take part in training later
-    with torch.inference_mode(False):
-        rows = [torch.full((rank,), scaling, dtype=dtype) for rank, scaling in zip(ranks, scalings, strict=True)]
-        spread: Tensor = torch.block_diag(*rows)
-        return spread.to(device)
+class Siblings(NamedTuple):
+    """Layers that are fed the same tensor, and their ``A`` as one matrix, ``(layers * sum of ranks, in_features)``."""
+
+    layers: "tuple[RoutedLayer, ...]"
+    down: Tensor
+
+
+class Stacks:
+    """Stacked weights. They live as long as one forward, and through decoding steps that continue its cache."""
+
+    def __init__(self) -> None:
+        self.up: dict[RoutedLayer, tuple[Experts, Tensor]] = {}
+        self.siblings: dict[RoutedLayer, Siblings] = {}
+        self._made_from: list[object] = []
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.up.clear()
+        self.siblings.clear()
+        self._made_from.clear()
+
+    def seal(self) -> None:
+        """Notes what the stacks were made from, for ``still_valid``."""
+        if not self._made_from:
+            self._made_from = self._sources()
+
+    def still_valid(self) -> bool:
+        """Whether there are stacks, and nothing that they were made from changed since."""
+        return bool(self.up) and self._made_from == self._sources()
+
+    def _sources(self) -> list[object]:
+        # read in every decoding step, so by the shortest way to the parameters: a second would be some percent
+        sources: list[object] = []
+        for layer, (experts, _) in self.up.items():
+            sources += (*layer.active_adapters, *layer.scaling.values())  # type: ignore[attr-defined]
+            for side in (layer.lora_A, layer.lora_B):  # type: ignore[attr-defined]
+                modules = side._modules
+                for name in experts.names:
+                    weight = modules[name]._parameters["weight"] if name in modules else None
+                    if weight is not None:
+                        sources += (id(weight), weight.data_ptr(), weight._version)
+        return sources
 
 
 class RoutingState:
     """What the routed layers of one model share while a forward runs.
 
     Attributes:
-        weights: ``(batch, seq, num_active_experts)`` for the layers that run next; None for plain PEFT.
+        weights: The routing weights for the layers that run next; None for plain PEFT.
         base_only: Whether the layers leave out every adapter.
         given: Whether ``weights`` came from the caller, so that no router may replace them.
+        record: Where the router's outputs are collected; None where nobody asked.
+        stacks: The layers' stacked weights.
+        shared: What a layer computed for its siblings: the input and the weights that it holds for, and the parts.
     """
 
     def __init__(self) -> None:
-        self.weights: Tensor | None = None
+        self.weights: TokenWeights | None = None
         self.base_only = False
         self.given = False
         self.record: list[RouterOutput] | None = None
+        self.stacks = Stacks()
+        self.shared: tuple[Tensor, TokenWeights, dict[RoutedLayer, Tensor]] | None = None
 
     @contextmanager
-    def scope(self, weights: Tensor | None = None, *, given: bool = False, base_only: bool = False) -> Iterator[None]:
+    def scope(
+        self, weights: TokenWeights | None = None, *, given: bool = False, base_only: bool = False
+    ) -> Iterator[None]:
         """Sets the state for a block of code, and restores what was there before."""
         before = self.weights, self.given, self.base_only
         self.weights, self.given, self.base_only = weights, given, base_only
@@ -107,55 +139,123 @@ class RoutedLayer:
 
     routing: RoutingState
     plain_forward: Callable[..., Tensor]
+    fed_alike: "tuple[RoutedLayer, ...]"
 
     def routed_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the routed mixture of the active adapters that this layer has."""
         state = self.routing
-        if self.merged and (state.base_only or state.weights is not None):
+        weights = state.weights
+        if self.merged and (state.base_only or weights is not None):
             raise RoutingError(
                 f"the adapters {self.merged_adapters} are merged into the base; call unmerge_adapter() first to route"
             )
         if state.base_only:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if state.weights is None or self.disable_adapters:
+        if weights is None or self.disable_adapters:
             return self.plain_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        weights = state.weights
-        _check_weights(weights, x, self.active_adapters)
-        present = [index for index, name in enumerate(self.active_adapters) if name in self.lora_A]
-        if not present:
+        _check_weights(weights.weights, x, self.active_adapters)
+        stacked = state.stacks.up.get(self)
+        experts = stacked[0] if stacked else self._experts()
+        if not experts.names:
             return result
-        if len(present) < len(self.active_adapters):
-            weights = weights[..., present]
-        names = [self.active_adapters[index] for index in present]
-        mixture: Tensor = self._mixture(x, names, weights)
-        return (result + mixture).to(result.dtype)
+        if experts.places is not None:
+            weights = weights.of(experts.places)
+        if self.training and any(map(self._dropout_rate, experts.names)):
+            return (result + self._mixture_of_dropped(x, experts, weights)).to(result.dtype)  # type: ignore[no-any-return]
+        delta = self._mixture_of_chosen(x, experts, weights)
+        if delta is not None:
+            return (result + delta).to(result.dtype)  # type: ignore[no-any-return]
+        rank_space = self._rank_space(x, experts, weights)
+        return add_product(result, rank_space, stacked[1] if stacked else self._stack_up(experts))
 
     def enable_adapters(self: Any, enabled: bool) -> None:
         """As PEFT's, but which experts train is left alone: the end of ``disable_adapter`` must not unfreeze any."""
         self._disable_adapters = not enabled
 
-    def _mixture(self: Any, x: Tensor, names: Sequence[str], weights: Tensor) -> Tensor:
-        """``(..., out_features)``: one fused product for each distinct dropout rate, as a rule one in all."""
+    def _experts(self: Any) -> Experts:
+        active = self.active_adapters
+        names = tuple(name for name in active if name in self.lora_A)
+        return Experts(
+            None if len(names) == len(active) else tuple(active.index(name) for name in names),
+            names,
+            tuple(self.lora_A[name].weight.shape[0] for name in names),
+            tuple(self.scaling[name] for name in names),
+        )
+
+    def _matrices(self: Any, experts: Experts) -> tuple[list[Tensor], list[Tensor]]:
+        """The ``A`` and the ``B`` of each expert."""
+        return [self.lora_A[name].weight for name in experts.names], [
+            self.lora_B[name].weight for name in experts.names
+        ]
+
+    def _stack_up(self: Any, experts: Experts) -> Tensor:
+        """``(out_features, sum of ranks)``."""
+        up = torch.cat([self.lora_B[name].weight for name in experts.names], dim=1)
+        if not torch.is_grad_enabled():
+            self.routing.stacks.up[self] = experts, up
+        return up
+
+    def _siblings(self: Any, experts: Experts) -> Siblings:
+        """The layers that one product down serves: this one, and those fed alike with the same experts."""
+        stacks = self.routing.stacks
+        siblings: Siblings | None = stacks.siblings.get(self)
+        if siblings is None:
+            layers = tuple(layer for layer in self.fed_alike if layer is self or layer._experts() == experts)
+            down = torch.cat([layer.lora_A[name].weight for layer in layers for name in experts.names])
+            siblings = Siblings(layers, down)
+            if not torch.is_grad_enabled():
+                stacks.siblings[self] = siblings
+        return siblings
+
+    def _rank_space(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor:
+        """``(batch, seq, sum of ranks)``: ``A x`` of each expert times its weight; for all siblings at once."""
+        state = self.routing
+        if state.shared is not None and state.shared[0] is x and state.shared[1] is weights:
+            part: Tensor | None = state.shared[2].pop(self, None)
+            if part is not None:
+                return part
+        siblings: Siblings = self._siblings(experts)
+        rank_space = F.linear(self._cast_input_dtype(x, siblings.down.dtype), siblings.down)
+        per_rank = weights.per_rank(experts.ranks, experts.scalings, rank_space.dtype)
+        if len(siblings.layers) == 1:
+            return rank_space * per_rank
+        split = rank_space.unflatten(-1, (len(siblings.layers), -1)) * per_rank.unsqueeze(-2)
+        parts: dict[RoutedLayer, Tensor] = dict(zip(siblings.layers, split.unbind(-2), strict=True))
+        state.shared = x, weights, parts
+        return parts.pop(self)
+
+    def _mixture_of_chosen(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor | None:
+        """The mixture by the chosen experts alone; None where the dense product is cheaper or the only one."""
+        if weights.chosen is None or torch.is_grad_enabled():
+            return None
+        if not pays_sparse(len(experts.names), weights.chosen.shape[-1]):
+            return None
+        lora_a, lora_b = self._matrices(experts)
+        return sparse_delta(self._cast_input_dtype(x, lora_a[0].dtype), lora_a, lora_b, experts.scalings, weights)
+
+    def _mixture_of_dropped(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor:
+        """The mixture under dropout: one product for each distinct rate, as a rule one in all."""
         by_rate: dict[float, list[int]] = {}
-        for index, name in enumerate(names):
-            rate = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-            by_rate.setdefault(rate, []).append(index)
-        x = self._cast_input_dtype(x, self.lora_A[names[0]].weight.dtype)
-        parts = []
-        for indices in by_rate.values():
-            chosen = [names[index] for index in indices]
-            parts.append(
-                routed_delta(
-                    x,
-                    [self.lora_A[name].weight for name in chosen],
-                    [self.lora_B[name].weight for name in chosen],
-                    [self.scaling[name] for name in chosen],
-                    weights if len(by_rate) == 1 else weights[..., indices],
-                    self.lora_dropout[chosen[0]],
-                )
+        for index, name in enumerate(experts.names):
+            by_rate.setdefault(self._dropout_rate(name), []).append(index)
+        lora_a, lora_b = self._matrices(experts)
+        x = self._cast_input_dtype(x, lora_a[0].dtype)
+        parts = [
+            routed_delta(
+                x,
+                [lora_a[index] for index in indices],
+                [lora_b[index] for index in indices],
+                [experts.scalings[index] for index in indices],
+                weights.weights[..., indices],
+                self.lora_dropout[experts.names[indices[0]]],
             )
+            for indices in by_rate.values()
+        ]
         return functools.reduce(torch.add, parts)
+
+    def _dropout_rate(self: Any, name: str) -> float:
+        return getattr(self.lora_dropout[name], "p", 0.0)
 
 
 def enable_routing(model: PeftModel) -> RoutingState:
@@ -187,7 +287,18 @@ def enable_routing(model: PeftModel) -> RoutingState:
         if not isinstance(layer, RoutedLayer):
             layer.__class__ = _routed_class(type(layer))
             layer.routing = state  # type: ignore[attr-defined]
+            layer.fed_alike = (layer,)  # type: ignore[attr-defined]
+    _find_layers_fed_alike(causal_lm)
     return state
+
+
+def _find_layers_fed_alike(causal_lm: nn.Module) -> None:
+    for module in causal_lm.modules():
+        children = dict(module.named_children())
+        for names in _FED_ALIKE:
+            found = [children[name] for name in names if isinstance(children.get(name), RoutedLayer)]
+            for layer in found:
+                layer.fed_alike = tuple(found)  # type: ignore[assignment]
 
 
 @cache
@@ -210,14 +321,25 @@ def _take_weights(
         if not isinstance(weights, Tensor) or weights.dim() != 3:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise RoutingError(f"routing_weights must be a tensor (batch, seq, num_active_experts), got {got}")
-        state.weights, state.given = weights, True
+        state.weights, state.given = TokenWeights(weights), True
+    if torch.is_grad_enabled() or not _continues(kwargs.get("past_key_values")) or not state.stacks.still_valid():
+        state.stacks.clear()
     if causal_lm.training:
         _keep_routing_in_recomputation(state, causal_lm)
     return args, kwargs
 
 
 def _drop_weights(state: RoutingState, causal_lm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    state.weights, state.given = None, False
+    state.weights, state.given, state.shared = None, False, None
+    if getattr(output, "past_key_values", None) is None:
+        state.stacks.clear()
+    else:
+        state.stacks.seal()
+
+
+def _continues(cache: Any) -> bool:
+    """Whether a key-value cache holds a part of the sequence already."""
+    return isinstance(cache, Cache) and bool(cache.get_seq_length() > 0)
 
 
 def _keep_routing_in_recomputation(state: RoutingState, causal_lm: nn.Module) -> None:
@@ -240,8 +362,12 @@ class _RoutedCheckpoint:
         weights, given, base_only = self.state.weights, self.state.given, self.state.base_only
 
         def with_routing(*inputs: Any, **options: Any) -> Any:
-            with routing(weights, given=given, base_only=base_only):
-                return function(*inputs, **options)
+            # a copy, so that each run derives for itself what the layers need: both runs must save the same tensors
+            own = weights and TokenWeights(weights.weights, weights.chosen)
+            with routing(own, given=given, base_only=base_only):
+                output = function(*inputs, **options)
+            self.state.shared = None
+            return output
 
         return self.checkpoint(with_routing, *args, **kwargs)
 
@@ -265,6 +391,8 @@ def _check_weights(weights: Tensor, x: Tensor, active: Sequence[str]) -> None:
             f"routing_weights have {weights.shape[-1]} columns, but {len(active)} adapters are active: "
             + ", ".join(active)
         )
+    if weights.shape[:-1] == x.shape[:-1]:
+        return
     if any(given not in (1, wanted) for given, wanted in zip(weights.shape[:-1], x.shape[:-1], strict=False)):
         raise RoutingError(
             f"routing_weights are {tuple(weights.shape)}, but the hidden states are {tuple(x.shape)}; "

@@ -18,10 +18,17 @@ YOUNG, MATURE = 0, 1
 
 
 class RouterOutput(NamedTuple):
-    """Routing weights and the logits they came from, both ``(batch, seq, num_routed_experts)``."""
+    """What a gate gives for each token.
+
+    Attributes:
+        weights: Routing weights, ``(batch, seq, num_routed_experts)``.
+        logits: What they came from, of the same shape.
+        chosen: ``(batch, seq, top_k)``, the experts with a weight above 0; None for dense routing.
+    """
 
     weights: Tensor
     logits: Tensor
+    chosen: Tensor | None = None
 
 
 class DynamicHybridRouter(nn.Module):
@@ -39,7 +46,7 @@ class DynamicHybridRouter(nn.Module):
 
     Attributes:
         maturity: 0 (young) or 1 (mature) for each expert.
-        selection_bias: ``(num_gates, num_experts)``; see ``sparse_weights``.
+        selection_bias: ``(num_gates, num_experts)``; see ``choose``.
         expert_load: ``(num_gates, num_experts)``, how the last global batch of a training run chose; kept here so
             that a run that is resumed goes on with it. Routing does not depend on it.
 
@@ -103,7 +110,8 @@ class DynamicHybridRouter(nn.Module):
             normalised = F.rms_norm(hidden_states.to(dtype), (self.hidden_size,))
             logits = F.linear(normalised, weight.to(normalised)) / self.temperature
             if self.is_sparse(experts):
-                return RouterOutput(sparse_weights(logits, self.top_k, bias.to(logits)), logits)
+                best = choose(logits, self.top_k, bias.to(logits))
+                return RouterOutput(sparse_weights(logits, best), logits, best)
             return RouterOutput(logits.softmax(dim=-1), logits)
 
     @torch.no_grad()
@@ -129,19 +137,31 @@ class DynamicHybridRouter(nn.Module):
         )
 
 
-def sparse_weights(logits: Tensor, top_k: int, selection_bias: Tensor | None = None) -> Tensor:
-    """Softmax over the ``top_k`` largest logits of each row; exactly 0 elsewhere.
+def choose(logits: Tensor, top_k: int, selection_bias: Tensor | None = None) -> Tensor:
+    """The ``top_k`` experts of each row, best first.
 
     Args:
         logits: ``(..., num_experts)``.
-        top_k: How many to keep; all where there are fewer.
+        top_k: How many to choose; all where there are fewer.
         selection_bias: ``(num_experts,)``, added for the choice only, never to the weights (DeepSeek-V3, 2024,
             section 2.1.2).
 
     Returns:
-        ``(..., num_experts)``; rows sum to 1.
+        Indices, ``(..., top_k)``.
     """
     scores = logits if selection_bias is None else logits + selection_bias
-    chosen = scores.topk(min(top_k, logits.shape[-1]), dim=-1).indices
-    kept = torch.full_like(logits, float("-inf")).scatter(-1, chosen, logits.gather(-1, chosen))
-    return kept.softmax(dim=-1)
+    return scores.topk(min(top_k, logits.shape[-1]), dim=-1).indices
+
+
+def sparse_weights(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Softmax over the chosen experts of each row; exactly 0 elsewhere.
+
+    Args:
+        logits: ``(..., num_experts)``.
+        chosen: ``(..., top_k)``, as ``choose`` gives them.
+
+    Returns:
+        ``(..., num_experts)``; rows sum to 1.
+    """
+    kept = logits.gather(-1, chosen).softmax(dim=-1)
+    return torch.zeros_like(logits).scatter(-1, chosen, kept)

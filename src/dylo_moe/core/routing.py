@@ -24,6 +24,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
+from dylo_moe.core.mixture import TokenWeights
 from dylo_moe.core.routed_lora import RoutingState
 from dylo_moe.core.router import DynamicHybridRouter
 from dylo_moe.errors import ModelError, RoutingError
@@ -102,7 +103,7 @@ def attach_router(
 
 def _route(state: RoutingState, router: DynamicHybridRouter, experts: Experts, hidden: Tensor, gate: int = 0) -> None:
     output = router(hidden, gate, experts())
-    state.weights = output.weights
+    state.weights = TokenWeights(output.weights, output.chosen)
     if state.record is not None:
         state.record.append(output)
 

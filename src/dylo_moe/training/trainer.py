@@ -77,6 +77,7 @@ class DyLoRATrainer(Trainer):
     ) -> Any:
         inputs = {key: value for key, value in inputs.items() if key not in ("domain", "length")}
         inputs["label_smoothing"] = self.args.label_smoothing_factor
+        inputs["return_logits"] = return_outputs
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             chosen = expert_load(outputs["router_logits"], inputs["attention_mask"], self.model.router.top_k)

@@ -1,0 +1,62 @@
+"""The language-modelling head, where it can be taken apart from the model that ends in it.
+
+For a loss without logits one needs the hidden states that enter the head, and the certainty that the logits are
+nothing but their product with its weight. Some families scale or cap their logits after the head; rather than
+listing them, the model itself is asked.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from dylo_moe.core.routing import backbone
+
+_PROBED_LOGIT = 1000.0
+"""Far above any cap (Gemma 2 has 30), well inside float16."""
+
+
+def plain_head(causal_lm: PreTrainedModel) -> nn.Linear | None:
+    """The head, if the logits are its product with the backbone's output and nothing else; None otherwise.
+
+    Runs the model on four tokens with large made-up hidden states in the place of the backbone's output.
+    """
+    head: nn.Module | None = causal_lm.get_output_embeddings()
+    # a head that is quantised, adapted or sharded has its own way to multiply
+    if type(head) is not nn.Linear or head.weight.shape != (head.out_features, head.in_features):
+        return None
+    if "logits_to_keep" not in inspect.signature(causal_lm.forward).parameters:
+        return None
+    features = torch.randn(1, 4, head.in_features, generator=torch.Generator().manual_seed(0)).to(head.weight)
+    with torch.no_grad():
+        features *= _PROBED_LOGIT / F.linear(features, head.weight).abs().max().clamp(min=1e-3)
+        wanted = F.linear(features, head.weight, head.bias)
+        hook = backbone(causal_lm).register_forward_hook(lambda *_: BaseModelOutput(last_hidden_state=features))
+        try:
+            ids = torch.zeros(1, 4, dtype=torch.long, device=head.weight.device)
+            logits = causal_lm(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+    plain = logits.shape == wanted.shape and torch.allclose(logits.to(wanted), wanted, rtol=0, atol=_PROBED_LOGIT / 100)
+    return head if plain else None
+
+
+@contextmanager
+def backbone_output(causal_lm: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collects the hidden states, ``(batch, seq, hidden_size)``, that the backbone gives inside the block."""
+    collected: list[Tensor] = []
+
+    def collect(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        collected.append(output[0])
+
+    hook = backbone(causal_lm).register_forward_hook(collect)
+    try:
+        yield collected
+    finally:
+        hook.remove()

@@ -1,0 +1,238 @@
+"""The mixture's arithmetic: ``sum_e w[t, e] * s_e * B_e A_e x_t``, by whichever product is the cheapest.
+
+==========  ===================================================================  =============================
+path        what it computes                                                     when
+==========  ===================================================================  =============================
+dense       all experts: one matmul down, the weights in rank space, one up      the default; the only one with
+                                                                                 gradients
+grouped     the chosen experts: token choices sorted by expert, one grouped      sparse routing, many experts,
+            product down and one up                                              many tokens
+gathered    the chosen experts' own matrices for each token choice               sparse routing, many experts,
+                                                                                 few tokens (decoding)
+==========  ===================================================================  =============================
+
+Tensors in, tensors out; which layers there are and where their weights come from is ``routed_lora``'s affair.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+SPARSE_FROM = 6
+"""Experts per chosen expert from which computing only the chosen ones pays; measured by ``benchmarks/speed.py``."""
+
+
+class TokenWeights:
+    """The routing weights of some tokens, and what the layers derive from them, each made once.
+
+    Attributes:
+        weights: ``(batch, seq, num_experts)``; batch and seq may be 1 for weights that serve all.
+        chosen: ``(batch, seq, top_k)``, indices of the only experts with a weight above 0; None for dense routing.
+    """
+
+    def __init__(self, weights: Tensor, chosen: Tensor | None = None) -> None:
+        self.weights = weights
+        self.chosen = chosen
+        self._made: dict[Hashable, Any] = {}
+
+    def of(self, experts: tuple[int, ...]) -> "TokenWeights":
+        """The weights of some of the experts, as dense ones."""
+        return self._once(("of", experts), lambda: TokenWeights(self.weights[..., list(experts)]))  # type: ignore[no-any-return]
+
+    def per_rank(self, ranks: tuple[int, ...], scalings: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        """``(batch, seq, sum of ranks)``: each expert's weight times its scaling, on each of its ranks."""
+        return self._once(("per rank", ranks, scalings, dtype), partial(self._spread, ranks, scalings, dtype))  # type: ignore[no-any-return]
+
+    def _spread(self, ranks: tuple[int, ...], scalings: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        return self.weights.to(dtype) @ _spread(ranks, scalings, dtype, self.weights.device)
+
+    def of_choices(self, scalings: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        """``(tokens, top_k)``: weight times scaling of each chosen expert."""
+        return self._once(("of choices", scalings, dtype), partial(self._of_choices, scalings, dtype))  # type: ignore[no-any-return]
+
+    def _of_choices(self, scalings: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        assert self.chosen is not None
+        scaled = self.weights.to(dtype) * self.weights.new_tensor(scalings, dtype=dtype)
+        return scaled.gather(-1, self.chosen).flatten(0, 1)
+
+    def by_expert(self) -> "ByExpert":
+        """The choices of all tokens, sorted by expert."""
+        return self._once("by expert", self._sorted)  # type: ignore[no-any-return]
+
+    def _sorted(self) -> "ByExpert":
+        assert self.chosen is not None
+        choices = self.chosen.flatten()
+        order = choices.argsort(stable=True)
+        counts = torch.bincount(choices, minlength=self.weights.shape[-1])
+        ends = counts.cumsum(0).to(torch.int32)
+        return ByExpert(order // self.chosen.shape[-1], order, order.argsort(), ends)
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = make()
+        return made
+
+
+class ByExpert(NamedTuple):
+    """Token choices sorted by expert; a choice is one token's one chosen expert.
+
+    Attributes:
+        token: ``(choices,)``, the token of each sorted choice.
+        order: ``(choices,)``, where each sorted choice stood before.
+        inverse: ``(choices,)``, where each choice stands now.
+        ends: ``(num_experts,)``, int32: where each expert's choices end.
+    """
+
+    token: Tensor
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+
+
+@cache
+def _spread(ranks: tuple[int, ...], scalings: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(num_experts, sum of ranks)``: row e holds ``s_e`` on the columns of expert e. Spreads weights over ranks."""
+    # a tensor that was made in inference mode could not take part in training later
+    with torch.inference_mode(False):
+        rows = [torch.full((rank,), scaling, dtype=dtype) for rank, scaling in zip(ranks, scalings, strict=True)]
+        spread: Tensor = torch.block_diag(*rows)
+        return spread.to(device)
+
+
+def routed_delta(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+    routing_weights: Tensor,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The mixture of some experts by the dense path, for any number of experts.
+
+    Args:
+        x: ``(..., in_features)``.
+        lora_a: A matrix ``(rank_e, in_features)`` for each expert; ranks may differ.
+        lora_b: A matrix ``(out_features, rank_e)`` for each expert.
+        scalings: The factor ``s_e`` of each expert.
+        routing_weights: ``(..., num_experts)``, broadcastable to the leading dimensions of ``x``.
+        dropout: Applied to ``x`` once; the experts share the mask.
+
+    Returns:
+        ``(..., out_features)`` in the dtype of ``x``.
+    """
+    rank_space = F.linear(x if dropout is None else dropout(x), torch.cat(list(lora_a)))
+    ranks = tuple(a.shape[0] for a in lora_a)
+    per_rank = TokenWeights(routing_weights).per_rank(ranks, tuple(scalings), rank_space.dtype)
+    return F.linear(rank_space * per_rank, torch.cat(list(lora_b), dim=1))
+
+
+def add_product(result: Tensor, rank_space: Tensor, up: Tensor) -> Tensor:
+    """``result + rank_space @ up.T``, in one pass over the result where the types allow it.
+
+    Args:
+        result: ``(..., out_features)``.
+        rank_space: ``(..., ranks)``.
+        up: ``(out_features, ranks)``.
+
+    Returns:
+        ``(..., out_features)`` in the dtype of ``result``.
+    """
+    if result.dtype != rank_space.dtype or result.dtype != up.dtype:
+        return (result + F.linear(rank_space, up)).to(result.dtype)
+    return torch.addmm(result.flatten(0, -2), rank_space.flatten(0, -2), up.t()).view_as(result)
+
+
+def pays_sparse(num_experts: int, top_k: int) -> bool:
+    """Whether the chosen experts alone cost less than all of them in one product."""
+    return num_experts > SPARSE_FROM * top_k
+
+
+def sparse_delta(
+    x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: tuple[float, ...], routing: TokenWeights
+) -> Tensor | None:
+    """The mixture of the chosen experts alone, without gradients.
+
+    Args:
+        x: ``(batch, seq, in_features)``.
+        lora_a: A matrix ``(rank_e, in_features)`` for each expert.
+        lora_b: A matrix ``(out_features, rank_e)`` for each expert.
+        scalings: The factor ``s_e`` of each expert.
+        routing: Weights with ``chosen``, of the same batch and seq as ``x``.
+
+    Returns:
+        ``(batch, seq, out_features)`` in the dtype of ``x``; None where no kernel takes these shapes or types.
+    """
+    assert routing.chosen is not None
+    tokens = x.flatten(0, -2)
+    weights = routing.of_choices(scalings, x.dtype)
+    few = weights.numel() < len(lora_a)
+    if not few and not _can_group(x, lora_a, lora_b):
+        return None
+    if len({a.shape[0] for a in lora_a}) == 1:
+        down, up = side_by_side(lora_a), side_by_side(lora_b).transpose(1, 2)
+    else:
+        # ranks that are missing add nothing
+        down = pad_sequence(list(lora_a), batch_first=True)
+        up = pad_sequence([b.t() for b in lora_b], batch_first=True)
+    if few:
+        delta = _gathered(tokens, down, up, weights, routing.chosen.flatten(0, -2))
+    else:
+        delta = _grouped(tokens, down, up, weights, routing.by_expert())
+    return delta.view(*x.shape[:-1], -1)
+
+
+def _gathered(tokens: Tensor, down: Tensor, up: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """Tokens ``(t, in)``, down ``(e, r, in)``, up ``(e, r, out)``, weights and chosen ``(t, k)`` -> ``(t, out)``."""
+    rank_space = torch.matmul(down[chosen], tokens[:, None, :, None]).squeeze(-1) * weights[..., None]
+    return torch.bmm(rank_space.flatten(1)[:, None], up[chosen].flatten(1, 2)).squeeze(1)
+
+
+def _grouped(tokens: Tensor, down: Tensor, up: Tensor, weights: Tensor, choices: ByExpert) -> Tensor:
+    """As ``_gathered``, with the choices sorted by expert."""
+    rank_space = F.grouped_mm(tokens[choices.token], down.transpose(1, 2), offs=choices.ends)
+    rank_space = rank_space * weights.flatten()[choices.order, None]
+    mixed = F.grouped_mm(rank_space, up, offs=choices.ends)
+    # put back and summed, not added at an index: the order of that sum would not be the same on every run on a GPU
+    return mixed[choices.inverse].view(*weights.shape, -1).sum(dim=1)
+
+
+def _can_group(x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
+    """Whether ``grouped_mm`` takes these: no float64, and rows of whole 16 bytes."""
+    widths = (lora_a[0].shape[1], lora_b[0].shape[0], *{a.shape[0] for a in lora_a})
+    aligned = all(width * x.element_size() % 16 == 0 for width in widths)
+    return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """``(n, ...)``: weights of equal shape as one tensor, without a copy from the second call on.
+
+    The first call moves the weights to consecutive memory, as ``torch.nn.RNN.flatten_parameters`` does, and the
+    stack is a view of that: it can never be stale, and nothing takes room twice. Weights that share their memory
+    with anything else are left where they are, and copied in each call.
+    """
+    first, last = weights[0], weights[-1]
+    size = first.numel() * first.element_size()
+    start = first.data_ptr()
+    consecutive = all(weight.data_ptr() == start + index * size for index, weight in enumerate(weights))
+    if consecutive and first.is_contiguous() and _memory(first) == _memory(last):
+        return first.detach().as_strided((len(weights), *first.shape), (first.numel(), *first.stride()))
+    # outside inference mode: a tensor made in it could not be trained later
+    with torch.inference_mode(False), torch.no_grad():
+        stack = torch.stack([weight.detach() for weight in weights])
+        # they fill the memory they lie in, so that nothing else can be in it
+        if sum(dict(map(_memory, weights)).values()) == len(weights) * size:
+            for weight, row in zip(weights, stack, strict=True):
+                weight.data = row
+    return stack
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes of the memory block that a tensor lies in."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
