@@ -8,13 +8,14 @@ listing them, the model itself is asked.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
 
 from dylo_moe.core.routing import backbone
 
@@ -37,14 +38,18 @@ def plain_head(causal_lm: PreTrainedModel) -> nn.Linear | None:
     with torch.no_grad():
         features *= _PROBED_LOGIT / F.linear(features, head.weight).abs().max().clamp(min=1e-3)
         wanted = F.linear(features, head.weight, head.bias)
-        hook = backbone(causal_lm).register_forward_hook(lambda *_: BaseModelOutput(last_hidden_state=features))
+        hook = backbone(causal_lm).register_forward_hook(partial(_put, features))
         try:
             ids = torch.zeros(1, 4, dtype=torch.long, device=head.weight.device)
-            logits = causal_lm(input_ids=ids, use_cache=False).logits
+            logits = causal_lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         finally:
             hook.remove()
     plain = logits.shape == wanted.shape and torch.allclose(logits.to(wanted), wanted, rtol=0, atol=_PROBED_LOGIT / 100)
     return head if plain else None
+
+
+def _put(features: Tensor, module: nn.Module, args: tuple[Any, ...], output: ModelOutput) -> None:
+    output["last_hidden_state"] = features
 
 
 @contextmanager

@@ -15,7 +15,7 @@ Tensors in, tensors out; which layers there are and where their weights come fro
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,11 @@ class TokenWeights:
         return self._once(("per rank", ranks, scalings, dtype), partial(self._spread, ranks, scalings, dtype))  # type: ignore[no-any-return]
 
     def _spread(self, ranks: tuple[int, ...], scalings: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-        return self.weights.to(dtype) @ _spread(ranks, scalings, dtype, self.weights.device)
+        weights = self.weights.to(dtype)
+        if len({*zip(ranks, scalings, strict=True)}) == 1:
+            return (weights * scalings[0]).repeat_interleave(ranks[0], dim=-1)
+        columns = zip(weights.unbind(-1), ranks, scalings, strict=True)
+        return torch.cat([(column * s).unsqueeze(-1).expand(*column.shape, r) for column, r, s in columns], dim=-1)
 
     def of_choices(self, scalings: tuple[float, ...], dtype: torch.dtype) -> Tensor:
         """``(tokens, top_k)``: weight times scaling of each chosen expert."""
@@ -93,16 +97,6 @@ class ByExpert(NamedTuple):
     order: Tensor
     inverse: Tensor
     ends: Tensor
-
-
-@cache
-def _spread(ranks: tuple[int, ...], scalings: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``(num_experts, sum of ranks)``: row e holds ``s_e`` on the columns of expert e. Spreads weights over ranks."""
-    # a tensor that was made in inference mode could not take part in training later
-    with torch.inference_mode(False):
-        rows = [torch.full((rank,), scaling, dtype=dtype) for rank, scaling in zip(ranks, scalings, strict=True)]
-        spread: Tensor = torch.block_diag(*rows)
-        return spread.to(device)
 
 
 def routed_delta(
