@@ -5,6 +5,8 @@ path        what it computes                                                    
 ==========  ===================================================================  =============================
 dense       all experts: one matmul down, the weights in rank space, one up      the default; the only one with
                                                                                  gradients
+one token   the chosen experts, one after the other                              sparse routing, one token on a
+                                                                                 CPU (decoding)
 grouped     the chosen experts: token choices sorted by expert, one grouped      sparse routing, many experts,
             product down and one up                                              many tokens
 gathered    the chosen experts' own matrices for each token choice               sparse routing, many experts,
@@ -51,7 +53,7 @@ class TokenWeights:
     def _spread(self, ranks: tuple[int, ...], scalings: tuple[float, ...], dtype: torch.dtype) -> Tensor:
         weights = self.weights.to(dtype)
         if len({*zip(ranks, scalings, strict=True)}) == 1:
-            return (weights * scalings[0]).repeat_interleave(ranks[0], dim=-1)
+            return (weights * scalings[0]).unsqueeze(-1).expand(*weights.shape, ranks[0]).flatten(-2)
         columns = zip(weights.unbind(-1), ranks, scalings, strict=True)
         return torch.cat([(column * s).unsqueeze(-1).expand(*column.shape, r) for column, r, s in columns], dim=-1)
 
@@ -63,6 +65,16 @@ class TokenWeights:
         assert self.chosen is not None
         scaled = self.weights.to(dtype) * self.weights.new_tensor(scalings, dtype=dtype)
         return scaled.gather(-1, self.chosen).flatten(0, 1)
+
+    def of_one_token(self) -> list[tuple[int, float]] | None:
+        """The chosen experts with their weights, for one token on a CPU; None for more, or where asking would wait."""
+        if self.chosen is None or self.chosen.shape[:-1] != (1, 1) or torch.compiler.is_compiling():
+            return None
+        return self._once("one token", self._of_one_token) if self.chosen.device.type == "cpu" else None
+
+    def _of_one_token(self) -> list[tuple[int, float]]:
+        assert self.chosen is not None
+        return [(expert, float(self.weights[0, 0, expert])) for expert in self.chosen.flatten().tolist()]
 
     def by_expert(self) -> "ByExpert":
         """The choices of all tokens, sorted by expert."""
@@ -126,20 +138,28 @@ def routed_delta(
     return F.linear(rank_space * per_rank, torch.cat(list(lora_b), dim=1))
 
 
-def add_product(result: Tensor, rank_space: Tensor, up: Tensor) -> Tensor:
-    """``result + rank_space @ up.T``, in one pass over the result where the types allow it.
+def add_product(
+    result: Tensor, rank_space: Tensor, up: Tensor, *, scale: float = 1.0, in_place: bool = False
+) -> Tensor:
+    """``result + scale * rank_space @ up.T``, in one pass over the result where the types allow it.
 
     Args:
         result: ``(..., out_features)``.
         rank_space: ``(..., ranks)``.
         up: ``(out_features, ranks)``.
+        scale: Factor of the product.
+        in_place: Whether the result may be overwritten.
 
     Returns:
         ``(..., out_features)`` in the dtype of ``result``.
     """
     if result.dtype != rank_space.dtype or result.dtype != up.dtype:
-        return (result + F.linear(rank_space, up)).to(result.dtype)
-    return torch.addmm(result.flatten(0, -2), rank_space.flatten(0, -2), up.t()).view_as(result)
+        return (result + F.linear(rank_space, up) * scale).to(result.dtype)
+    rows, rank_rows = result.flatten(0, -2), rank_space.flatten(0, -2)
+    if in_place:
+        rows.addmm_(rank_rows, up.t(), alpha=scale)
+        return result
+    return torch.addmm(rows, rank_rows, up.t(), alpha=scale).view_as(result)
 
 
 def pays_sparse(num_experts: int, top_k: int) -> bool:
@@ -203,6 +223,13 @@ def _can_group(x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) ->
     return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+def stack_rows(weights: Sequence[Tensor]) -> Tensor:
+    """``(sum of rows, columns)``: the weights under each other; without a copy where no gradient is wanted."""
+    if torch.is_grad_enabled() or len({weight.shape for weight in weights}) > 1:
+        return torch.cat(list(weights))
+    return side_by_side(weights).flatten(0, 1)
+
+
 def side_by_side(weights: Sequence[Tensor]) -> Tensor:
     """``(n, ...)``: weights of equal shape as one tensor, without a copy from the second call on.
 
@@ -210,6 +237,8 @@ def side_by_side(weights: Sequence[Tensor]) -> Tensor:
     stack is a view of that: it can never be stale, and nothing takes room twice. Weights that share their memory
     with anything else are left where they are, and copied in each call.
     """
+    if torch.compiler.is_compiling():
+        return torch.stack(list(weights))  # addresses are not the compiler's business
     first, last = weights[0], weights[-1]
     size = first.numel() * first.element_size()
     start = first.data_ptr()

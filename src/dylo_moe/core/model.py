@@ -200,8 +200,8 @@ class DyLoRA_MoE(nn.Module):
                 labels = without_padding(labels, attention_mask)
         head = self._head() if labels is not None and not return_logits else None
         if head is not None:
-            # one position, so that the base model makes next to no logits itself
-            kwargs["logits_to_keep"] = 1
+            # at no position: the base model itself makes no logits
+            kwargs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=head.weight.device)
         with self.experts.routing_state.recording() as recorded, backbone_output(self.experts.base_model) as features:
             outputs = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, routing_weights=routing_weights, **kwargs
@@ -253,7 +253,8 @@ class DyLoRA_MoE(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates with the mixture: transformers' ``generate``, each new token routed as in training."""
-        return self.model.generate(*args, **kwargs)
+        with self.experts.routing_state.keeping_stacks():
+            return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def base_only(self) -> Iterator[None]:

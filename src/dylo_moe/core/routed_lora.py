@@ -20,9 +20,15 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
-from transformers import Cache
 
-from dylo_moe.core.mixture import TokenWeights, add_product, pays_sparse, routed_delta, sparse_delta
+from dylo_moe.core.mixture import (
+    TokenWeights,
+    add_product,
+    pays_sparse,
+    routed_delta,
+    sparse_delta,
+    stack_rows,
+)
 from dylo_moe.core.router import RouterOutput
 from dylo_moe.errors import RoutingError
 
@@ -48,48 +54,35 @@ class Experts(NamedTuple):
     scalings: tuple[float, ...]
 
 
-class Siblings(NamedTuple):
-    """Layers that are fed the same tensor, and their ``A`` as one matrix, ``(layers * sum of ranks, in_features)``."""
+class Stack(NamedTuple):
+    """One layer's active experts, and their ``B`` beside each other: ``(out_features, sum of ranks)``."""
 
-    layers: "tuple[RoutedLayer, ...]"
-    down: Tensor
+    experts: Experts
+    up: Tensor
 
 
-class Stacks:
-    """Stacked weights. They live as long as one forward, and through decoding steps that continue its cache."""
+class KeptStacks:
+    """Stacked weights that outlive a forward: within one ``generate``, while no weight is written to or moved."""
 
     def __init__(self) -> None:
-        self.up: dict[RoutedLayer, tuple[Experts, Tensor]] = {}
-        self.siblings: dict[RoutedLayer, Siblings] = {}
-        self._made_from: list[object] = []
+        self.stacks: dict[RoutedLayer, Stack] = {}
+        self.siblings: dict[RoutedLayer, tuple[list[RoutedLayer], Tensor]] = {}
+        self._noted: list[Tensor] = []
+        self._versions: list[int] = []
+        self._addresses: list[int] = []
 
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.up.clear()
-        self.siblings.clear()
-        self._made_from.clear()
+    def note(self, weights: list[Tensor]) -> None:
+        """Remembers what was stacked, as it is now."""
+        self._noted += weights
+        self._versions += [weight._version for weight in weights]
+        self._addresses += [weight.data_ptr() for weight in weights]
 
-    def seal(self) -> None:
-        """Notes what the stacks were made from, for ``still_valid``."""
-        if not self._made_from:
-            self._made_from = self._sources()
-
-    def still_valid(self) -> bool:
-        """Whether there are stacks, and nothing that they were made from changed since."""
-        return bool(self.up) and self._made_from == self._sources()
-
-    def _sources(self) -> list[object]:
-        # read in every decoding step, so by the shortest way to the parameters: a second would be some percent
-        sources: list[object] = []
-        for layer, (experts, _) in self.up.items():
-            sources += (*layer.active_adapters, *layer.scaling.values())  # type: ignore[attr-defined]
-            for side in (layer.lora_A, layer.lora_B):  # type: ignore[attr-defined]
-                modules = side._modules
-                for name in experts.names:
-                    weight = modules[name]._parameters["weight"] if name in modules else None
-                    if weight is not None:
-                        sources += (id(weight), weight.data_ptr(), weight._version)
-        return sources
+    def drop_if_stale(self) -> None:
+        """Forgets everything if any of the weights changed."""
+        versions = [weight._version for weight in self._noted]
+        if self._versions != versions or self._addresses != [weight.data_ptr() for weight in self._noted]:
+            for everything in (self.stacks, self.siblings, self._noted, self._versions, self._addresses):
+                everything.clear()
 
 
 class RoutingState:
@@ -100,8 +93,8 @@ class RoutingState:
         base_only: Whether the layers leave out every adapter.
         given: Whether ``weights`` came from the caller, so that no router may replace them.
         record: Where the router's outputs are collected; None where nobody asked.
-        stacks: The layers' stacked weights.
         shared: What a layer computed for its siblings: the input and the weights that it holds for, and the parts.
+        kept: Stacked weights from the forward before; None where each forward stacks anew.
     """
 
     def __init__(self) -> None:
@@ -109,8 +102,8 @@ class RoutingState:
         self.base_only = False
         self.given = False
         self.record: list[RouterOutput] | None = None
-        self.stacks = Stacks()
         self.shared: tuple[Tensor, TokenWeights, dict[RoutedLayer, Tensor]] | None = None
+        self.kept: KeptStacks | None = None
 
     @contextmanager
     def scope(
@@ -123,6 +116,15 @@ class RoutingState:
             yield
         finally:
             self.weights, self.given, self.base_only = before
+
+    @contextmanager
+    def keeping_stacks(self) -> Iterator[None]:
+        """Lets the forwards in a block of code, the steps of one generation, share their stacked weights."""
+        before, self.kept = self.kept, KeptStacks()
+        try:
+            yield
+        finally:
+            self.kept = before
 
     @contextmanager
     def recording(self) -> Iterator[list[RouterOutput]]:
@@ -155,32 +157,39 @@ class RoutedLayer:
             return self.plain_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         result: Tensor = self.base_layer(x, *args, **kwargs)
         _check_weights(weights.weights, x, self.active_adapters)
-        stacked = state.stacks.up.get(self)
-        experts = stacked[0] if stacked else self._experts()
+        # the output of a plain linear layer is nobody else's, unless a hook was there to keep it
+        own = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        sparse = weights.chosen is not None and not torch.is_grad_enabled()
+        one_token = weights.of_one_token() if sparse else None
+        if one_token is not None:
+            return self._add_of_one_token(result, x, one_token, own)  # type: ignore[no-any-return]
+        kept = state.kept and state.kept.stacks.get(self)
+        experts = kept.experts if kept else self._experts()
         if not experts.names:
             return result
         if experts.places is not None:
             weights = weights.of(experts.places)
+        elif sparse and pays_sparse(len(experts.names), weights.chosen.shape[-1]):
+            delta = self._mixture_of_chosen(x, experts, weights)
+            if delta is not None:
+                return (result + delta).to(result.dtype)  # type: ignore[no-any-return]
         if self.training and any(map(self._dropout_rate, experts.names)):
             return (result + self._mixture_of_dropped(x, experts, weights)).to(result.dtype)  # type: ignore[no-any-return]
-        delta = self._mixture_of_chosen(x, experts, weights)
-        if delta is not None:
-            return (result + delta).to(result.dtype)  # type: ignore[no-any-return]
         rank_space = self._rank_space(x, experts, weights)
-        return add_product(result, rank_space, stacked[1] if stacked else self._stack_up(experts))
+        return add_product(result, rank_space, self._stack(experts).up, in_place=own)
 
     def enable_adapters(self: Any, enabled: bool) -> None:
         """As PEFT's, but which experts train is left alone: the end of ``disable_adapter`` must not unfreeze any."""
         self._disable_adapters = not enabled
 
     def _experts(self: Any) -> Experts:
-        active = self.active_adapters
-        names = tuple(name for name in active if name in self.lora_A)
+        active, ranks, scalings = self.active_adapters, self.r, self.scaling
+        names = tuple([name for name in active if name in ranks])
         return Experts(
-            None if len(names) == len(active) else tuple(active.index(name) for name in names),
+            None if len(names) == len(active) else tuple([active.index(name) for name in names]),
             names,
-            tuple(self.lora_A[name].weight.shape[0] for name in names),
-            tuple(self.scaling[name] for name in names),
+            tuple([ranks[name] for name in names]),
+            tuple([scalings[name] for name in names]),
         )
 
     def _matrices(self: Any, experts: Experts) -> tuple[list[Tensor], list[Tensor]]:
@@ -189,23 +198,28 @@ class RoutedLayer:
             self.lora_B[name].weight for name in experts.names
         ]
 
-    def _stack_up(self: Any, experts: Experts) -> Tensor:
-        """``(out_features, sum of ranks)``."""
-        up = torch.cat([self.lora_B[name].weight for name in experts.names], dim=1)
-        if not torch.is_grad_enabled():
-            self.routing.stacks.up[self] = experts, up
-        return up
+    def _stack(self: Any, experts: Experts) -> Stack:
+        kept = self.routing.kept
+        stack: Stack | None = kept and kept.stacks.get(self)
+        if stack is None:
+            weights = [self.lora_B[name].weight for name in experts.names]
+            stack = Stack(experts, torch.cat(weights, dim=1))
+            if kept is not None and not torch.is_grad_enabled():
+                kept.stacks[self] = stack
+                kept.note(weights)
+        return stack
 
-    def _siblings(self: Any, experts: Experts) -> Siblings:
-        """The layers that one product down serves: this one, and those fed alike with the same experts."""
-        stacks = self.routing.stacks
-        siblings: Siblings | None = stacks.siblings.get(self)
+    def _siblings(self: Any, experts: Experts) -> "tuple[list[RoutedLayer], Tensor]":
+        """The layers that are fed alike with the same experts, and all their ``A`` under each other."""
+        kept = self.routing.kept
+        siblings: tuple[list[RoutedLayer], Tensor] | None = kept and kept.siblings.get(self)
         if siblings is None:
-            layers = tuple(layer for layer in self.fed_alike if layer is self or layer._experts() == experts)
-            down = torch.cat([layer.lora_A[name].weight for layer in layers for name in experts.names])
-            siblings = Siblings(layers, down)
-            if not torch.is_grad_enabled():
-                stacks.siblings[self] = siblings
+            layers = [layer for layer in self.fed_alike if layer is self or layer._experts() == experts]
+            weights = [layer.lora_A[name].weight for layer in layers for name in experts.names]
+            siblings = layers, stack_rows(weights)
+            if kept is not None and not torch.is_grad_enabled():
+                kept.siblings[self] = siblings
+                kept.note(weights)
         return siblings
 
     def _rank_space(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor:
@@ -215,22 +229,28 @@ class RoutedLayer:
             part: Tensor | None = state.shared[2].pop(self, None)
             if part is not None:
                 return part
-        siblings: Siblings = self._siblings(experts)
-        rank_space = F.linear(self._cast_input_dtype(x, siblings.down.dtype), siblings.down)
+        layers, down = self._siblings(experts)
+        rank_space = F.linear(self._cast_input_dtype(x, down.dtype), down)
         per_rank = weights.per_rank(experts.ranks, experts.scalings, rank_space.dtype)
-        if len(siblings.layers) == 1:
+        if len(layers) == 1:
             return rank_space * per_rank
-        split = rank_space.unflatten(-1, (len(siblings.layers), -1)) * per_rank.unsqueeze(-2)
-        parts: dict[RoutedLayer, Tensor] = dict(zip(siblings.layers, split.unbind(-2), strict=True))
+        split = rank_space.unflatten(-1, (len(layers), -1)) * per_rank.unsqueeze(-2)
+        parts: dict[RoutedLayer, Tensor] = dict(zip(layers, split.unbind(-2), strict=True))
         state.shared = x, weights, parts
         return parts.pop(self)
 
+    def _add_of_one_token(self: Any, result: Tensor, x: Tensor, chosen: list[tuple[int, float]], own: bool) -> Tensor:
+        """The result with the chosen experts, straight from their own matrices."""
+        for place, weight in chosen:
+            name = self.active_adapters[place]
+            if name in self.scaling:
+                down, up = self.lora_A[name].weight, self.lora_B[name].weight
+                rank_space = F.linear(self._cast_input_dtype(x, down.dtype), down)
+                result = add_product(result, rank_space, up, scale=weight * self.scaling[name], in_place=own)
+        return result
+
     def _mixture_of_chosen(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor | None:
-        """The mixture by the chosen experts alone; None where the dense product is cheaper or the only one."""
-        if weights.chosen is None or torch.is_grad_enabled():
-            return None
-        if not pays_sparse(len(experts.names), weights.chosen.shape[-1]):
-            return None
+        """The mixture by the chosen experts alone; None where there is no product for these shapes and types."""
         lora_a, lora_b = self._matrices(experts)
         return sparse_delta(self._cast_input_dtype(x, lora_a[0].dtype), lora_a, lora_b, experts.scalings, weights)
 
@@ -322,8 +342,8 @@ def _take_weights(
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise RoutingError(f"routing_weights must be a tensor (batch, seq, num_active_experts), got {got}")
         state.weights, state.given = TokenWeights(weights), True
-    if torch.is_grad_enabled() or not _continues(kwargs.get("past_key_values")) or not state.stacks.still_valid():
-        state.stacks.clear()
+    if state.kept is not None:
+        state.kept.drop_if_stale()
     if causal_lm.training:
         _keep_routing_in_recomputation(state, causal_lm)
     return args, kwargs
@@ -331,15 +351,6 @@ def _take_weights(
 
 def _drop_weights(state: RoutingState, causal_lm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     state.weights, state.given, state.shared = None, False, None
-    if getattr(output, "past_key_values", None) is None:
-        state.stacks.clear()
-    else:
-        state.stacks.seal()
-
-
-def _continues(cache: Any) -> bool:
-    """Whether a key-value cache holds a part of the sequence already."""
-    return isinstance(cache, Cache) and bool(cache.get_seq_length() > 0)
 
 
 def _keep_routing_in_recomputation(state: RoutingState, causal_lm: nn.Module) -> None:

@@ -4,8 +4,10 @@ A linear gate on normalised hidden states, then a softmax over all experts (dens
 of them (sparse). The router knows nothing of LoRA, of layers, or of where its input was read.
 """
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from typing_extensions import override
 from dylo_moe.errors import RoutingError
 
 YOUNG, MATURE = 0, 1
+
+_SMALLEST_NORM = 1e-6
 
 
 class RouterOutput(NamedTuple):
@@ -101,18 +105,26 @@ class DynamicHybridRouter(nn.Module):
             Weights and temperature-scaled logits, float32 (float64 for a float64 input), each
             ``(batch, seq, len(experts))``; each row of weights sums to 1.
         """
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         weight, bias = self.gates[gate], self.selection_bias[gate]
         if experts is not None and len(experts) < self.num_experts:
             chosen = list(experts)
             weight, bias = weight[chosen], bias[chosen]
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            normalised = F.rms_norm(hidden_states.to(dtype), (self.hidden_size,))
-            logits = F.linear(normalised, weight.to(normalised)) / self.temperature
-            if self.is_sparse(experts):
-                best = choose(logits, self.top_k, bias.to(logits))
-                return RouterOutput(sparse_weights(logits, best), logits, best)
+        hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        with _without_autocast(hidden_states.device.type):
+            logits = F.linear(hidden_states, weight.to(hidden_states.dtype)) * self._scale(hidden_states)
+        if not self.is_sparse(experts):
             return RouterOutput(logits.softmax(dim=-1), logits)
+        best = choose(logits, self.top_k, bias)
+        return RouterOutput(sparse_weights(logits, best), logits, best)
+
+    def _scale(self, hidden_states: Tensor) -> Tensor:
+        """``(batch, seq, 1)``: what the RMS norm and the temperature multiply a row's logits by.
+
+        Applied to the logits, which are few, and not to the hidden states: the product is the same.
+        """
+        norm: Tensor = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
+        # sqrt(H) / |x| is 1 / rms(x); the bound keeps a row of zeros finite
+        return math.sqrt(self.hidden_size) / self.temperature / norm.clamp(min=_SMALLEST_NORM)
 
     @torch.no_grad()
     def add_expert(self) -> int:
@@ -135,6 +147,10 @@ class DynamicHybridRouter(nn.Module):
             f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"temperature={self.temperature}, num_gates={len(self.gates)}"
         )
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def choose(logits: Tensor, top_k: int, selection_bias: Tensor | None = None) -> Tensor:
@@ -163,5 +179,7 @@ def sparse_weights(logits: Tensor, chosen: Tensor) -> Tensor:
     Returns:
         ``(..., num_experts)``; rows sum to 1.
     """
+    if chosen.shape[-1] == 1:
+        return torch.zeros_like(logits).scatter_(-1, chosen, 1.0)
     kept = logits.gather(-1, chosen).softmax(dim=-1)
     return torch.zeros_like(logits).scatter(-1, chosen, kept)

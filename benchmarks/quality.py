@@ -1,0 +1,257 @@
+"""Held-out loss at equal wall-clock: the three routing modes beside plain LoRA of the same rank in all.
+
+    python benchmarks/quality.py             trains, writes benchmarks/results/quality.json, prints the table
+    python benchmarks/quality.py --show      prints the table of the committed result
+    python benchmarks/quality.py --seconds 8 --sweep-seconds 4 --held-out 1 --seeds 0 --output /tmp/quality.json   a try
+
+Mixtures of 4 experts of rank 16, and one LoRA of rank 64 on the same projections with the same alpha / rank, train on
+the two domains of ``recipes/demo.yaml`` for the same time each, in turns in one process, on the same batches in the
+same order. A quicker arm takes more steps. Under ``prefix`` the first quarter of the layers carries no experts, which
+is part of what that mode is: it has three quarters of the parameters. A sweep on a seed of its own finds each arm's
+learning rate; all plain LoRA arms share that of r=64, as steps and scale are the same.
+
+Covered: minutes of training in float32 on the CPU, on a small model and two domains that are easily told apart. Not
+covered: GPUs, where the arms' speeds stand to each other otherwise; long training; other ranks, targets and numbers of
+experts; and what a mixture is for besides loss, such as adding a skill later. The sweep is shorter than the training.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from environment import environment
+from quality_arms import BATCH_SIZE, ENTRIES, EXPERT_RANK, MAX_LENGTH, NUM_EXPERTS, TARGETS, Arm, Data, plain_logits
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from dylo_moe.core.base_model import load_base_model, load_tokenizer
+
+RESULT = Path(__file__).parent / "results" / "quality.json"
+MODEL = "demo"
+DOMAINS = ["python_stdlib", "cpp_headers"]
+SWEEP_SEED = 100
+RATES = [5e-4, 1e-3, 2e-3]
+REFERENCE = "lora_64"
+MIXTURES = [name for name, entry in ENTRIES.items() if entry.routing is not None]
+SWEPT = sorted({entry.rate_of for entry in ENTRIES.values()}, key=list(ENTRIES).index)
+
+Tell = Callable[[str, float], object]
+
+
+def main() -> None:
+    """Reads the flags, runs, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=80.0, help="training time of each arm under each seed")
+    parser.add_argument("--sweep-seconds", type=float, default=25.0, help="the same for each arm and rate of the sweep")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--held-out", type=float, default=5.0, help="percent of the held-out rows, chosen by the seed")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid of the sweep")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--show", action="store_true", help="only print the result")
+    args = parser.parse_args()
+    if SWEEP_SEED in args.seeds:
+        parser.error(f"seed {SWEEP_SEED} is the sweep's, and its learning rates would be chosen on what is reported")
+    if not args.show:
+        # there is one bar, of the whole; PEFT asks transformers for something by its older name
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        run(args, Console(stderr=True))
+    sys.stdout.write(table(json.loads(args.output.read_text())) + "\n")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """The sweep, then the seeds; the result is written anew after each."""
+    base, tokenizer = load_base_model(MODEL).eval(), load_tokenizer(MODEL)
+    data = Data(DOMAINS, tokenizer, args.held_out, SWEEP_SEED)
+    start = time.perf_counter()
+    sweep_base = data.held_out_losses(partial(plain_logits, base))
+    evaluation = time.perf_counter() - start
+    training = len(SWEPT) * len(args.rates) * args.sweep_seconds + len(args.seeds) * len(ENTRIES) * args.seconds
+    minutes = (training + evaluations(len(args.rates), len(args.seeds)) * evaluation) / 60
+    console.print(f"About {minutes:.0f} minutes, of which {training / 60:.0f} train", highlight=False)
+    columns = (TextColumn("{task.description:40}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=training)
+
+        def tell(title: str, text: str, seconds: float) -> None:
+            progress.update(task, description=f"{title}, {text}", advance=seconds)
+
+        result: dict[str, Any] = {"environment": environment(), "settings": settings(args)}
+        result["sweep"] = {"base": sweep_base, **sweep(base, data, args, partial(tell, "sweep"))}
+        rates = result["sweep"]["best"]
+        result["runs"] = []
+        write(args.output, result)
+        for seed in args.seeds:
+            seed_run = run_seed(base, tokenizer, seed, rates, args, partial(tell, f"seed {seed}"))
+            result["runs"].append(seed_run)
+            write(args.output, result)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the result depends on besides the code and the environment."""
+    return {
+        "model": MODEL,
+        "domains": DOMAINS,
+        "seconds": args.seconds,
+        "sweep_seconds": args.sweep_seconds,
+        "sweep_seed": SWEEP_SEED,
+        "held_out_percent": args.held_out,
+        "max_length": MAX_LENGTH,
+        "batch_size": BATCH_SIZE,
+        "num_experts": NUM_EXPERTS,
+        "expert_rank": EXPERT_RANK,
+        "target_modules": TARGETS,
+    }
+
+
+def evaluations(rates: int, seeds: int) -> int:
+    """How many times the base's evaluation all evaluations last; a forward under ``final`` is two passes."""
+    sweep_arms = len(SWEPT) + sum(name in MIXTURES for name in SWEPT) + 2
+    seed_arms = len(ENTRIES) + len(MIXTURES) + 2
+    return rates * sweep_arms + seeds * (1 + seed_arms)
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Writes the result, making its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def sweep(base: PreTrainedModel, data: Data, args: argparse.Namespace, tell: Tell) -> dict[str, Any]:
+    """Mean held-out loss of each arm at each learning rate, and the best rate of each."""
+    losses: dict[str, dict[str, float]] = {}
+    best: dict[str, float] = {}
+    for name in SWEPT:
+        arms = {
+            f"{name} {rate:g}": ENTRIES[name].build(base, SWEEP_SEED, rate, args.sweep_seconds) for rate in args.rates
+        }
+        train_together(arms, data, tell)
+        found = {arm.rate: mean_loss(used(evaluated(title, arm, data, tell))) for title, arm in arms.items()}
+        losses[name] = {f"{rate:g}": loss for rate, loss in found.items()}
+        best[name] = min(found, key=found.__getitem__)
+    return {"losses": losses, "best": best}
+
+
+def run_seed(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    rates: dict[str, float],
+    args: argparse.Namespace,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Trains and evaluates all arms under one seed."""
+    tell("base", 0.0)
+    data = Data(DOMAINS, tokenizer, args.held_out, seed)
+    base_losses = data.held_out_losses(partial(plain_logits, base))
+    arms = {name: entry.build(base, seed, rates[entry.rate_of], args.seconds) for name, entry in ENTRIES.items()}
+    train_together(arms, data, tell)
+    reports = {name: {**arm.report(), "losses": evaluated(name, arm, data, tell)} for name, arm in arms.items()}
+    return {"seed": seed, "held_out_rows": data.held_out_rows(), "base": base_losses, "arms": reports}
+
+
+def train_together(arms: dict[str, Arm], data: Data, tell: Tell) -> None:
+    """Trains all arms until their clocks are used up, in turns: what slows the machine slows all of them alike."""
+    for name, arm in arms.items():
+        tell(f"{name}: warm-up", 0.0)
+        arm.warm_up(data.train_batch(0))
+    # the collector would walk over hundreds of thousands of module objects again and again, on somebody's clock
+    gc.collect()
+    gc.freeze()
+    while not all(arm.finished for arm in arms.values()):
+        for name, arm in arms.items():
+            before = arm.used
+            tell(name, 0.0)
+            arm.run_slice(data)
+            tell(name, arm.used - before)
+    gc.unfreeze()
+
+
+def evaluated(name: str, arm: Arm, data: Data, tell: Tell) -> dict[str, dict[str, float]]:
+    """The held-out losses of an arm, told while it takes its time."""
+    tell(f"{name}: evaluation", 0.0)
+    return arm.held_out(data)
+
+
+def used(losses: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Of the ways in which an arm was evaluated, the one in which it is used: sparse, for a mixture."""
+    return losses["sparse"] if "sparse" in losses else losses["plain"]
+
+
+def mean_loss(losses: dict[str, float]) -> float:
+    """The mean over the domains."""
+    return statistics.mean(losses.values())
+
+
+def table(result: dict[str, Any]) -> str:
+    """The Markdown table, and what it says about the routing modes."""
+    runs, domains, seconds = result["runs"], result["settings"]["domains"], result["settings"]["seconds"]
+    titles = ["arm", "learning rate", "steps", *(f"`{domain}`" for domain in domains), "mean", "minus LoRA r=64"]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    lines.append(_row("base", ["", ""], [run["base"] for run in runs], runs))
+    for name, entry in ENTRIES.items():
+        reports = [run["arms"][name] for run in runs]
+        steps = f"{statistics.mean(report['steps'] for report in reports):.0f}"
+        for way in reports[0]["losses"]:
+            title = entry.title if way == "plain" else f"{entry.title}, {way}"
+            first = [f"{reports[0]['learning_rate']:g}", steps]
+            lines.append(_row(title, first, [report["losses"][way] for report in reports], runs))
+    lines += [
+        "",
+        f"Held-out loss in nats per token after {seconds:g} s of training for each arm, mean ± standard deviation over "
+        f"{len(runs)} seeds; the last column is paired, by seed. Sparse is top-2 of {NUM_EXPERTS} experts, dense is as "
+        f"trained. {_edges(result['sweep']['losses'], result['sweep']['best'])}",
+        "",
+        verdict(runs),
+    ]
+    return "\n".join(lines)
+
+
+def _row(title: str, first: list[str], losses: list[dict[str, float]], runs: list[dict[str, Any]]) -> str:
+    means = [mean_loss(loss) for loss in losses]
+    reference = [mean_loss(run["arms"][REFERENCE]["losses"]["plain"]) for run in runs]
+    differences = [mean - other for mean, other in zip(means, reference, strict=True)]
+    domains = [_spread([loss[domain] for loss in losses]) for domain in losses[0]]
+    cells = [title, *first, *domains, _spread(means), _spread(differences, "+.4f") if any(differences) else ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _edges(losses: dict[str, dict[str, float]], best: dict[str, float]) -> str:
+    """Which learning rates the sweep found at the edge of its grid, where a better one may lie outside."""
+    rates = sorted(map(float, next(iter(losses.values()))))
+    edge = [f"`{name}`" for name in losses if best[name] in (rates[0], rates[-1])]
+    where = f"best at the edge of the grid for {', '.join(edge)}" if edge else "best inside of the grid for every arm"
+    return f"Learning rates from a sweep over {', '.join(f'{rate:g}' for rate in rates)}; {where}."
+
+
+def verdict(runs: list[dict[str, Any]]) -> str:
+    """Which routing mode is best, and whether by more than the seeds scatter."""
+    losses = {name: [mean_loss(used(run["arms"][name]["losses"])) for run in runs] for name in MIXTURES}
+    best, second = sorted(losses, key=lambda name: statistics.mean(losses[name]))[:2]
+    lead = [theirs - ours for ours, theirs in zip(losses[best], losses[second], strict=True)]
+    sentence = f"Best routing mode by mean sparse loss: `{best}`, ahead of `{second}` by {_spread(lead, '.4f')}"
+    if len(lead) < 2:
+        return f"{sentence}; one seed does not tell whether that is more than chance."
+    more = "exceeds" if statistics.mean(lead) > statistics.stdev(lead) else "does not exceed"
+    return f"{sentence} (paired, by seed), which {more} the seeds' spread."
+
+
+def _spread(values: list[float], form: str = ".3f") -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{form}} ± {deviation:{form.lstrip('+')}}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""What ``quality.py`` compares: mixtures and plain LoRA on one shared frozen base, each with a clock of its own.
+
+An arm trains only while its clock runs: making batches, evaluating and the other arms' slices are not on it. The
+learning rate follows the share of the clock that is used up, so that a quicker arm takes more steps of the same
+schedule.
+"""
+
+import copy
+import itertools
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from typing_extensions import override
+
+from dylo_moe.core.expert import count_parameters
+from dylo_moe.core.losses import IGNORE_INDEX, expert_load, linear_causal_lm_loss, token_cross_entropy
+from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core.routing import backbone
+from dylo_moe.data.prepare_data import prepare_data
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+NUM_EXPERTS, EXPERT_RANK = 4, 16
+MAX_LENGTH, BATCH_SIZE = 320, 8
+WARM_UP, MAX_NORM, SLICE_SECONDS = 0.1, 1.0, 5.0
+
+Batch = dict[str, Tensor]
+Losses = dict[str, float]
+
+
+class Data:
+    """The batches of one seed, the same for every arm, and its held-out rows.
+
+    Args:
+        domains: Datasets of the registry.
+        tokenizer: The base model's.
+        held_out_percent: Share of the held-out rows to evaluate on.
+        seed: Of the mixing, of the order, and of the choice of the held-out rows.
+    """
+
+    def __init__(
+        self, domains: list[str], tokenizer: PreTrainedTokenizerBase, held_out_percent: float, seed: int
+    ) -> None:
+        prepared = prepare_data(
+            domains,
+            tokenizer,
+            max_length=MAX_LENGTH,
+            validation_percent=held_out_percent,
+            interleaved=True,
+            seed=seed,
+        )
+        self.domains = prepared.domains
+        self._train, self._held_out = prepared.train, prepared.validation
+        self._collator = DataCollatorForSeq2Seq(tokenizer)
+        # as the project's Trainer orders them: at random, rows of similar length together
+        generator = torch.Generator().manual_seed(seed)
+        self._order = get_length_grouped_indices(self._train["length"], BATCH_SIZE, generator=generator)
+
+    def train_batch(self, step: int) -> Batch:
+        """The batch of a step; the rows begin anew when all have been seen."""
+        places = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
+        return self._collate(self._train, [self._order[place % len(self._order)] for place in places])
+
+    def held_out_losses(self, logits: Callable[[Batch], Tensor]) -> Losses:
+        """Nats per labelled token for each domain, over all of its held-out rows."""
+        return {domain: self._held_out_loss(index, logits) for index, domain in enumerate(self.domains)}
+
+    def held_out_rows(self) -> int:
+        """How many rows an evaluation reads."""
+        return len(self._held_out)
+
+    def _held_out_loss(self, domain: int, logits: Callable[[Batch], Tensor]) -> float:
+        rows = [row for row, its_domain in enumerate(self._held_out["domain"]) if its_domain == domain]
+        lengths = list(self._held_out["length"])
+        rows.sort(key=lengths.__getitem__)
+        total, count = 0.0, 0
+        for first in range(0, len(rows), BATCH_SIZE):
+            batch = self._collate(self._held_out, rows[first : first + BATCH_SIZE])
+            with torch.no_grad():
+                total += token_cross_entropy(logits(batch), batch["labels"]).double().sum().item()
+            count += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        return total / count
+
+    def _collate(self, rows: Dataset, indices: list[int]) -> Batch:
+        columns = rows.select_columns(["input_ids", "attention_mask", "labels"])
+        return dict(self._collator([columns[index] for index in indices]))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an arm is, before it is built.
+
+    Attributes:
+        title: As the table calls it.
+        routing: Routing mode of a mixture; None for plain LoRA.
+        rank: Rank of the one adapter of plain LoRA; a mixture's experts have ``EXPERT_RANK`` each.
+        chunked_loss: Whether plain LoRA is trained with the project's loss in the place of transformers'.
+        rate_of: The arm whose learning rate this one uses, as found by the sweep.
+    """
+
+    title: str
+    rate_of: str
+    routing: str | None = None
+    rank: int = NUM_EXPERTS * EXPERT_RANK
+    chunked_loss: bool = False
+
+    def build(self, base: PreTrainedModel, seed: int, rate: float, seconds: float) -> "Arm":
+        """A new arm on the weights of ``base``, with a clock of ``seconds``."""
+        set_seed(seed)
+        # every parameter and buffer is its own copy: the modules are new, the memory is shared
+        shared = {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())}
+        copied = copy.deepcopy(base, shared)
+        if self.routing is not None:
+            return MixtureArm(DyLoRA_MoE(copied, NUM_EXPERTS, rank=EXPERT_RANK, routing=self.routing), rate, seconds)
+        config = LoraConfig(task_type="CAUSAL_LM", r=self.rank, lora_alpha=2 * self.rank, target_modules=TARGETS)
+        kind = ChunkedLoraArm if self.chunked_loss else LoraArm
+        return kind(get_peft_model(copied, config), rate, seconds)
+
+
+ENTRIES = {
+    "prefix": Entry("mixture, `prefix`", "prefix", routing="prefix"),
+    "per_layer": Entry("mixture, `per_layer`", "per_layer", routing="per_layer"),
+    "final": Entry("mixture, `final`", "final", routing="final"),
+    "lora_64": Entry("LoRA r=64", "lora_64"),
+    "lora_64_chunked": Entry("LoRA r=64, our loss", "lora_64", chunked_loss=True),
+    "lora_16": Entry("LoRA r=16", "lora_64", rank=16),
+}
+
+
+class Arm(ABC):
+    """A model in training, its optimizer and its clock.
+
+    Args:
+        model: Its trainable parameters are trained.
+        rate: The peak of the learning rate.
+        seconds: The training time that it is given.
+    """
+
+    def __init__(self, model: Any, rate: float, seconds: float) -> None:
+        self.model = model.train()
+        self.rate = rate
+        self.seconds = seconds
+        self.used = 0.0
+        self.steps = 0
+        self.tokens = 0
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # fused is what the Trainer takes: many small tensors, as experts have, cost no more than few large ones
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, weight_decay=0.0, fused=True)
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """What is minimised."""
+
+    @abstractmethod
+    def held_out(self, data: Data) -> dict[str, Losses]:
+        """Held-out losses per domain, for each way of evaluating this arm; the last is how it is meant to be used."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the clock is used up."""
+        return self.used >= self.seconds
+
+    def warm_up(self, batch: Batch) -> None:
+        """One step that is neither timed nor trained by: allocations and lazy set-up are not on any clock."""
+        with torch.random.fork_rng(devices=[]):
+            self.loss(batch).backward()
+        self._optimizer.zero_grad()
+
+    def run_slice(self, data: Data) -> None:
+        """Trains for ``SLICE_SECONDS``, or until the clock is used up."""
+        end = self.used + SLICE_SECONDS
+        while self.used < end and not self.finished:
+            batch = data.train_batch(self.steps)
+            self._step(batch)
+            self.steps += 1
+            self.tokens += int(batch["attention_mask"].sum())
+
+    def _step(self, batch: Batch) -> None:
+        start = time.perf_counter()
+        self.loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, MAX_NORM)
+        # read as late as can be: a step that does not end in time has the rate 0, and so no effect
+        share = (self.used + time.perf_counter() - start) / self.seconds
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.rate * schedule(share)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.used += time.perf_counter() - start
+
+    def report(self) -> dict[str, Any]:
+        """What training came to, without the losses."""
+        return {
+            "learning_rate": self.rate,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "seconds": self.used,
+            "trainable_parameters": count_parameters(self.model, trainable=True),
+        }
+
+
+class MixtureArm(Arm):
+    """The project's mixture, trained as its Trainer does: the balance loss uses how the batch before chose."""
+
+    def __init__(self, model: DyLoRA_MoE, rate: float, seconds: float) -> None:
+        super().__init__(model, rate, seconds)
+        self._load = model.router.expert_load.clone()
+
+    @override
+    def loss(self, batch: Batch) -> Tensor:
+        output = self.model(**batch, expert_load=self._load, return_logits=False)
+        self._load = expert_load(output.router_logits, batch["attention_mask"], self.model.router.top_k)
+        return output.loss
+
+    @override
+    def warm_up(self, batch: Batch) -> None:
+        load = self._load
+        super().warm_up(batch)
+        self._load = load
+
+    @override
+    def held_out(self, data: Data) -> dict[str, Losses]:
+        self.model.eval()
+        dense = data.held_out_losses(self._logits)
+        self.model.set_maturity()
+        return {"dense": dense, "sparse": data.held_out_losses(self._logits)}
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits
+
+
+class LoraArm(Arm):
+    """PEFT's LoRA with the loss that transformers gives its users."""
+
+    @override
+    def loss(self, batch: Batch) -> Tensor:
+        # no cache in training, as the Trainer sets it
+        return self.model(**batch, use_cache=False).loss
+
+    @override
+    def held_out(self, data: Data) -> dict[str, Losses]:
+        self.model.eval()
+        return {"plain": data.held_out_losses(partial(plain_logits, self.model))}
+
+
+class ChunkedLoraArm(LoraArm):
+    """The same LoRA with the project's loss: it tells the value of the mixture from that of a quicker loss."""
+
+    @override
+    def loss(self, batch: Batch) -> Tensor:
+        causal_lm = self.model.get_base_model()
+        hidden = backbone(causal_lm)(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
+        return linear_causal_lm_loss(hidden, causal_lm.get_output_embeddings().weight, batch["labels"])
+
+
+def plain_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits of a causal LM of transformers or PEFT."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+
+def schedule(share: float) -> float:
+    """The factor of the learning rate once a share of the time is used: linear up, then half a cosine down to 0."""
+    if share < WARM_UP:
+        return share / WARM_UP
+    return (1 + math.cos(math.pi * min(1.0, (share - WARM_UP) / (1 - WARM_UP)))) / 2

@@ -1,0 +1,111 @@
+"""Speed and memory of the routed mixture beside plain LoRA and beside other ways to have several LoRA experts.
+
+    python benchmarks/speed.py             measures, writes benchmarks/results/speed.json and .png, prints the tables
+    python benchmarks/speed.py --show      prints the tables of the committed result
+    python benchmarks/speed.py --sections train --rounds-scale 0.1 --length 32 --output /tmp/speed.json    a try
+
+In float32 on the CPU, on SmolLM2-135M-Instruct with random tokens. Times are compared only within rounds in which every
+contender runs once (see ``timing.py``). Not covered: GPUs, other precisions, quality, and CodeGemma-2B as a whole.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import speed_sections as sections
+from contenders import Lineup
+from environment import environment
+from rich.console import Console
+from speed_codegemma import codegemma
+from speed_figure import write_figure
+from speed_table import tables
+from transformers.utils import logging
+
+from dylo_moe.core.base_model import load_base_model
+
+RESULT = Path(__file__).parent / "results" / "speed.json"
+LENGTH, VOCABULARY = 256, 256_000
+SECTIONS: dict[str, Callable[[sections.Run], dict[str, Any]]] = {
+    "train": sections.train,
+    "forward": sections.forward,
+    "experts": sections.experts,
+    "generate": sections.generate,
+    "memory": sections.memory,
+    "loss": sections.loss,
+    "codegemma": codegemma,
+}
+
+
+def main() -> None:
+    """Reads the flags, measures, writes and prints."""
+    args = _arguments()
+    if not args.show:
+        measure(args)
+    sys.stdout.write(tables(json.loads(args.output.read_text())) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--rounds-scale", type=float, default=1.0, help="multiplies the numbers of rounds")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a row")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="words of the large-vocabulary sections")
+    parser.add_argument("--output", type=Path, default=RESULT, help="the result file; the figure goes beside it")
+    parser.add_argument("--show", action="store_true", help="only print the tables of the result file")
+    args = parser.parse_args()
+    smaller = (args.rounds_scale, args.length, args.vocabulary) != (1.0, LENGTH, VOCABULARY)
+    if smaller and not args.show and args.output.resolve() == RESULT.resolve():
+        parser.error("the committed result is measured in full: give another --output")
+    return args
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Runs the sections, and writes the result after each, so that a run that is cut off keeps what it had."""
+    # what other libraries warn of when their models are built here is neither news nor part of the table
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|mixlora)\b")
+    result = _beginning(args)
+    console = Console(stderr=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with console.status("loading the base model") as status:
+        run = sections.Run(
+            Lineup(load_base_model("demo")), args.length, args.rounds_scale, args.vocabulary, status.update
+        )
+        for name in [name for name in SECTIONS if name in args.sections]:
+            start = time.perf_counter()
+            result["sections"][name] = SECTIONS[name](run)
+            minutes = (time.perf_counter() - start) / 60
+            result["minutes"][name] = round(minutes, 2)
+            result["not_run"] |= run.lineup.not_run
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            console.print(f"{name}: {minutes:.1f} minutes")
+    write_figure(result, args.output.with_suffix(".png"))
+
+
+def _beginning(args: argparse.Namespace) -> dict[str, Any]:
+    """The result before the run: empty, or with the sections of the same machine that this run leaves out."""
+    setup = {
+        "model": "SmolLM2-135M-Instruct",
+        "dtype": "float32",
+        "batch": sections.BATCH,
+        "length": args.length,
+        "rank": 16,
+        "rounds_scale": args.rounds_scale,
+        "vocabulary": args.vocabulary,
+    }
+    result = {"environment": environment(), "setup": setup, "minutes": {}, "not_run": {}, "sections": {}}
+    if args.output.exists() and set(args.sections) < set(SECTIONS):
+        previous: dict[str, Any] = json.loads(args.output.read_text())
+        if all(previous[key] == result[key] for key in ("environment", "setup")):
+            return previous
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Interleaved timing: each round times every contender once, and only times of the same round are compared.
+
+A machine that others use, or that slows down when it is warm, changes speed over minutes, and so over a benchmark.
+Within one round it changes little, so the ratio to the reference of the same round is steadier than any absolute time.
+"""
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Timed:
+    """One thing to time.
+
+    Attributes:
+        call: What is timed.
+        rounds: In how many of the rounds, from the first on.
+        warm_up: What runs once before, untimed; the call itself by default.
+    """
+
+    call: Call
+    rounds: int
+    warm_up: Call | None = None
+
+
+def interleaved(
+    entries: Mapping[str, Timed], *, attempt: Callable[[str, Call], object], progress: Callable[[str], object]
+) -> dict[str, list[float]]:
+    """Seconds of each entry in each of its rounds.
+
+    Args:
+        entries: By name.
+        attempt: Runs the warm-up of an entry and returns what that returns; None tells that it has failed, and the
+            entry is left out.
+        progress: Told what runs.
+    """
+    running: dict[str, Timed] = {}
+    for name, entry in entries.items():
+        progress(f"{name}: warm-up")
+        warm_up = entry.warm_up or entry.call
+        if attempt(name, partial(_done, warm_up)):
+            running[name] = entry
+    # hundreds of thousands of module objects would be walked over again and again, inside of what is timed
+    gc.collect()
+    gc.freeze()
+    order = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    rounds = max((entry.rounds for entry in running.values()), default=0)
+    for index in range(rounds):
+        names = [name for name, entry in running.items() if entry.rounds > index]
+        order.shuffle(names)
+        for name in names:
+            progress(f"{name}: round {index + 1} of {rounds}")
+            start = time.perf_counter()
+            running[name].call()
+            seconds[name].append(round(time.perf_counter() - start, 5))
+    gc.unfreeze()
+    return seconds
+
+
+def _done(call: Call) -> bool:
+    call()
+    return True
+
+
+def ratios(seconds: Mapping[str, list[float]], reference: str) -> dict[str, dict[str, Any]]:
+    """Median and quartiles of each entry's seconds over the reference's of the same round."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in seconds.items():
+        same_rounds = [own / other for own, other in zip(values, seconds[reference], strict=False)]
+        found[name] = spread(same_rounds)
+    return found
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median and quartiles, with the number of values."""
+    cuts = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, median, high = (round(cut, 4) for cut in cuts)
+    return {"median": median, "quartiles": [low, high], "rounds": len(values)}

@@ -1,0 +1,63 @@
+"""What is timed: a forward, a train step and greedy generation, as calls without arguments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from contenders import Contender
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+
+def forward_call(contender: Contender, input_ids: Tensor) -> Call:
+    """A forward as in evaluation: no gradients, no cache, the logits of all tokens."""
+    contender.model.eval()
+
+    def call() -> None:
+        with torch.no_grad():
+            contender.model(input_ids=input_ids, use_cache=False)
+
+    return call
+
+
+def train_call(contender: Contender, input_ids: Tensor) -> Call:
+    """A train step in which every token is labelled; for the bare base it ends with the gradient of the embeddings."""
+    model = contender.model.train()
+    if not contender.trainable:
+        return _base_backward(model, input_ids)
+    optimizer = torch.optim.AdamW(contender.trainable, lr=1e-4, foreach=True)
+
+    def call() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=input_ids, labels=input_ids, **contender.train_options).loss.backward()
+        optimizer.step()
+
+    return call
+
+
+def _base_backward(model: Any, input_ids: Tensor) -> Call:
+    """What every method pays: forward, and backward through all of the frozen layers."""
+
+    def call() -> None:
+        embeddings = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+        model(inputs_embeds=embeddings, labels=input_ids).loss.backward()
+
+    return call
+
+
+def generate_call(contender: Contender, prompt: Tensor, new_tokens: int) -> Call:
+    """Greedy generation of exactly so many tokens, with the key-value cache where the model can use one."""
+    model = contender.model.eval()
+
+    def call() -> None:
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+        )
+
+    return call
