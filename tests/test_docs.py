@@ -1,6 +1,5 @@
 """The pages say what the code says, and every figure comes from a committed result."""
 
-import json
 import re
 import runpy
 from pathlib import Path
@@ -30,10 +29,12 @@ def test_every_command_of_the_readme_parses() -> None:
             assert parse(groups, program, "", [argument.strip('"') for argument in arguments])
 
 
-def test_the_readmes_figures_are_those_of_the_committed_result() -> None:
-    demo = runpy.run_path(str(ROOT / "benchmarks" / "demo.py"))
-    result = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
-    assert demo["table"](result) in README, "run `python benchmarks/demo.py --show` and paste its table"
+def test_the_pages_figures_are_those_of_the_committed_results() -> None:
+    writer = runpy.run_path(str(ROOT / "docs" / "write_tables.py"))
+    asked = [name for path in writer["PAGES"] for name in re.findall("<!-- table: (.*?) -->", path.read_text())]
+    assert sorted(asked) == sorted(writer["TABLES"]), "each table stands in one page"
+    for path in writer["PAGES"]:
+        assert path.read_text() == writer["page"](path), f"{path.name}: run `make docs`"
 
 
 def test_the_readme_names_every_dataset_with_its_licence() -> None:

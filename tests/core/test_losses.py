@@ -10,6 +10,7 @@ from dylo_moe.core.losses import (
     IGNORE_INDEX,
     causal_lm_loss,
     expert_load,
+    linear_causal_lm_loss,
     load_balance_loss,
     router_z_loss,
     token_cross_entropy,
@@ -66,6 +67,38 @@ def test_each_token_has_its_own_share_of_the_loss() -> None:
     assert shares.shape == (2, 4) and torch.equal(shares[1, 1:], torch.zeros(3))
     whole = causal_lm_loss(logits, labels, label_smoothing=0.1)
     assert (shares.sum() / 5).item() == pytest.approx(whole.item())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
+)
+def test_the_loss_without_logits_is_the_loss_with_them(
+    dtype: torch.dtype, tolerance: float, rows: int, biased: bool, smoothing: float
+) -> None:
+    hidden = torch.randn(rows, 400, 16).to(dtype).requires_grad_()  # several chunks
+    weight, bias = torch.randn(50, 16).to(dtype), torch.randn(50).to(dtype) if biased else None
+    labels = torch.randint(0, 50, (rows, 400))
+    labels[0, :70] = IGNORE_INDEX
+    # the truth is in float64: in bfloat16 the logits themselves are rounded, here and there
+    precise = hidden.detach().double().requires_grad_()
+    logits = torch.nn.functional.linear(precise, weight.double(), None if bias is None else bias.double())
+    wanted = causal_lm_loss(logits, labels, label_smoothing=smoothing, num_items=500)
+    got = linear_causal_lm_loss(hidden, weight, labels, bias=bias, label_smoothing=smoothing, num_items=500)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert got.item() == pytest.approx(wanted.item(), rel=tolerance)
+    (gradient,) = torch.autograd.grad(got, hidden)
+    (true_gradient,) = torch.autograd.grad(wanted, precise)
+    assert ((gradient.double() - true_gradient).norm() / true_gradient.norm()).item() < tolerance
+
+
+def test_a_batch_without_labels_has_no_loss() -> None:
+    hidden = torch.randn(1, 4, 16, requires_grad=True)
+    loss = linear_causal_lm_loss(hidden, torch.randn(50, 16), torch.full((1, 4), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
 
 
 def test_labels_that_padding_would_predict_are_left_out() -> None:

@@ -243,12 +243,13 @@ def test_padding_changes_neither_loss_nor_gradients(family: str, routing: str, s
 
 @EVERY_ROUTING
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("given", [False, True], ids=["by the router", "given weights"])
-def test_gradient_checkpointing_changes_no_gradient(family: str, routing: str, given: bool) -> None:
+def test_gradient_checkpointing_changes_no_gradient(family: str, routing: str, given: bool, dropout: float) -> None:
     ids, mask = padded(ROWS[:4], "right")
     outcomes = []
     for checkpointing in (False, True):
-        model = mixture(family, routing, dropout=0.2, **COEFFICIENTS).train()
+        model = mixture(family, routing, dropout=dropout, **COEFFICIENTS).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         weights = torch.rand(*ids.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))

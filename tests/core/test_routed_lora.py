@@ -246,3 +246,76 @@ def test_gradient_checkpointing_on_plain_peft_keeps_every_gradient(reentrant: bo
         assert gradient is not None and (gradient != 0).any(), f"{name} got no gradient at all"
         assert checkpointed[name] is not None, f"{name} lost its gradient under gradient checkpointing"
         torch.testing.assert_close(checkpointed[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- what layers share, and what they may overwrite -------------------------------------------------------------------
+
+
+class Crossed(nn.Module):
+    """Layers named like siblings that are not fed the same tensor, and one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(IN, OUT, bias=False).double() for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([self.q_proj(x), self.k_proj(y), self.v_proj(x), self.q_proj(y), self.q_proj(x)])
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "k_proj"]])
+def test_siblings_that_are_not_fed_alike_compute_for_themselves(targets: list[str]) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Crossed(), LoraConfig(r=4, target_modules=targets), adapter_name="first")
+    model.add_adapter("second", LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"]))
+    model.double()
+    stir(model)
+    model.base_model.set_adapter(["first", "second"])
+    state = enable_routing(model)
+    x, y = torch.randn(2, 2, 5, IN, dtype=torch.float64)
+    routing = torch.rand(2, 5, 2, dtype=torch.float64)
+    wanted = []
+    for layer, fed in zip("qkvqq", (x, y, x, y, x), strict=True):
+        module = getattr(model.base_model.model, f"{layer}_proj")
+        result = (module.base_layer if hasattr(module, "base_layer") else module)(fed)
+        for column, name in enumerate(getattr(module, "lora_A", {})):
+            delta = fed @ module.lora_A[name].weight.T @ module.lora_B[name].weight.T
+            result = result + routing[..., column, None] * module.scaling[name] * delta
+        wanted.append(result)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert relative_error(model(x, y, routing_weights=routing), torch.stack(wanted)) < 1e-12
+    assert state.shared is None, "nothing may be kept alive by a forward that is over"
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_hook_on_a_base_layer_keeps_what_that_layer_gave(grad: bool) -> None:
+    model = lora_model()
+    enable_routing(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    kept: list[tuple[Tensor, Tensor]] = []
+    layer.base_layer.register_forward_hook(lambda module, args, output: kept.append((output, output.detach().clone())))
+    with torch.set_grad_enabled(grad):
+        model(IDS, routing_weights=weights_for(IDS))
+    assert torch.equal(*kept[0])
+
+
+@pytest.mark.parametrize("change", ["write", "data", "parameter"])
+def test_no_forward_uses_weights_of_the_past(change: str) -> None:
+    model = lora_model()
+    enable_routing(model)
+    w = weights_for(IDS)
+    with torch.no_grad():
+        before = model(IDS, routing_weights=w).logits
+        for side in ("lora_A", "lora_B"):
+            modules = getattr(model.base_model.model.model.layers[1].self_attn.q_proj, side)
+            parameter = modules["second"].weight
+            if change == "write":
+                parameter.mul_(-2)
+            elif change == "data":
+                parameter.data.mul_(-2)
+            else:
+                modules["second"].weight = nn.Parameter(parameter * -2)
+            after = model(IDS, routing_weights=w).logits
+            assert relative_error(after, before) > 1e-3
+            assert relative_error(after, copy.deepcopy(model)(IDS, routing_weights=w).logits) < 1e-5
+            before = after

@@ -54,6 +54,7 @@ class ExpertManager:
         self.first_layer = first_layer
         self.names: list[str] = []
         self.active: list[str] = []
+        self._active_indices: list[int] = []
         self.frozen: set[str] = set()
         self._peft_model: PeftModel | None = None
         self._state: RoutingState | None = None
@@ -191,6 +192,7 @@ class ExpertManager:
         if not chosen:
             raise ExpertError("at least one expert must be active")
         self.active = [name for name in self.names if name in chosen]
+        self._active_indices = [index for index, name in enumerate(self.names) if name in chosen]
         tuner: Any = self.peft_model.base_model
         tuner.set_adapter(self.active, inference_mode=True)
         tuner.set_requires_grad([name for name in self.active if name not in self.frozen])
@@ -213,7 +215,7 @@ class ExpertManager:
 
     def active_indices(self) -> list[int]:
         """The router's columns for the active experts, in order."""
-        return [self.names.index(name) for name in self.active]
+        return self._active_indices
 
     def num_parameters(self, name: str) -> int:
         """How many parameters an expert has, counted."""

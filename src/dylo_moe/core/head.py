@@ -29,8 +29,8 @@ def plain_head(causal_lm: PreTrainedModel) -> nn.Linear | None:
     Runs the model on four tokens with large made-up hidden states in the place of the backbone's output.
     """
     head: nn.Module | None = causal_lm.get_output_embeddings()
-    # a head that is quantised, adapted or sharded has its own way to multiply
-    if type(head) is not nn.Linear or head.weight.shape != (head.out_features, head.in_features):
+    # a head that is quantised, adapted, sharded or not loaded yet has its own way to multiply
+    if type(head) is not nn.Linear or head.weight.is_meta or head.weight.shape != (head.out_features, head.in_features):
         return None
     if "logits_to_keep" not in inspect.signature(causal_lm.forward).parameters:
         return None
@@ -52,16 +52,31 @@ def _put(features: Tensor, module: nn.Module, args: tuple[Any, ...], output: Mod
     output["last_hidden_state"] = features
 
 
-@contextmanager
-def backbone_output(causal_lm: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects the hidden states, ``(batch, seq, hidden_size)``, that the backbone gives inside the block."""
-    collected: list[Tensor] = []
+class BackboneOutput:
+    """Holds on to what the backbone gives inside a ``with`` block; registered once, so that a compiler sees no change.
 
-    def collect(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        collected.append(output[0])
+    Args:
+        causal_lm: The model whose backbone it is.
 
-    hook = backbone(causal_lm).register_forward_hook(collect)
-    try:
-        yield collected
-    finally:
-        hook.remove()
+    Attributes:
+        hidden_states: ``(batch, seq, hidden_size)`` of the last forward in the block; None outside of one.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        self.hidden_states: Tensor | None = None
+        self._wanted = False
+        backbone(causal_lm).register_forward_hook(partial(_hold, self))
+
+    @contextmanager
+    def held(self, wanted: bool = True) -> Iterator[None]:
+        """The block in which the hidden states are held, if they are wanted."""
+        self._wanted = wanted
+        try:
+            yield
+        finally:
+            self._wanted, self.hidden_states = False, None
+
+
+def _hold(holder: BackboneOutput, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if holder._wanted:
+        holder.hidden_states = output[0]

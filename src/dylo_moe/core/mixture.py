@@ -84,7 +84,7 @@ class TokenWeights:
         assert self.chosen is not None
         choices = self.chosen.flatten()
         order = choices.argsort(stable=True)
-        counts = torch.bincount(choices, minlength=self.weights.shape[-1])
+        counts = choices.new_zeros(self.weights.shape[-1]).scatter_add(0, choices, torch.ones_like(choices))
         ends = counts.cumsum(0).to(torch.int32)
         return ByExpert(order // self.chosen.shape[-1], order, order.argsort(), ends)
 
@@ -217,7 +217,9 @@ def _grouped(tokens: Tensor, down: Tensor, up: Tensor, weights: Tensor, choices:
 
 
 def _can_group(x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
-    """Whether ``grouped_mm`` takes these: no float64, and rows of whole 16 bytes."""
+    """Whether ``grouped_mm`` takes these: no float64, rows of whole 16 bytes, and only bfloat16 when compiled."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return False
     widths = (lora_a[0].shape[1], lora_b[0].shape[0], *{a.shape[0] for a in lora_a})
     aligned = all(width * x.element_size() % 16 == 0 for width in widths)
     return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -248,8 +250,9 @@ def side_by_side(weights: Sequence[Tensor]) -> Tensor:
     # outside inference mode: a tensor made in it could not be trained later
     with torch.inference_mode(False), torch.no_grad():
         stack = torch.stack([weight.detach() for weight in weights])
-        # they fill the memory they lie in, so that nothing else can be in it
-        if sum(dict(map(_memory, weights)).values()) == len(weights) * size:
+        # they fill the memory they lie in, so that nothing else can be in it; and no other process looks at it
+        fill = sum(dict(map(_memory, weights)).values()) == len(weights) * size
+        if fill and not (first.device.type == "cpu" and any(weight.is_shared() for weight in weights)):
             for weight, row in zip(weights, stack, strict=True):
                 weight.data = row
     return stack

@@ -20,7 +20,7 @@ from dylo_moe.core import checkpoint
 from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model, same_base_model
 from dylo_moe.core.checkpoint import LossEntry
 from dylo_moe.core.expert import ExpertManager, count_parameters
-from dylo_moe.core.head import backbone_output, plain_head
+from dylo_moe.core.head import BackboneOutput, plain_head
 from dylo_moe.core.losses import (
     causal_lm_loss,
     linear_causal_lm_loss,
@@ -143,7 +143,8 @@ class DyLoRA_MoE(nn.Module):
         self.experts = experts
         self.model = experts.peft_model
         self.router = router
-        self._head_is_plain: bool | None = None
+        self._head_is_plain = plain_head(experts.base_model) is not None
+        self._backbone_output = BackboneOutput(experts.base_model)
         attach_router(experts.base_model, routing, router, experts.routing_state, experts.active_indices)
 
     @property
@@ -198,14 +199,16 @@ class DyLoRA_MoE(nn.Module):
             kwargs.setdefault("use_cache", False)
             if attention_mask is not None:
                 labels = without_padding(labels, attention_mask)
-        head = self._head() if labels is not None and not return_logits else None
-        if head is not None:
+        head: Any = None
+        if labels is not None and not return_logits and self._head_is_plain:
+            head = self.experts.base_model.get_output_embeddings()
             # at no position: the base model itself makes no logits
             kwargs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=head.weight.device)
-        with self.experts.routing_state.recording() as recorded, backbone_output(self.experts.base_model) as features:
+        with self.experts.routing_state.recording() as recorded, self._backbone_output.held(head is not None):
             outputs = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, routing_weights=routing_weights, **kwargs
             )
+            features = self._backbone_output.hidden_states
         result = DyLoRAOutput(past_key_values=outputs.get("past_key_values"))
         if labels is None or return_logits:
             result.logits = outputs.logits
@@ -213,28 +216,13 @@ class DyLoRA_MoE(nn.Module):
             result.router_logits = torch.stack([output.logits for output in recorded])
             result.routing_weights = torch.stack([output.weights for output in recorded])
         if labels is not None:
-            if head is None:
-                result.lm_loss = causal_lm_loss(
-                    outputs.logits, labels, label_smoothing=label_smoothing, num_items=num_items_in_batch
-                )
+            counted: dict[str, Any] = {"label_smoothing": label_smoothing, "num_items": num_items_in_batch}
+            if features is None:
+                result.lm_loss = causal_lm_loss(outputs.logits, labels, **counted)
             else:
-                result.lm_loss = linear_causal_lm_loss(
-                    features[-1],
-                    head.weight,
-                    labels,
-                    bias=head.bias,
-                    label_smoothing=label_smoothing,
-                    num_items=num_items_in_batch,
-                )
+                result.lm_loss = linear_causal_lm_loss(features, head.weight, labels, bias=head.bias, **counted)
             self._add_losses(result, attention_mask, num_tokens_in_batch, expert_load)
         return result
-
-    def _head(self) -> nn.Linear | None:
-        """The language-modelling head, where the loss can be computed from its input; the model is asked once."""
-        if self._head_is_plain is None:
-            with self.base_only():
-                self._head_is_plain = plain_head(self.experts.base_model) is not None
-        return self.experts.base_model.get_output_embeddings() if self._head_is_plain else None
 
     def _add_losses(
         self, result: DyLoRAOutput, mask: Tensor | None, num_tokens: Tensor | int | None, load: Tensor | None

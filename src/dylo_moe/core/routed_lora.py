@@ -21,14 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
-from dylo_moe.core.mixture import (
-    TokenWeights,
-    add_product,
-    pays_sparse,
-    routed_delta,
-    sparse_delta,
-    stack_rows,
-)
+from dylo_moe.core.mixture import TokenWeights, add_product, pays_sparse, routed_delta, sparse_delta, stack_rows
 from dylo_moe.core.router import RouterOutput
 from dylo_moe.errors import RoutingError
 
@@ -194,9 +187,8 @@ class RoutedLayer:
 
     def _matrices(self: Any, experts: Experts) -> tuple[list[Tensor], list[Tensor]]:
         """The ``A`` and the ``B`` of each expert."""
-        return [self.lora_A[name].weight for name in experts.names], [
-            self.lora_B[name].weight for name in experts.names
-        ]
+        lora_a, lora_b, names = self.lora_A, self.lora_B, experts.names
+        return [lora_a[name].weight for name in names], [lora_b[name].weight for name in names]
 
     def _stack(self: Any, experts: Experts) -> Stack:
         kept = self.routing.kept

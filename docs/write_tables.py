@@ -1,0 +1,49 @@
+"""Writes the measured tables into the pages, from the committed results; run by ``make docs``.
+
+A page has them between ``<!-- table: NAME -->`` and ``<!-- end -->``. Nothing is measured here.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "routing.md")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import demo  # noqa: E402 - the benchmarks are scripts, not a package
+import quality  # noqa: E402
+import speed_profile  # noqa: E402
+import speed_table  # noqa: E402
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo": ("demo.json", demo.table),
+    "speed peers": ("speed.json", speed_table.peers_table),
+    "speed targets": ("speed.json", speed_table.targets_table),
+    "profile": ("profile.json", speed_profile.tables),
+    "quality": ("quality.json", quality.table),
+}
+
+
+def page(path: Path) -> str:
+    """The page as it should be.
+
+    Raises:
+        KeyError: It asks for a table that does not exist.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        file, write = TABLES[match["name"]]
+        table = write(json.loads((ROOT / "benchmarks" / "results" / file).read_text()))
+        return f"<!-- table: {match['name']} -->\n{table}\n<!-- end -->"
+
+    pattern = r"<!-- table: (?P<name>.*?) -->\n.*?<!-- end -->"
+    return re.sub(pattern, filled, path.read_text(), flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for written in PAGES:
+        written.write_text(page(written))

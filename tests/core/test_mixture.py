@@ -1,0 +1,199 @@
+"""Every path of the mixture against one token and one expert after the other, in float64; and the stacked weights."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dylo_moe.core import mixture
+from dylo_moe.core.mixture import TokenWeights, add_product, pays_sparse, side_by_side, sparse_delta, stack_rows
+from dylo_moe.core.router import choose, sparse_weights
+from families import relative_error
+
+IN, OUT, RANK = 24, 40, 4
+TOLERANCES = [(torch.float32, 1e-5), (torch.bfloat16, 0.03)]
+"""Relative errors allowed; in bfloat16 two products of inputs with 8 significant bits, and a rounded sum of them."""
+
+
+def experts(count: int, ranks: list[int], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], tuple[float, ...]]:
+    generator = torch.Generator().manual_seed(count)
+    lora_a = [torch.randn(rank, IN, generator=generator).to(dtype) for rank in ranks]
+    lora_b = [torch.randn(OUT, rank, generator=generator).to(dtype) for rank in ranks]
+    return lora_a, lora_b, tuple(0.5 + index / count for index in range(count))
+
+
+def sparse_routing(batch: int, seq: int, count: int, top_k: int, seed: int = 0) -> TokenWeights:
+    logits = torch.randn(batch, seq, count, generator=torch.Generator().manual_seed(seed))
+    chosen = choose(logits, top_k)
+    return TokenWeights(sparse_weights(logits, chosen), chosen)
+
+
+def loop(x: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], scalings: tuple[float, ...], weights: Tensor) -> Tensor:
+    rows = []
+    for token, row in zip(x.flatten(0, 1).double(), weights.flatten(0, 1).double(), strict=True):
+        parts = [
+            w * s * (b.double() @ (a.double() @ token))
+            for w, s, a, b in zip(row, scalings, lora_a, lora_b, strict=True)
+        ]
+        rows.append(torch.stack(parts).sum(dim=0))
+    return torch.stack(rows).view(*x.shape[:-1], OUT)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("even", [True, False], ids=["even ranks", "uneven ranks"])
+@pytest.mark.parametrize(("shape", "path"), [((3, 11), "_grouped"), ((2, 1), "_gathered"), ((1, 2), "_gathered")])
+def test_the_sparse_paths_equal_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int],
+    path: str,
+    even: bool,
+    top_k: int,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    count = 13
+    ranks = [8] * count if even else [8 if index % 3 else 16 for index in range(count)]
+    lora_a, lora_b, scalings = experts(count, ranks, dtype)
+    routing = sparse_routing(*shape, count, top_k)
+    x = torch.randn(*shape, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    calls = spy(monkeypatch, path)
+    with torch.no_grad():
+        got = sparse_delta(x, lora_a, lora_b, scalings, routing)
+    assert calls == [path] and got is not None and got.dtype == dtype
+    assert relative_error(got.double(), loop(x, lora_a, lora_b, scalings, routing.weights)) < tolerance
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Notes the calls of a function of the module, and lets them through."""
+    calls: list[str] = []
+    real: Callable[..., Tensor] = getattr(mixture, name)
+
+    def noted(*args: object) -> Tensor:
+        calls.append(name)
+        return real(*args)
+
+    monkeypatch.setattr(mixture, name, noted)
+    return calls
+
+
+def test_an_expert_that_no_token_chooses_does_no_harm() -> None:
+    lora_a, lora_b, scalings = experts(9, [4] * 9, torch.float32)
+    chosen = torch.full((2, 8, 1), 3)
+    weights = torch.zeros(2, 8, 9).scatter(-1, chosen, 1.0)
+    x = torch.randn(2, 8, IN)
+    got = sparse_delta(x, lora_a, lora_b, scalings, TokenWeights(weights, chosen))
+    assert got is not None and relative_error(got.double(), loop(x, lora_a, lora_b, scalings, weights)) < 1e-5
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(8, torch.float64), (3, torch.float32)])
+def test_where_no_grouped_product_exists_the_caller_is_told(rank: int, dtype: torch.dtype) -> None:
+    lora_a, lora_b, scalings = experts(5, [rank] * 5, dtype)
+    assert (
+        sparse_delta(torch.randn(2, 9, IN, dtype=dtype), lora_a, lora_b, scalings, sparse_routing(2, 9, 5, 1)) is None
+    )
+
+
+@pytest.mark.parametrize(("count", "top_k", "wanted"), [(4, 1, False), (4, 2, False), (64, 2, True), (16, 1, True)])
+def test_few_experts_are_computed_in_one_product(count: int, top_k: int, wanted: bool) -> None:
+    assert pays_sparse(count, top_k) == wanted
+
+
+def test_one_token_is_told_with_its_experts_and_weights() -> None:
+    routing = sparse_routing(1, 1, 5, 2)
+    told = routing.of_one_token()
+    assert told is not None and {expert for expert, _ in told} == set(routing.weights.nonzero()[:, -1].tolist())
+    assert all(weight == routing.weights[0, 0, expert].item() for expert, weight in told)
+    assert sparse_routing(2, 1, 5, 2).of_one_token() is None
+    assert TokenWeights(torch.ones(1, 1, 3) / 3).of_one_token() is None, "dense weights choose nobody"
+
+
+@pytest.mark.parametrize(("ranks", "scalings"), [((3, 3), (2.0, 2.0)), ((3, 3), (2.0, 1.0)), ((1, 4), (0.5, 0.5))])
+def test_weights_are_spread_over_ranks_with_their_gradient(ranks: tuple[int, ...], scalings: tuple[float, ...]) -> None:
+    weights = torch.rand(2, 5, 2, dtype=torch.float64, requires_grad=True)
+    spread = TokenWeights(weights).per_rank(ranks, scalings, torch.float64)
+    columns = [weights[..., e] * scalings[e] for e in range(2) for _ in range(ranks[e])]
+    wanted = torch.stack(columns, dim=-1)
+    torch.testing.assert_close(spread, wanted)
+    direction = torch.randn_like(wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(spread, weights, direction)[0], torch.autograd.grad(wanted, weights, direction)[0]
+    )
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_a_product_is_added(in_place: bool, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    result, rank_space, up = torch.randn(2, 3, 7).to(dtypes[0]), torch.randn(2, 3, 4), torch.randn(7, 4)
+    before = result.clone()
+    got = add_product(result, rank_space, up.to(dtypes[1]), scale=0.5, in_place=in_place)
+    wanted = before.double() + 0.5 * rank_space.double() @ up.double().T
+    assert got.dtype == dtypes[0]
+    assert relative_error(got.double(), wanted) < (1e-5 if dtypes[0] == torch.float32 else 0.01)
+    assert in_place or torch.equal(result, before)
+
+
+# --- weights side by side ---------------------------------------------------------------------------------------------
+
+
+def weights(count: int, *shape: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(shape or (RANK, IN))) for _ in range(count)]
+
+
+def test_stacked_weights_are_the_weights_themselves_whatever_is_done_to_them() -> None:
+    parameters = weights(3)
+    wanted = torch.stack([p.detach().clone() for p in parameters])
+    stack = side_by_side(parameters)
+    assert torch.equal(stack, wanted) and all(p.requires_grad for p in parameters)
+    assert side_by_side(parameters).data_ptr() == stack.data_ptr(), "the second call must not copy"
+    parameters[1].data.mul_(2)  # behind the back of autograd's version counter
+    with torch.no_grad():
+        parameters[2].add_(1)
+    parameters[0].data = torch.zeros(RANK, IN)
+    parameters[1] = nn.Parameter(torch.ones(RANK, IN))
+    assert torch.equal(side_by_side(parameters), torch.stack([p.detach() for p in parameters]))
+
+
+def test_stacked_weights_train_like_others() -> None:
+    parameters = weights(2)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    with torch.inference_mode():
+        side_by_side(parameters)
+    before = [p.detach().clone() for p in parameters]
+    (parameters[0].sum() - parameters[1].sum()).backward()
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+    assert torch.equal(side_by_side(parameters), torch.stack([p.detach() for p in parameters]))
+
+
+def test_a_stack_grows() -> None:
+    parameters = weights(2)
+    side_by_side(parameters)
+    parameters += weights(2)
+    wanted = torch.stack([p.detach().clone() for p in parameters])
+    stack = side_by_side(parameters)
+    assert torch.equal(stack, wanted) and side_by_side(parameters).data_ptr() == stack.data_ptr()
+    assert torch.equal(side_by_side(parameters[1:3]), wanted[1:3])
+
+
+def test_weights_whose_memory_holds_something_else_stay_where_they_are() -> None:
+    flat = torch.randn(3 * RANK * IN)
+    parameters = [nn.Parameter(flat[i * RANK * IN : (i + 1) * RANK * IN].view(RANK, IN)) for i in (2, 0)]
+    addresses = [p.data_ptr() for p in parameters]
+    assert torch.equal(side_by_side(parameters), torch.stack([p.detach() for p in parameters]))
+    assert [p.data_ptr() for p in parameters] == addresses
+    shared = weights(2)
+    for parameter in shared:
+        parameter.share_memory_()
+    side_by_side(shared)
+    assert all(p.is_shared() for p in shared), "another process may look at it"
+
+
+def test_rows_are_stacked_with_their_gradient() -> None:
+    parameters = [*weights(1, 2, 5), *weights(1, 3, 5)]
+    direction = torch.randn(5, 5)
+    (stack_rows(parameters) * direction).sum().backward()
+    assert torch.equal(torch.cat([p.grad for p in parameters]), direction)
+    with torch.no_grad():
+        assert torch.equal(stack_rows(parameters), torch.cat([p.detach() for p in parameters]))
