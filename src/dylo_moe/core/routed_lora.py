@@ -150,24 +150,30 @@ class RoutedLayer:
             return self.plain_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         result: Tensor = self.base_layer(x, *args, **kwargs)
         _check_weights(weights.weights, x, self.active_adapters)
-        # the output of a plain linear layer is nobody else's, unless a hook was there to keep it
-        own = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
-        sparse = weights.chosen is not None and not torch.is_grad_enabled()
+        return self._add_mixture(result, x, weights)  # type: ignore[no-any-return]
+
+    def _add_mixture(self: Any, result: Tensor, x: Tensor, weights: TokenWeights) -> Tensor:
+        """The base layer's result plus the mixture, by the product that is the cheapest for these shapes."""
+        no_grad = not torch.is_grad_enabled()
+        # the output of a plain linear layer is nobody else's, unless a hook was there to keep it; with gradients, a
+        # write to a view of it would cost more in the backward pass than it saves here
+        own = no_grad and type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        sparse = no_grad and weights.chosen is not None and not self.training
         one_token = weights.of_one_token() if sparse else None
         if one_token is not None:
             return self._add_of_one_token(result, x, one_token, own)  # type: ignore[no-any-return]
-        kept = state.kept and state.kept.stacks.get(self)
+        kept = self.routing.kept and self.routing.kept.stacks.get(self)
         experts = kept.experts if kept else self._experts()
         if not experts.names:
             return result
         if experts.places is not None:
             weights = weights.of(experts.places)
-        elif sparse and pays_sparse(len(experts.names), weights.chosen.shape[-1]):
+        elif sparse and pays_sparse(len(experts.names), weights.chosen.shape[-1]):  # type: ignore[union-attr]
             delta = self._mixture_of_chosen(x, experts, weights)
             if delta is not None:
-                return (result + delta).to(result.dtype)  # type: ignore[no-any-return]
+                return (result + delta).to(result.dtype)
         if self.training and any(map(self._dropout_rate, experts.names)):
-            return (result + self._mixture_of_dropped(x, experts, weights)).to(result.dtype)  # type: ignore[no-any-return]
+            return (result + self._mixture_of_dropped(x, experts, weights)).to(result.dtype)
         rank_space = self._rank_space(x, experts, weights)
         return add_product(result, rank_space, self._stack(experts).up, in_place=own)
 
