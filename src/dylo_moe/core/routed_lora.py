@@ -169,11 +169,12 @@ class RoutedLayer:
         if experts.places is not None:
             weights = weights.of(experts.places)
         elif sparse and pays_sparse(len(experts.names), weights.chosen.shape[-1]):  # type: ignore[union-attr]
-            delta = self._mixture_of_chosen(x, experts, weights)
+            delta: Tensor | None = self._mixture_of_chosen(x, experts, weights)
             if delta is not None:
                 return (result + delta).to(result.dtype)
         if self.training and any(map(self._dropout_rate, experts.names)):
-            return (result + self._mixture_of_dropped(x, experts, weights)).to(result.dtype)
+            dropped: Tensor = self._mixture_of_dropped(x, experts, weights)
+            return (result + dropped).to(result.dtype)
         rank_space = self._rank_space(x, experts, weights)
         return add_product(result, rank_space, self._stack(experts).up, in_place=own)
 
