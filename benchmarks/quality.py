@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from environment import environment
 from quality_arms import BATCH_SIZE, ENTRIES, EXPERT_RANK, MAX_LENGTH, NUM_EXPERTS, TARGETS, Arm, Data, plain_logits
+from result_file import environment, parse_flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,9 +57,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", type=float, default=5.0, help="percent of the held-out rows, chosen by the seed")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid of the sweep")
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--show", action="store_true", help="only print the result")
-    args = parser.parse_args()
+    args = parse_flags(parser, RESULT)
     if SWEEP_SEED in args.seeds:
         parser.error(f"seed {SWEEP_SEED} is the sweep's, and its learning rates would be chosen on what is reported")
     if not args.show:

@@ -19,7 +19,7 @@ from typing import Any
 
 import speed_sections as sections
 from contenders import Lineup
-from environment import environment
+from result_file import environment, parse_flags
 from rich.console import Console
 from speed_codegemma import codegemma
 from speed_figure import write_figure
@@ -55,9 +55,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds-scale", type=float, default=1.0, help="multiplies the numbers of rounds")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a row")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="words of the large-vocabulary sections")
-    parser.add_argument("--output", type=Path, default=RESULT, help="the result file; the figure goes beside it")
-    parser.add_argument("--show", action="store_true", help="only print the tables of the result file")
-    args = parser.parse_args()
+    args = parse_flags(parser, RESULT)
     smaller = (args.rounds_scale, args.length, args.vocabulary) != (1.0, LENGTH, VOCABULARY)
     if smaller and not args.show and args.output.resolve() == RESULT.resolve():
         parser.error("the committed result is measured in full: give another --output")
@@ -72,7 +70,6 @@ def measure(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", module=r"(peft|transformers|mixlora)\b")
     result = _beginning(args)
     console = Console(stderr=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     with console.status("loading the base model") as status:
         run = sections.Run(
             Lineup(load_base_model("demo")), args.length, args.rounds_scale, args.vocabulary, status.update

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import BASE, REFERENCE, Lineup, label, random_tokens
-from environment import environment
+from result_file import environment, parse_flags
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 from workloads import forward_call, generate_call, train_call
@@ -38,9 +38,7 @@ Profile = dict[str, list[float]]
 def main() -> None:
     """Reads the flags, measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--show", action="store_true", help="only print the tables of the result file")
-    args = parser.parse_args()
+    args = parse_flags(parser, RESULT)
     if not args.show:
         args.output.write_text(json.dumps(measure(), indent=1) + "\n")
     sys.stdout.write(tables(json.loads(args.output.read_text())) + "\n")
