@@ -213,13 +213,17 @@ class RoutedLayer:
         kept = self.routing.kept
         siblings: tuple[list[RoutedLayer], Tensor] | None = kept and kept.siblings.get(self)
         if siblings is None:
-            layers = [layer for layer in self.fed_alike if layer is self or layer._experts() == experts]
+            layers = [layer for layer in self.fed_alike if layer is self or self._has_the_same_experts(layer)]
             weights = [layer.lora_A[name].weight for layer in layers for name in experts.names]
             siblings = layers, stack_rows(weights)
             if kept is not None and not torch.is_grad_enabled():
                 kept.siblings[self] = siblings
                 kept.note(weights)
         return siblings
+
+    def _has_the_same_experts(self: Any, other: Any) -> bool:
+        alike = self.r == other.r and self.scaling == other.scaling
+        return bool(alike and self.active_adapters == other.active_adapters)
 
     def _rank_space(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor:
         """``(batch, seq, sum of ranks)``: ``A x`` of each expert times its weight; for all siblings at once."""
