@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from quality_arms import BATCH_SIZE, ENTRIES, EXPERT_RANK, MAX_LENGTH, NUM_EXPERTS, TARGETS, Arm, Data, plain_logits
+from quality_arms import BATCH_SIZE, ENTRIES, EXPERT_RANK, MAX_LENGTH, NUM_EXPERTS, TARGETS, Arm, Data, plain_nats
 from result_file import environment, parse_flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -41,7 +41,7 @@ RESULT = Path(__file__).parent / "results" / "quality.json"
 MODEL = "demo"
 DOMAINS = ["python_stdlib", "cpp_headers"]
 SWEEP_SEED = 100
-RATES = [5e-4, 1e-3, 2e-3]
+RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 REFERENCE = "lora_64"
 MIXTURES = [name for name, entry in ENTRIES.items() if entry.routing is not None]
 SWEPT = sorted({entry.rate_of for entry in ENTRIES.values()}, key=list(ENTRIES).index)
@@ -52,8 +52,8 @@ Tell = Callable[[str, float], object]
 def main() -> None:
     """Reads the flags, runs, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=80.0, help="training time of each arm under each seed")
-    parser.add_argument("--sweep-seconds", type=float, default=25.0, help="the same for each arm and rate of the sweep")
+    parser.add_argument("--seconds", type=float, default=50.0, help="training time of each arm under each seed")
+    parser.add_argument("--sweep-seconds", type=float, default=24.0, help="the same for each arm and rate of the sweep")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", type=float, default=5.0, help="percent of the held-out rows, chosen by the seed")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid of the sweep")
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     base, tokenizer = load_base_model(MODEL).eval(), load_tokenizer(MODEL)
     data = Data(DOMAINS, tokenizer, args.held_out, SWEEP_SEED)
     start = time.perf_counter()
-    sweep_base = data.held_out_losses(partial(plain_logits, base))
+    sweep_base = data.held_out_losses(partial(plain_nats, base))
     evaluation = time.perf_counter() - start
     training = len(SWEPT) * len(args.rates) * args.sweep_seconds + len(args.seeds) * len(ENTRIES) * args.seconds
     minutes = (training + evaluations(len(args.rates), len(args.seeds)) * evaluation) / 60
@@ -86,15 +86,28 @@ def run(args: argparse.Namespace, console: Console) -> None:
         def tell(title: str, text: str, seconds: float) -> None:
             progress.update(task, description=f"{title}, {text}", advance=seconds)
 
-        result: dict[str, Any] = {"environment": environment(), "settings": settings(args)}
-        result["sweep"] = {"base": sweep_base, **sweep(base, data, args, partial(tell, "sweep"))}
+        result = resumed(args)
+        if not result["runs"]:
+            result["sweep"]["base"] = sweep_base
+            sweep(result["sweep"], base, data, args, partial(tell, "sweep"))
+            write(args.output, result)
         rates = result["sweep"]["best"]
-        result["runs"] = []
-        write(args.output, result)
-        for seed in args.seeds:
+        done = [seed_run["seed"] for seed_run in result["runs"]]
+        for seed in [seed for seed in args.seeds if seed not in done]:
             seed_run = run_seed(base, tokenizer, seed, rates, args, partial(tell, f"seed {seed}"))
             result["runs"].append(seed_run)
             write(args.output, result)
+
+
+def resumed(args: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run with these settings on this machine left in the result file; an empty result otherwise."""
+    sweep = {"losses": {name: {} for name in SWEPT}}
+    begun: dict[str, Any] = {"environment": environment(), "settings": settings(args), "sweep": sweep, "runs": []}
+    if args.output.exists():
+        earlier: dict[str, Any] = json.loads(args.output.read_text())
+        if all(earlier[key] == begun[key] for key in ("environment", "settings")):
+            return earlier
+    return begun
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,19 +140,18 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def sweep(base: PreTrainedModel, data: Data, args: argparse.Namespace, tell: Tell) -> dict[str, Any]:
-    """Mean held-out loss of each arm at each learning rate, and the best rate of each."""
-    losses: dict[str, dict[str, float]] = {}
-    best: dict[str, float] = {}
+def sweep(result: dict[str, Any], base: PreTrainedModel, data: Data, args: argparse.Namespace, tell: Tell) -> None:
+    """Adds the mean held-out loss of each arm at each learning rate that the result lacks, and the best of all rates."""
     for name in SWEPT:
+        losses: dict[str, float] = result["losses"][name]
         arms = {
-            f"{name} {rate:g}": ENTRIES[name].build(base, SWEEP_SEED, rate, args.sweep_seconds) for rate in args.rates
+            f"{name} {rate:g}": ENTRIES[name].build(base, SWEEP_SEED, rate, args.sweep_seconds)
+            for rate in args.rates
+            if f"{rate:g}" not in losses
         }
         train_together(arms, data, tell)
-        found = {arm.rate: mean_loss(used(evaluated(title, arm, data, tell))) for title, arm in arms.items()}
-        losses[name] = {f"{rate:g}": loss for rate, loss in found.items()}
-        best[name] = min(found, key=found.__getitem__)
-    return {"losses": losses, "best": best}
+        losses |= {f"{arm.rate:g}": mean_loss(used(evaluated(title, arm, data, tell))) for title, arm in arms.items()}
+    result["best"] = {name: float(min(losses, key=losses.get)) for name, losses in result["losses"].items()}
 
 
 def run_seed(
@@ -153,7 +165,7 @@ def run_seed(
     """Trains and evaluates all arms under one seed."""
     tell("base", 0.0)
     data = Data(DOMAINS, tokenizer, args.held_out, seed)
-    base_losses = data.held_out_losses(partial(plain_logits, base))
+    base_losses = data.held_out_losses(partial(plain_nats, base))
     arms = {name: entry.build(base, seed, rates[entry.rate_of], args.seconds) for name, entry in ENTRIES.items()}
     train_together(arms, data, tell)
     reports = {name: {**arm.report(), "losses": evaluated(name, arm, data, tell)} for name, arm in arms.items()}

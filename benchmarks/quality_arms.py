@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from typing_extensions import override
 
 from dylo_moe.core.expert import count_parameters
-from dylo_moe.core.losses import IGNORE_INDEX, expert_load, linear_causal_lm_loss, token_cross_entropy
+from dylo_moe.core.losses import IGNORE_INDEX, expert_load, linear_causal_lm_loss
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.routing import backbone
 from dylo_moe.data.prepare_data import prepare_data
@@ -71,15 +71,15 @@ class Data:
         places = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         return self._collate(self._train, [self._order[place % len(self._order)] for place in places])
 
-    def held_out_losses(self, logits: Callable[[Batch], Tensor]) -> Losses:
-        """Nats per labelled token for each domain, over all of its held-out rows."""
-        return {domain: self._held_out_loss(index, logits) for index, domain in enumerate(self.domains)}
+    def held_out_losses(self, nats: Callable[[Batch], Tensor]) -> Losses:
+        """Nats per labelled token for each domain, over all of its held-out rows, by the nats of each batch."""
+        return {domain: self._held_out_loss(index, nats) for index, domain in enumerate(self.domains)}
 
     def held_out_rows(self) -> int:
         """How many rows an evaluation reads."""
         return len(self._held_out)
 
-    def _held_out_loss(self, domain: int, logits: Callable[[Batch], Tensor]) -> float:
+    def _held_out_loss(self, domain: int, nats: Callable[[Batch], Tensor]) -> float:
         rows = [row for row, its_domain in enumerate(self._held_out["domain"]) if its_domain == domain]
         lengths = list(self._held_out["length"])
         rows.sort(key=lengths.__getitem__)
@@ -87,7 +87,7 @@ class Data:
         for first in range(0, len(rows), BATCH_SIZE):
             batch = self._collate(self._held_out, rows[first : first + BATCH_SIZE])
             with torch.no_grad():
-                total += token_cross_entropy(logits(batch), batch["labels"]).double().sum().item()
+                total += nats(batch).item()
             count += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         return total / count
 
@@ -133,7 +133,6 @@ ENTRIES = {
     "final": Entry("mixture, `final`", "final", routing="final"),
     "lora_64": Entry("LoRA r=64", "lora_64"),
     "lora_64_chunked": Entry("LoRA r=64, our loss", "lora_64", chunked_loss=True),
-    "lora_16": Entry("LoRA r=16", "lora_64", rank=16),
 }
 
 
@@ -230,12 +229,14 @@ class MixtureArm(Arm):
     @override
     def held_out(self, data: Data) -> dict[str, Losses]:
         self.model.eval()
-        dense = data.held_out_losses(self._logits)
+        dense = data.held_out_losses(self._nats)
         self.model.set_maturity()
-        return {"dense": dense, "sparse": data.held_out_losses(self._logits)}
+        return {"dense": dense, "sparse": data.held_out_losses(self._nats)}
 
-    def _logits(self, batch: Batch) -> Tensor:
-        return self.model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits
+    def _nats(self, batch: Batch) -> Tensor:
+        output = self.model(**batch, num_items_in_batch=1, return_logits=False)
+        assert output.lm_loss is not None
+        return output.lm_loss
 
 
 class LoraArm(Arm):
@@ -249,7 +250,7 @@ class LoraArm(Arm):
     @override
     def held_out(self, data: Data) -> dict[str, Losses]:
         self.model.eval()
-        return {"plain": data.held_out_losses(partial(plain_logits, self.model))}
+        return {"plain": data.held_out_losses(partial(plain_nats, self.model.get_base_model()))}
 
 
 class ChunkedLoraArm(LoraArm):
@@ -257,14 +258,13 @@ class ChunkedLoraArm(LoraArm):
 
     @override
     def loss(self, batch: Batch) -> Tensor:
-        causal_lm = self.model.get_base_model()
-        hidden = backbone(causal_lm)(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
-        return linear_causal_lm_loss(hidden, causal_lm.get_output_embeddings().weight, batch["labels"])
+        return plain_nats(self.model.get_base_model(), batch) / (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
 
-def plain_logits(model: Any, batch: Batch) -> Tensor:
-    """Logits of a causal LM of transformers or PEFT."""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+def plain_nats(causal_lm: PreTrainedModel, batch: Batch) -> Tensor:
+    """The cross-entropy of a model of transformers, adapted or not, summed over the labelled tokens; no logits."""
+    hidden = backbone(causal_lm)(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
+    return linear_causal_lm_loss(hidden, causal_lm.get_output_embeddings().weight, batch["labels"], num_items=1)
 
 
 def schedule(share: float) -> float:
