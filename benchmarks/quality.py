@@ -141,7 +141,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def sweep(result: dict[str, Any], base: PreTrainedModel, data: Data, args: argparse.Namespace, tell: Tell) -> None:
-    """Adds the mean held-out loss of each arm at each learning rate that the result lacks, and the best of all rates."""
+    """Adds the mean held-out loss of each arm at each rate that the result lacks, and the best of all rates."""
     for name in SWEPT:
         losses: dict[str, float] = result["losses"][name]
         arms = {
