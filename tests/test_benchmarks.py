@@ -1,0 +1,65 @@
+"""What the benchmarks compute from what they measure; nothing is measured here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import quality  # noqa: E402 - the benchmarks are scripts, not a package
+from timing import Timed, interleaved, ratios  # noqa: E402
+
+
+def test_times_are_compared_within_their_round() -> None:
+    # the machine halves its speed in the second round
+    seconds = {"reference": [1.0, 2.0, 1.0], "twice": [2.0, 4.0, 2.0], "seldom": [3.0]}
+    found = ratios(seconds, "reference")
+    assert found["twice"] == {"median": 2.0, "quartiles": [2.0, 2.0], "rounds": 3}
+    assert found["seldom"]["median"] == 3.0 and found["seldom"]["rounds"] == 1
+
+
+def test_each_entry_runs_once_to_warm_up_and_once_in_each_of_its_rounds() -> None:
+    calls: list[str] = []
+    entries = {
+        "often": Timed(lambda: calls.append("often"), 3),
+        "once": Timed(lambda: calls.append("once"), 1, warm_up=lambda: calls.append("warm-up")),
+        "broken": Timed(lambda: calls.append("broken"), 3),
+    }
+    seconds = interleaved(
+        entries, attempt=lambda name, action: None if name == "broken" else action(), progress=lambda text: None
+    )
+    assert {name: len(values) for name, values in seconds.items()} == {"often": 3, "once": 1}
+    assert sorted(calls) == ["often"] * 4 + ["once", "warm-up"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "wanted"),
+    [
+        ({"prefix": [1.0, 1.2], "per_layer": [1.1, 1.3], "final": [2.0, 2.0]}, "which exceeds"),
+        ({"prefix": [1.0, 1.2], "per_layer": [1.3, 1.0], "final": [2.0, 2.0]}, "which does not exceed"),
+    ],
+)
+def test_a_lead_counts_if_it_is_larger_than_its_spread(losses: dict[str, list[float]], wanted: str) -> None:
+    runs = [
+        {
+            "arms": {
+                name: {"losses": {"dense": {"one": 9.0}, "sparse": {"one": values[seed]}}}
+                for name, values in losses.items()
+            }
+        }
+        for seed in range(2)
+    ]
+    assert quality.verdict(runs).startswith("Best routing mode by mean sparse loss: `prefix`")
+    assert wanted in quality.verdict(runs)
+
+
+@pytest.mark.parametrize("script", ["speed.py", "quality.py", "speed_profile.py"])
+def test_a_result_that_is_not_there_is_one_line(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / script), "--show", "--output", str(tmp_path / "none.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith("measure first, or name another with --output")
+    assert "Traceback" not in done.stderr
