@@ -134,6 +134,26 @@ def test_a_product_is_added(in_place: bool, dtypes: tuple[torch.dtype, torch.dty
     assert in_place or torch.equal(result, before)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("frozen", [None, "rank_space", "up"])
+def test_the_gradients_of_an_added_product(in_place: bool, frozen: str | None) -> None:
+    leaves = {
+        "result": torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True),
+        "rank_space": torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=frozen != "rank_space"),
+        "up": torch.randn(7, 4, dtype=torch.float64, requires_grad=frozen != "up"),
+    }
+    trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    # as a layer's output, the result is no leaf: a leaf may not be written to
+    got = add_product(leaves["result"] * 1, leaves["rank_space"], leaves["up"], in_place=in_place)
+    wanted = leaves["result"] + leaves["rank_space"] @ leaves["up"].T
+    torch.testing.assert_close(got, wanted)
+    direction = torch.randn_like(wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, trained, direction), torch.autograd.grad(wanted, trained, direction), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 # --- weights side by side ---------------------------------------------------------------------------------------------
 
 

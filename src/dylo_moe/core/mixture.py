@@ -148,18 +148,39 @@ def add_product(
         rank_space: ``(..., ranks)``.
         up: ``(out_features, ranks)``.
         scale: Factor of the product.
-        in_place: Whether the result may be overwritten.
+        in_place: Whether the result may be overwritten; nothing may need its values to compute a gradient.
 
     Returns:
         ``(..., out_features)`` in the dtype of ``result``.
     """
     if result.dtype != rank_space.dtype or result.dtype != up.dtype:
         return (result + F.linear(rank_space, up) * scale).to(result.dtype)
-    rows, rank_rows = result.flatten(0, -2), rank_space.flatten(0, -2)
-    if in_place:
-        rows.addmm_(rank_rows, up.t(), alpha=scale)
+    if in_place and not torch.is_grad_enabled():
+        result.flatten(0, -2).addmm_(rank_space.flatten(0, -2), up.t(), alpha=scale)
         return result
-    return torch.addmm(rows, rank_rows, up.t(), alpha=scale).view_as(result)
+    if in_place and scale == 1.0 and not torch.compiler.is_compiling() and not result._is_view():
+        return _AddInPlace.apply(result, rank_space, up)  # type: ignore[no-any-return, no-untyped-call]
+    rows = torch.addmm(result.flatten(0, -2), rank_space.flatten(0, -2), up.t(), alpha=scale)
+    return rows.view_as(result)
+
+
+class _AddInPlace(torch.autograd.Function):
+    """``result += rank_space @ up.T``. Autograd's own, on a view of the result, copies its gradient twice."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, rank_space: Tensor, up: Tensor) -> Tensor:
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(rank_space, up)
+        result.flatten(0, -2).addmm_(rank_space.flatten(0, -2), up.t())
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rank_space, up = ctx.saved_tensors
+        _, wants_rank_space, wants_up = ctx.needs_input_grad
+        for_rank_space = gradient @ up if wants_rank_space else None
+        for_up = gradient.flatten(0, -2).t() @ rank_space.flatten(0, -2) if wants_up else None
+        return gradient, for_rank_space, for_up
 
 
 def pays_sparse(num_experts: int, top_k: int) -> bool:

@@ -155,9 +155,8 @@ class RoutedLayer:
     def _add_mixture(self: Any, result: Tensor, x: Tensor, weights: TokenWeights) -> Tensor:
         """The base layer's result plus the mixture, by the product that is the cheapest for these shapes."""
         no_grad = not torch.is_grad_enabled()
-        # the output of a plain linear layer is nobody else's, unless a hook was there to keep it; with gradients, a
-        # write to a view of it would cost more in the backward pass than it saves here
-        own = no_grad and type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        # the output of a plain linear layer is nobody else's, unless a hook was there to keep it
+        own = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
         sparse = no_grad and weights.chosen is not None and not self.training
         one_token = weights.of_one_token() if sparse else None
         if one_token is not None:
