@@ -52,8 +52,8 @@ Tell = Callable[[str, float], object]
 def main() -> None:
     """Reads the flags, runs, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=50.0, help="training time of each arm under each seed")
-    parser.add_argument("--sweep-seconds", type=float, default=24.0, help="the same for each arm and rate of the sweep")
+    parser.add_argument("--seconds", type=float, default=90.0, help="training time of each arm under each seed")
+    parser.add_argument("--sweep-seconds", type=float, default=30.0, help="the same for each arm and rate of the sweep")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", type=float, default=5.0, help="percent of the held-out rows, chosen by the seed")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid of the sweep")

@@ -31,7 +31,7 @@ from dylo_moe.data.prepare_data import prepare_data
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 NUM_EXPERTS, EXPERT_RANK = 4, 16
-MAX_LENGTH, BATCH_SIZE = 320, 8
+MAX_LENGTH, BATCH_SIZE = 256, 4
 WARM_UP, MAX_NORM, SLICE_SECONDS = 0.1, 1.0, 5.0
 
 Batch = dict[str, Tensor]
