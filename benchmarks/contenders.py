@@ -8,10 +8,9 @@ other libraries are in ``peers.py``. All have rank 16 and no dropout on the atte
 import copy
 import re
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import peers
 import torch
@@ -27,8 +26,6 @@ REFERENCE = "lora_r16"
 BASE = "base"
 OURS_TRAIN: dict[str, Any] = {"return_logits": False}
 """What training needs of our forward: losses. The others have no such switch."""
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -54,7 +51,7 @@ class Lineup:
         seed: For every random weight.
 
     Attributes:
-        not_run: Why contenders of other libraries could not be run, by name.
+        not_run: Why contenders were not run, by name.
     """
 
     def __init__(self, base: PreTrainedModel, seed: int = 0) -> None:
@@ -64,25 +61,14 @@ class Lineup:
         self._built: dict[str, Contender] = {}
 
     def get(self, name: str) -> Contender | None:
-        """The contender of this name; None if it is another library's and cannot be had."""
+        """The contender of this name; None if its library is not installed."""
         if name not in self._built and name not in self.not_run:
             torch.manual_seed(self.seed)
-            built = self.attempt(name, lambda: build(name, shared_copy(self.base)))
-            if built is not None:
-                self._built[name] = built
+            try:
+                self._built[name] = build(name, shared_copy(self.base))
+            except ImportError as error:
+                self.not_run[name] = f"not run: {error}"
         return self._built.get(name)
-
-    def attempt(self, name: str, action: Callable[[], Result]) -> Result | None:
-        """Runs what may fail for another library's contender, and then notes the reason; others' errors are raised."""
-        try:
-            return action()
-        except Exception as error:  # whatever stops another library from running here is a result, not a failure
-            if name.partition("_")[0] not in peers.LIBRARIES:
-                raise
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            self.not_run[name] = f"not run: {type(error).__name__}: {first_line}"
-            self._built.pop(name, None)
-            return None
 
 
 def label(name: str) -> str:

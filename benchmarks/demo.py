@@ -8,13 +8,14 @@ Each seed runs in a process of its own, as a user's does. The data splits are th
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from result_file import environment
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "demo.json"
@@ -32,7 +33,9 @@ def main() -> None:
         for seed in args.seeds:
             runs.append(train(seed))
             RESULT.parent.mkdir(exist_ok=True)
-            RESULT.write_text(json.dumps({"recipe": RECIPE, "machine": machine(), "runs": runs}, indent=2) + "\n")
+            RESULT.write_text(
+                json.dumps({"recipe": RECIPE, "environment": environment(), "runs": runs}, indent=2) + "\n"
+            )
     sys.stdout.write(table(json.loads(RESULT.read_text())) + "\n")
 
 
@@ -44,13 +47,6 @@ def train(seed: int) -> dict[str, Any]:
         report: dict[str, Any] = json.loads((Path(output) / "report.json").read_text())
     del report["checkpoint"]
     return report
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides the versions, which each report has."""
-    import torch
-
-    return {"system": platform.system(), "architecture": platform.machine(), "threads": torch.get_num_threads()}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 LIBRARIES = {"arrow": "PEFT Arrow (top-2)", "xlora": "PEFT X-LoRA", "mixlora": "MixLoRA 0.2.3 (MLP, top-2)"}
-"""The contenders by other libraries, which may fail to run without failing the benchmark."""
+"""The contenders by other libraries and methods, in plain words."""
 
 
 def arrow(base: PreTrainedModel, adapter_paths: list[str]) -> PeftModel:

@@ -68,7 +68,7 @@ class Run:
 
     def timed(self, entries: Mapping[str, Timed]) -> dict[str, list[float]]:
         """Interleaved seconds of the entries."""
-        return interleaved(entries, attempt=self.lineup.attempt, progress=self.progress)
+        return interleaved(entries, progress=self.progress)
 
     def contenders(self, rounds: Mapping[str, int]) -> dict[str, tuple[Contender, int]]:
         """Those of the named contenders that can be had, with their scaled rounds."""
@@ -152,13 +152,13 @@ def _speeds(seconds: dict[str, list[float]], batch: int, new_tokens: dict[str, i
 def memory(run: Run) -> dict[str, Any]:
     """Peak memory of a train step, each contender in a process of its own, two at a time on one thread each."""
 
-    def measure(name: str) -> dict[str, float] | None:
+    def measure(name: str) -> dict[str, float]:
         run.progress(f"{name}: memory of a train step")
-        return run.lineup.attempt(name, lambda: _child("train", name, str(run.length), threads=1))
+        return _child("train", name, str(run.length), threads=1)
 
     with ThreadPoolExecutor(2) as pool:
         measured = dict(zip(MEMORY, pool.map(measure, MEMORY), strict=True))
-    peaks = {name: result["peak_mib"] for name, result in measured.items() if result is not None}
+    peaks = {name: result["peak_mib"] for name, result in measured.items()}
     relative = {name: peak / peaks[REFERENCE] for name, peak in peaks.items()}
     return {"reference": REFERENCE, "peak_mib": peaks, "ratios": relative}
 

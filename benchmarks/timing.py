@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 Call = Callable[[], object]
@@ -31,44 +30,32 @@ class Timed:
     warm_up: Call | None = None
 
 
-def interleaved(
-    entries: Mapping[str, Timed], *, attempt: Callable[[str, Call], object], progress: Callable[[str], object]
-) -> dict[str, list[float]]:
+def interleaved(entries: Mapping[str, Timed], *, progress: Callable[[str], object]) -> dict[str, list[float]]:
     """Seconds of each entry in each of its rounds.
 
     Args:
         entries: By name.
-        attempt: Runs the warm-up of an entry and returns what that returns; None tells that it has failed, and the
-            entry is left out.
         progress: Told what runs.
     """
-    running: dict[str, Timed] = {}
     for name, entry in entries.items():
         progress(f"{name}: warm-up")
-        warm_up = entry.warm_up or entry.call
-        if attempt(name, partial(_done, warm_up)):
-            running[name] = entry
+        (entry.warm_up or entry.call)()
     # hundreds of thousands of module objects would be walked over again and again, inside of what is timed
     gc.collect()
     gc.freeze()
     order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    rounds = max((entry.rounds for entry in running.values()), default=0)
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
+    rounds = max((entry.rounds for entry in entries.values()), default=0)
     for index in range(rounds):
-        names = [name for name, entry in running.items() if entry.rounds > index]
+        names = [name for name, entry in entries.items() if entry.rounds > index]
         order.shuffle(names)
         for name in names:
             progress(f"{name}: round {index + 1} of {rounds}")
             start = time.perf_counter()
-            running[name].call()
+            entries[name].call()
             seconds[name].append(round(time.perf_counter() - start, 5))
     gc.unfreeze()
     return seconds
-
-
-def _done(call: Call) -> bool:
-    call()
-    return True
 
 
 def ratios(seconds: Mapping[str, list[float]], reference: str) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 SPARSE_FROM = 6
-"""Experts per chosen expert from which computing only the chosen ones pays; measured by ``benchmarks/speed.py``."""
+"""Experts per chosen expert from which only the chosen ones are computed."""
 
 
 class TokenWeights:

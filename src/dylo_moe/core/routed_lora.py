@@ -161,8 +161,9 @@ class RoutedLayer:
         one_token = weights.of_one_token() if sparse else None
         if one_token is not None:
             return self._add_of_one_token(result, x, one_token, own)  # type: ignore[no-any-return]
-        kept = self.routing.kept and self.routing.kept.stacks.get(self)
-        experts = kept.experts if kept else self._experts()
+        kept = self._kept()
+        stack = kept and kept.stacks.get(self)
+        experts = stack.experts if stack else self._experts()
         if not experts.names:
             return result
         if experts.places is not None:
@@ -196,26 +197,30 @@ class RoutedLayer:
         lora_a, lora_b, names = self.lora_A, self.lora_B, experts.names
         return [lora_a[name].weight for name in names], [lora_b[name].weight for name in names]
 
+    def _kept(self: Any) -> KeptStacks | None:
+        """Where stacks are kept; None where they are not, or where a gradient has to reach the weights."""
+        return None if torch.is_grad_enabled() else self.routing.kept
+
     def _stack(self: Any, experts: Experts) -> Stack:
-        kept = self.routing.kept
+        kept = self._kept()
         stack: Stack | None = kept and kept.stacks.get(self)
         if stack is None:
             weights = [self.lora_B[name].weight for name in experts.names]
             stack = Stack(experts, torch.cat(weights, dim=1))
-            if kept is not None and not torch.is_grad_enabled():
+            if kept is not None:
                 kept.stacks[self] = stack
                 kept.note(weights)
         return stack
 
     def _siblings(self: Any, experts: Experts) -> "tuple[list[RoutedLayer], Tensor]":
         """The layers that are fed alike with the same experts, and all their ``A`` under each other."""
-        kept = self.routing.kept
+        kept = self._kept()
         siblings: tuple[list[RoutedLayer], Tensor] | None = kept and kept.siblings.get(self)
         if siblings is None:
             layers = [layer for layer in self.fed_alike if layer is self or self._has_the_same_experts(layer)]
             weights = [layer.lora_A[name].weight for layer in layers for name in experts.names]
             siblings = layers, stack_rows(weights)
-            if kept is not None and not torch.is_grad_enabled():
+            if kept is not None:
                 kept.siblings[self] = siblings
                 kept.note(weights)
         return siblings
