@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from dylo_moe import DyLoRA_MoE
+from dylo_moe.core import routed_lora
 from families import ROUTINGS, mixture, relative_error, token_ids
 
 ONE_GATE = [routing for routing in ROUTINGS if routing != "per_layer"]
@@ -27,6 +28,53 @@ def test_sparse_routing_equals_the_same_weights_by_the_dense_product(
         assert (sparse.routing_weights > 0).sum() == ids.numel() * top_k
         dense = model(ids, use_cache=False, routing_weights=sparse.routing_weights[0])
     assert relative_error(sparse.logits.double(), dense.logits.double()) < tolerance
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Notes the calls of a function of ``routed_lora`` by how many matrices they were given, and lets them through."""
+    calls: list[int] = []
+    real = getattr(routed_lora, name)
+
+    def noted(*args: object, **options: object) -> object:
+        calls.append(len(args[0]))
+        return real(*args, **options)
+
+    monkeypatch.setattr(routed_lora, name, noted)
+    return calls
+
+
+@pytest.mark.parametrize(("experts", "sparse"), [(3, False), (14, True)])
+def test_many_experts_are_not_all_computed(monkeypatch: pytest.MonkeyPatch, experts: int, sparse: bool) -> None:
+    model = mixture(routing="prefix:1", dtype=torch.float32, mature=True, num_experts=experts, top_k=2)
+    products, stacks = spy(monkeypatch, "sparse_delta"), spy(monkeypatch, "stack_rows")
+    with torch.no_grad():
+        model(token_ids(3, 9), use_cache=False)
+    assert (len(products), len(stacks)) == ((8, 0) if sparse else (0, 4)), "four projections in each of two layers"
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_layers_that_are_fed_alike_share_one_product(monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
+    model = mixture(routing="prefix:1")
+    stacks = spy(monkeypatch, "stack_rows")
+    with torch.set_grad_enabled(grad):
+        model(token_ids(2, 5))
+    assert stacks == [9, 3, 9, 3], "three experts of q, k and v together, then of o, in two layers"
+
+
+def test_the_steps_of_a_generation_share_their_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture(routing="prefix:1")
+    stacks = spy(monkeypatch, "stack_rows")
+    model.generate(token_ids(2, 5), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert stacks == [9, 3, 9, 3]
+
+
+def test_kept_stacks_do_not_stand_in_for_a_gradient() -> None:
+    model = mixture(routing="prefix:1")
+    with model.experts.routing_state.keeping_stacks():
+        with torch.no_grad():
+            model(token_ids(2, 5))
+        model(token_ids(2, 5), labels=token_ids(2, 5)).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".lora_" in name)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
