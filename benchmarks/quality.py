@@ -41,7 +41,7 @@ RESULT = Path(__file__).parent / "results" / "quality.json"
 MODEL = "demo"
 DOMAINS = ["python_stdlib", "cpp_headers"]
 SWEEP_SEED = 100
-RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 REFERENCE = "lora_64"
 MIXTURES = [name for name, entry in ENTRIES.items() if entry.routing is not None]
 SWEPT = sorted({entry.rate_of for entry in ENTRIES.values()}, key=list(ENTRIES).index)
@@ -52,10 +52,10 @@ Tell = Callable[[str, float], object]
 def main() -> None:
     """Reads the flags, runs, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=90.0, help="training time of each arm under each seed")
-    parser.add_argument("--sweep-seconds", type=float, default=30.0, help="the same for each arm and rate of the sweep")
+    parser.add_argument("--seconds", type=float, default=75.0, help="training time of each arm under each seed")
+    parser.add_argument("--sweep-seconds", type=float, default=25.0, help="the same for each arm and rate of the sweep")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--held-out", type=float, default=5.0, help="percent of the held-out rows, chosen by the seed")
+    parser.add_argument("--held-out", type=float, default=3.0, help="percent of the held-out rows, chosen by the seed")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid of the sweep")
     args = parse_flags(parser, RESULT)
     if SWEEP_SEED in args.seeds:
