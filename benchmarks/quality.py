@@ -42,7 +42,7 @@ RESULT = Path(__file__).parent / "results" / "quality.json"
 MODEL = "demo"
 DOMAINS = ["python_stdlib", "cpp_headers"]
 SWEEP_SEED = 100
-RATES = [2e-3, 4e-3, 8e-3]
+RATES = [1e-3, 2e-3, 4e-3, 8e-3]
 REFERENCE = "lora_64"
 MIXTURES = [name for name, entry in ENTRIES.items() if entry.routing is not None]
 SWEPT = sorted({entry.rate_of for entry in ENTRIES.values()}, key=list(ENTRIES).index)
