@@ -1,13 +1,22 @@
 """Every path of the mixture against one token and one expert after the other, in float64; and the stacked weights."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dylo_moe.core import mixture
-from dylo_moe.core.mixture import TokenWeights, add_product, pays_sparse, side_by_side, sparse_delta, stack_rows
+from dylo_moe.core.mixture import (
+    TokenWeights,
+    add_of_one_token,
+    add_product,
+    has_sparse_product,
+    one_expert,
+    pays_sparse,
+    side_by_side,
+    sparse_down,
+    sparse_up,
+    stack_rows,
+)
 from dylo_moe.core.router import choose, sparse_weights
 from families import relative_error
 
@@ -40,14 +49,21 @@ def loop(x: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], scalings: tuple[
     return torch.stack(rows).view(*x.shape[:-1], OUT)
 
 
+def sparse_delta(
+    x: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], scalings: tuple[float, ...], routing: TokenWeights
+) -> Tensor:
+    """Down and up again, for one layer."""
+    return sparse_up(sparse_down(x, lora_a, scalings, routing)[:, 0], lora_b, routing).view(*x.shape[:-1], -1)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("even", [True, False], ids=["even ranks", "uneven ranks"])
-@pytest.mark.parametrize(("shape", "path"), [((3, 11), "_grouped"), ((2, 1), "_gathered"), ((1, 2), "_gathered")])
+@pytest.mark.parametrize(("shape", "grouped"), [((3, 11), True), ((2, 1), False), ((1, 2), False)])
 def test_the_sparse_paths_equal_the_loop(
     monkeypatch: pytest.MonkeyPatch,
     shape: tuple[int, int],
-    path: str,
+    grouped: bool,
     even: bool,
     top_k: int,
     dtype: torch.dtype,
@@ -58,24 +74,34 @@ def test_the_sparse_paths_equal_the_loop(
     lora_a, lora_b, scalings = experts(count, ranks, dtype)
     routing = sparse_routing(*shape, count, top_k)
     x = torch.randn(*shape, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
-    calls = spy(monkeypatch, path)
+    calls: list[object] = []
+    real = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **options: calls.append(args) or real(*args, **options))
     with torch.no_grad():
+        assert has_sparse_product(lora_a, lora_b, routing)
         got = sparse_delta(x, lora_a, lora_b, scalings, routing)
-    assert calls == [path] and got is not None and got.dtype == dtype
+    assert len(calls) == (2 if grouped else 0) and got.dtype == dtype
     assert relative_error(got.double(), loop(x, lora_a, lora_b, scalings, routing.weights)) < tolerance
 
 
-def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
-    """Notes the calls of a function of the module, and lets them through."""
-    calls: list[str] = []
-    real: Callable[..., Tensor] = getattr(mixture, name)
-
-    def noted(*args: object) -> Tensor:
-        calls.append(name)
-        return real(*args)
-
-    monkeypatch.setattr(mixture, name, noted)
-    return calls
+@pytest.mark.parametrize("shape", [(3, 11), (2, 1)])
+@pytest.mark.parametrize("even", [True, False], ids=["even ranks", "uneven ranks"])
+def test_layers_that_are_fed_the_same_go_down_together(shape: tuple[int, int], even: bool) -> None:
+    count, layers = 13, 3
+    ranks = [8] * count if even else [8 if index % 3 else 16 for index in range(count)]
+    x = torch.randn(*shape, IN, generator=torch.Generator().manual_seed(1))
+    routing = sparse_routing(*shape, count, 2)
+    of_layers = [experts(count, ranks, torch.float32) for _ in range(layers)]
+    for layer, (lora_a, _, _) in enumerate(of_layers):
+        for matrix in lora_a:
+            matrix += layer
+    scalings = of_layers[0][2]
+    expert_major = [lora_a[expert] for expert in range(count) for lora_a, _, _ in of_layers]
+    with torch.no_grad():
+        spaces = sparse_down(x, expert_major, scalings, routing, layers)
+        for space, (lora_a, lora_b, _) in zip(spaces.unbind(1), of_layers, strict=True):
+            got = sparse_up(space, lora_b, routing).view(*shape, -1)
+            assert relative_error(got.double(), loop(x, lora_a, lora_b, scalings, routing.weights)) < 1e-5
 
 
 def test_an_expert_that_no_token_chooses_does_no_harm() -> None:
@@ -84,15 +110,25 @@ def test_an_expert_that_no_token_chooses_does_no_harm() -> None:
     weights = torch.zeros(2, 8, 9).scatter(-1, chosen, 1.0)
     x = torch.randn(2, 8, IN)
     got = sparse_delta(x, lora_a, lora_b, scalings, TokenWeights(weights, chosen))
-    assert got is not None and relative_error(got.double(), loop(x, lora_a, lora_b, scalings, weights)) < 1e-5
+    assert relative_error(got.double(), loop(x, lora_a, lora_b, scalings, weights)) < 1e-5
 
 
 @pytest.mark.parametrize(("rank", "dtype"), [(8, torch.float64), (3, torch.float32)])
 def test_where_no_grouped_product_exists_the_caller_is_told(rank: int, dtype: torch.dtype) -> None:
-    lora_a, lora_b, scalings = experts(5, [rank] * 5, dtype)
-    assert (
-        sparse_delta(torch.randn(2, 9, IN, dtype=dtype), lora_a, lora_b, scalings, sparse_routing(2, 9, 5, 1)) is None
-    )
+    lora_a, lora_b, _ = experts(5, [rank] * 5, dtype)
+    assert not has_sparse_product(lora_a, lora_b, sparse_routing(2, 9, 5, 1))
+    assert has_sparse_product(lora_a, lora_b, sparse_routing(1, 1, 5, 1)), "for few tokens any type will do"
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_token_of_one_expert_is_added(dtype: torch.dtype, in_place: bool) -> None:
+    (down,), (up,), _ = experts(1, [4], torch.float64 if dtype == torch.float64 else torch.float32)
+    x, result = torch.randn(1, 1, IN).to(down.dtype), torch.randn(1, 1, OUT).to(dtype)
+    wanted = result.double() + 1.5 * (up.double() @ (down.double() @ x[0, 0].double()))
+    got = add_of_one_token(result.clone(), x, down, up, scale=1.5, in_place=in_place)
+    assert got.dtype == dtype
+    assert relative_error(got.double(), wanted) < (1e-12 if dtype == torch.float64 else 1e-2)
 
 
 @pytest.mark.parametrize(("count", "top_k", "wanted"), [(4, 1, False), (4, 2, False), (64, 2, True), (16, 1, True)])
@@ -105,6 +141,8 @@ def test_one_token_is_told_with_its_experts_and_weights() -> None:
     told = routing.of_one_token()
     assert told is not None and {expert for expert, _ in told} == set(routing.weights.nonzero()[:, -1].tolist())
     assert all(weight == routing.weights[0, 0, expert].item() for expert, weight in told)
+    assert one_expert(3, 5).of_one_token() == [(3, 1.0)]
+    assert one_expert(3, 5).weights.flatten().tolist() == [0, 0, 0, 1, 0]
     assert sparse_routing(2, 1, 5, 2).of_one_token() is None
     assert TokenWeights(torch.ones(1, 1, 3) / 3).of_one_token() is None, "dense weights choose nobody"
 

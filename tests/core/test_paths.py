@@ -46,10 +46,12 @@ def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 @pytest.mark.parametrize(("experts", "sparse"), [(3, False), (14, True)])
 def test_many_experts_are_not_all_computed(monkeypatch: pytest.MonkeyPatch, experts: int, sparse: bool) -> None:
     model = mixture(routing="prefix:1", dtype=torch.float32, mature=True, num_experts=experts, top_k=2)
-    products, stacks = spy(monkeypatch, "sparse_delta"), spy(monkeypatch, "stack_rows")
+    downs, ups, stacks = (spy(monkeypatch, name) for name in ("sparse_down", "sparse_up", "stack_rows"))
     with torch.no_grad():
         model(token_ids(3, 9), use_cache=False)
-    assert (len(products), len(stacks)) == ((8, 0) if sparse else (0, 4)), "four projections in each of two layers"
+    assert (len(downs), len(ups), len(stacks)) == ((4, 8, 0) if sparse else (0, 0, 4)), (
+        "in each of two layers down twice, for q, k and v together and for o, and up for each"
+    )
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -206,3 +206,36 @@ def test_the_gradient_reaches_gate_and_input() -> None:
 def test_numbers_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(RoutingError, match=f"^{message}$"):
         DynamicHybridRouter(WIDTH, **options)
+
+
+def test_the_quick_choice_for_one_token_is_the_choice_of_the_forward() -> None:
+    router = DynamicHybridRouter(16, 5, top_k=1, num_gates=2, temperature=0.7).eval()
+    router.maturity = [MATURE] * 5
+    for seed in range(20):
+        hidden = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            for gate in (0, 1):
+                chosen = router(hidden, gate).chosen
+                assert chosen is not None and router.choose_one(hidden, gate) == chosen.item()
+                assert router.choose_one(hidden.bfloat16(), gate) == router(hidden.bfloat16(), gate).chosen.item()
+
+
+def test_the_quick_choice_leaves_everything_else_to_the_forward() -> None:
+    router = DynamicHybridRouter(16, 5, top_k=1).eval()
+    router.maturity = [MATURE] * 5
+    one = torch.randn(1, 1, 16)
+    with torch.no_grad():
+        assert router.choose_one(one) is not None
+        assert router.choose_one(one.expand(2, 1, 16)) is None and router.choose_one(one.expand(1, 2, 16)) is None
+        assert router.choose_one(one, experts=[0, 2]) is None
+        router.selection_bias[0, 3] = 100.0
+        assert router.choose_one(one) is None and router(one).chosen.item() == 3
+        router.selection_bias.zero_()
+        assert router.choose_one(one) is not None
+        router.top_k = 2
+        assert router.choose_one(one) is None
+        router.top_k = 1
+        router.maturity[1] = YOUNG
+        assert router.choose_one(one) is None
+    router.maturity[1] = MATURE
+    assert router.choose_one(one) is None, "with gradients"

@@ -17,7 +17,7 @@ Tensors in, tensors out; which layers there are and where their weights come fro
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +93,14 @@ class TokenWeights:
         if made is None:
             made = self._made[key] = make()
         return made
+
+
+@cache
+def one_expert(expert: int, num_experts: int) -> TokenWeights:
+    """The weights of one token, on a CPU, that goes to one expert."""
+    weights = torch.zeros(1, 1, num_experts)
+    weights[..., expert] = 1
+    return TokenWeights(weights, torch.tensor([[[expert]]]))
 
 
 class ByExpert(NamedTuple):
@@ -183,67 +191,111 @@ class _AddInPlace(torch.autograd.Function):
         return gradient, for_rank_space, for_up
 
 
+def add_of_one_token(
+    result: Tensor, x: Tensor, down: Tensor, up: Tensor, *, scale: float, in_place: bool = False
+) -> Tensor:
+    """``result + scale * B A x`` for one token and one expert, without gradients.
+
+    Args:
+        result: ``(1, 1, out_features)``.
+        x: ``(1, 1, in_features)``.
+        down: ``A``, ``(rank, in_features)``.
+        up: ``B``, ``(out_features, rank)``.
+        scale: Weight times scaling.
+        in_place: Whether the result may be overwritten.
+    """
+    if not in_place or result.dtype != up.dtype:
+        return add_product(result, F.linear(x, down), up, scale=scale, in_place=in_place)
+    # products with a vector: fewer operators than with a matrix of one row, and there is little else to do
+    result.view(-1).addmv_(up, torch.mv(down, x.reshape(-1)), alpha=scale)
+    return result
+
+
 def pays_sparse(num_experts: int, top_k: int) -> bool:
     """Whether the chosen experts alone cost less than all of them in one product."""
     return num_experts > SPARSE_FROM * top_k
 
 
-def sparse_delta(
-    x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scalings: tuple[float, ...], routing: TokenWeights
-) -> Tensor | None:
-    """The mixture of the chosen experts alone, without gradients.
+def has_sparse_product(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], routing: TokenWeights) -> bool:
+    """Whether a kernel computes the chosen experts alone, for matrices of these shapes and types.
+
+    ``grouped_mm`` takes no float64, only rows of whole 16 bytes, and only bfloat16 when compiled.
+    """
+    if _are_few(routing):
+        return True
+    first = lora_a[0]
+    if torch.compiler.is_compiling() and first.dtype != torch.bfloat16:
+        return False
+    widths = (first.shape[1], lora_b[0].shape[0], *{a.shape[0] for a in lora_a})
+    aligned = all(width * first.element_size() % 16 == 0 for width in widths)
+    return aligned and first.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def sparse_down(
+    x: Tensor, lora_a: Sequence[Tensor], scalings: tuple[float, ...], routing: TokenWeights, layers: int = 1
+) -> Tensor:
+    """Into rank space by the chosen experts alone, for one layer or several that are fed the same; no gradients.
 
     Args:
         x: ``(batch, seq, in_features)``.
-        lora_a: A matrix ``(rank_e, in_features)`` for each expert.
-        lora_b: A matrix ``(out_features, rank_e)`` for each expert.
+        lora_a: A matrix ``(rank_e, in_features)`` for each layer of each expert: all of the first expert's, then all
+            of the second's.
         scalings: The factor ``s_e`` of each expert.
         routing: Weights with ``chosen``, of the same batch and seq as ``x``.
+        layers: How many layers there are.
 
     Returns:
-        ``(batch, seq, out_features)`` in the dtype of ``x``; None where no kernel takes these shapes or types.
+        ``(tokens * top_k, layers, largest rank)``, times weight and scaling, in the order that ``sparse_up`` takes.
     """
     assert routing.chosen is not None
-    tokens = x.flatten(0, -2)
-    weights = routing.of_choices(scalings, x.dtype)
-    few = weights.numel() < len(lora_a)
-    if not few and not _can_group(x, lora_a, lora_b):
-        return None
-    if len({a.shape[0] for a in lora_a}) == 1:
-        down, up = side_by_side(lora_a), side_by_side(lora_b).transpose(1, 2)
+    tokens, weights = x.flatten(0, -2), routing.of_choices(scalings, x.dtype)
+    down = _of_one_rank(lora_a).view(len(scalings), -1, x.shape[-1])
+    if _are_few(routing):
+        rank_space = torch.matmul(down[routing.chosen.flatten(0, -2)], tokens[:, None, :, None])
+        weight = weights.flatten()
     else:
-        # ranks that are missing add nothing
-        down = pad_sequence(list(lora_a), batch_first=True)
-        up = pad_sequence([b.t() for b in lora_b], batch_first=True)
-    if few:
-        delta = _gathered(tokens, down, up, weights, routing.chosen.flatten(0, -2))
+        choices = routing.by_expert()
+        rank_space = F.grouped_mm(tokens[choices.token], down.transpose(1, 2), offs=choices.ends)
+        weight = weights.flatten()[choices.order]
+    return rank_space.view(len(weight), layers, -1) * weight.view(-1, 1, 1)
+
+
+def sparse_up(rank_space: Tensor, lora_b: Sequence[Tensor], routing: TokenWeights) -> Tensor:
+    """Back from rank space by the chosen experts alone, for one layer.
+
+    Args:
+        rank_space: ``(tokens * top_k, largest rank)``, a layer's part of what ``sparse_down`` gave.
+        lora_b: A matrix ``(out_features, rank_e)`` for each expert.
+        routing: As for ``sparse_down``.
+
+    Returns:
+        ``(tokens, out_features)``.
+    """
+    assert routing.chosen is not None
+    if len({b.shape[1] for b in lora_b}) == 1:
+        up = side_by_side(lora_b).transpose(1, 2)
     else:
-        delta = _grouped(tokens, down, up, weights, routing.by_expert())
-    return delta.view(*x.shape[:-1], -1)
-
-
-def _gathered(tokens: Tensor, down: Tensor, up: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """Tokens ``(t, in)``, down ``(e, r, in)``, up ``(e, r, out)``, weights and chosen ``(t, k)`` -> ``(t, out)``."""
-    rank_space = torch.matmul(down[chosen], tokens[:, None, :, None]).squeeze(-1) * weights[..., None]
-    return torch.bmm(rank_space.flatten(1)[:, None], up[chosen].flatten(1, 2)).squeeze(1)
-
-
-def _grouped(tokens: Tensor, down: Tensor, up: Tensor, weights: Tensor, choices: ByExpert) -> Tensor:
-    """As ``_gathered``, with the choices sorted by expert."""
-    rank_space = F.grouped_mm(tokens[choices.token], down.transpose(1, 2), offs=choices.ends)
-    rank_space = rank_space * weights.flatten()[choices.order, None]
-    mixed = F.grouped_mm(rank_space, up, offs=choices.ends)
+        up = _of_one_rank([b.t() for b in lora_b])
+    if _are_few(routing):
+        chosen = up[routing.chosen.flatten(0, -2)].flatten(1, 2)
+        return torch.bmm(rank_space.reshape(len(chosen), 1, -1), chosen).squeeze(1)
+    choices = routing.by_expert()
+    mixed = F.grouped_mm(rank_space.contiguous(), up, offs=choices.ends)
     # put back and summed, not added at an index: the order of that sum would not be the same on every run on a GPU
-    return mixed[choices.inverse].view(*weights.shape, -1).sum(dim=1)
+    return mixed[choices.inverse].view(-1, routing.chosen.shape[-1], mixed.shape[-1]).sum(dim=1)
 
 
-def _can_group(x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
-    """Whether ``grouped_mm`` takes these: no float64, rows of whole 16 bytes, and only bfloat16 when compiled."""
-    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
-        return False
-    widths = (lora_a[0].shape[1], lora_b[0].shape[0], *{a.shape[0] for a in lora_a})
-    aligned = all(width * x.element_size() % 16 == 0 for width in widths)
-    return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+def _are_few(routing: TokenWeights) -> bool:
+    """Whether there are fewer choices than experts, so that most experts have nothing to do."""
+    assert routing.chosen is not None
+    return routing.chosen.numel() < routing.weights.shape[-1]
+
+
+def _of_one_rank(weights: Sequence[Tensor]) -> Tensor:
+    """``(n, largest rank, features)`` of matrices ``(rank, features)``; ranks that are missing add nothing."""
+    if len({weight.shape[0] for weight in weights}) == 1:
+        return side_by_side(weights)
+    return pad_sequence(list(weights), batch_first=True)
 
 
 def stack_rows(weights: Sequence[Tensor]) -> Tensor:

@@ -21,7 +21,17 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
-from dylo_moe.core.mixture import TokenWeights, add_product, pays_sparse, routed_delta, sparse_delta, stack_rows
+from dylo_moe.core.mixture import (
+    TokenWeights,
+    add_of_one_token,
+    add_product,
+    has_sparse_product,
+    pays_sparse,
+    routed_delta,
+    sparse_down,
+    sparse_up,
+    stack_rows,
+)
 from dylo_moe.core.router import RouterOutput
 from dylo_moe.errors import RoutingError
 
@@ -52,6 +62,22 @@ class Stack(NamedTuple):
 
     experts: Experts
     up: Tensor
+
+
+class Shared(NamedTuple):
+    """What a layer computed for its siblings, the layers that are fed alike.
+
+    Attributes:
+        product: By which product, ``dense`` or ``sparse``.
+        x: The input that it holds for.
+        weights: The routing weights that it holds for.
+        parts: In rank space, for each layer that has not fetched its own yet.
+    """
+
+    product: str
+    x: Tensor
+    weights: TokenWeights
+    parts: "dict[RoutedLayer, Tensor]"
 
 
 class KeptStacks:
@@ -86,7 +112,7 @@ class RoutingState:
         base_only: Whether the layers leave out every adapter.
         given: Whether ``weights`` came from the caller, so that no router may replace them.
         record: Where the router's outputs are collected; None where nobody asked.
-        shared: What a layer computed for its siblings: the input and the weights that it holds for, and the parts.
+        shared: What a layer computed for its siblings.
         kept: Stacked weights from the forward before; None where each forward stacks anew.
     """
 
@@ -95,7 +121,7 @@ class RoutingState:
         self.base_only = False
         self.given = False
         self.record: list[RouterOutput] | None = None
-        self.shared: tuple[Tensor, TokenWeights, dict[RoutedLayer, Tensor]] | None = None
+        self.shared: Shared | None = None
         self.kept: KeptStacks | None = None
 
     @contextmanager
@@ -169,8 +195,9 @@ class RoutedLayer:
         if experts.places is not None:
             weights = weights.of(experts.places)
         elif sparse and pays_sparse(len(experts.names), weights.chosen.shape[-1]):  # type: ignore[union-attr]
-            delta: Tensor | None = self._mixture_of_chosen(x, experts, weights)
-            if delta is not None:
+            lora_a, lora_b = self._matrices(experts)
+            if has_sparse_product(lora_a, lora_b, weights):
+                delta: Tensor = self._mixture_of_chosen(x, experts, weights, lora_b)
                 return (result + delta).to(result.dtype)
         if self.training and any(map(self._dropout_rate, experts.names)):
             dropped: Tensor = self._mixture_of_dropped(x, experts, weights)
@@ -217,7 +244,7 @@ class RoutedLayer:
         kept = self._kept()
         siblings: tuple[list[RoutedLayer], Tensor] | None = kept and kept.siblings.get(self)
         if siblings is None:
-            layers = [layer for layer in self.fed_alike if layer is self or self._has_the_same_experts(layer)]
+            layers = self._fed_the_same()
             weights = [layer.lora_A[name].weight for layer in layers for name in experts.names]
             siblings = layers, stack_rows(weights)
             if kept is not None:
@@ -225,25 +252,40 @@ class RoutedLayer:
                 kept.note(weights)
         return siblings
 
+    def _fed_the_same(self: Any) -> "list[RoutedLayer]":
+        """The layers that are fed the same tensor, as far as names tell, and have the same experts; this one too."""
+        return [layer for layer in self.fed_alike if layer is self or self._has_the_same_experts(layer)]
+
     def _has_the_same_experts(self: Any, other: Any) -> bool:
         alike = self.r == other.r and self.scaling == other.scaling
         return bool(alike and self.active_adapters == other.active_adapters)
 
     def _rank_space(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor:
         """``(batch, seq, sum of ranks)``: ``A x`` of each expert times its weight; for all siblings at once."""
+
+        def of_all() -> "dict[RoutedLayer, Tensor]":
+            layers, down = self._siblings(experts)
+            rank_space = F.linear(self._cast_input_dtype(x, down.dtype), down)
+            per_rank = weights.per_rank(experts.ranks, experts.scalings, rank_space.dtype)
+            if len(layers) == 1:
+                return {self: rank_space * per_rank}
+            split = rank_space.unflatten(-1, (len(layers), -1)) * per_rank.unsqueeze(-2)
+            return dict(zip(layers, split.unbind(-2), strict=True))
+
+        return self._own_part("dense", x, weights, of_all)  # type: ignore[no-any-return]
+
+    def _own_part(
+        self: Any, product: str, x: Tensor, weights: TokenWeights, of_all: "Callable[[], dict[RoutedLayer, Tensor]]"
+    ) -> Tensor:
+        """This layer's part of what is computed once for all layers that are fed alike."""
         state = self.routing
-        if state.shared is not None and state.shared[0] is x and state.shared[1] is weights:
-            part: Tensor | None = state.shared[2].pop(self, None)
+        shared = state.shared
+        if shared is not None and shared.product == product and shared.x is x and shared.weights is weights:
+            part: Tensor | None = shared.parts.pop(self, None)
             if part is not None:
                 return part
-        layers, down = self._siblings(experts)
-        rank_space = F.linear(self._cast_input_dtype(x, down.dtype), down)
-        per_rank = weights.per_rank(experts.ranks, experts.scalings, rank_space.dtype)
-        if len(layers) == 1:
-            return rank_space * per_rank
-        split = rank_space.unflatten(-1, (len(layers), -1)) * per_rank.unsqueeze(-2)
-        parts: dict[RoutedLayer, Tensor] = dict(zip(layers, split.unbind(-2), strict=True))
-        state.shared = x, weights, parts
+        parts = of_all()
+        state.shared = Shared(product, x, weights, parts)
         return parts.pop(self)
 
     def _add_of_one_token(self: Any, result: Tensor, x: Tensor, chosen: list[tuple[int, float]], own: bool) -> Tensor:
@@ -252,14 +294,25 @@ class RoutedLayer:
             name = self.active_adapters[place]
             if name in self.scaling:
                 down, up = self.lora_A[name].weight, self.lora_B[name].weight
-                rank_space = F.linear(self._cast_input_dtype(x, down.dtype), down)
-                result = add_product(result, rank_space, up, scale=weight * self.scaling[name], in_place=own)
+                scale = weight * self.scaling[name]
+                x = self._cast_input_dtype(x, down.dtype)
+                result = add_of_one_token(result, x, down, up, scale=scale, in_place=own)
         return result
 
-    def _mixture_of_chosen(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor | None:
-        """The mixture by the chosen experts alone; None where there is no product for these shapes and types."""
-        lora_a, lora_b = self._matrices(experts)
-        return sparse_delta(self._cast_input_dtype(x, lora_a[0].dtype), lora_a, lora_b, experts.scalings, weights)
+    def _mixture_of_chosen(
+        self: Any, x: Tensor, experts: Experts, weights: TokenWeights, lora_b: Sequence[Tensor]
+    ) -> Tensor:
+        """The mixture by the chosen experts alone; down to rank space for all siblings at once."""
+
+        def of_all() -> "dict[RoutedLayer, Tensor]":
+            layers = self._fed_the_same()
+            lora_a = [layer.lora_A[name].weight for name in experts.names for layer in layers]
+            cast = self._cast_input_dtype(x, lora_a[0].dtype)
+            spaces = sparse_down(cast, lora_a, experts.scalings, weights, len(layers))
+            return dict(zip(layers, spaces.unbind(1), strict=True))
+
+        rank_space = self._own_part("sparse", x, weights, of_all)
+        return sparse_up(rank_space, lora_b, weights).view(*x.shape[:-1], -1)
 
     def _mixture_of_dropped(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor:
         """The mixture under dropout: one product for each distinct rate, as a rule one in all."""

@@ -81,6 +81,7 @@ class DynamicHybridRouter(nn.Module):
         )
         self.register_buffer("selection_bias", torch.zeros(num_gates, num_experts))
         self.register_buffer("expert_load", torch.ones(num_gates, num_experts))
+        self._bias_known: tuple[tuple[int, int], bool] = (0, -1), False
 
     @property
     def num_experts(self) -> int:
@@ -116,6 +117,37 @@ class DynamicHybridRouter(nn.Module):
             return RouterOutput(logits.softmax(dim=-1), logits)
         best = choose(logits, self.top_k, bias)
         return RouterOutput(sparse_weights(logits, best), logits, best)
+
+    def choose_one(self, hidden_states: Tensor, gate: int = 0, experts: Sequence[int] | None = None) -> int | None:
+        """The expert that one token goes to, where it goes to one alone; the quick way, for decoding on a CPU.
+
+        The weight is then 1, and scaling a row's logits does not change which is the largest.
+
+        Args:
+            hidden_states: ``(batch, seq, hidden_size)``.
+            gate: Which gate to use.
+            experts: Indices of the experts to route among; all of them by default.
+
+        Returns:
+            Its place among ``experts``; None for more tokens or experts, for dense or biased routing, on a device that
+            one would have to wait for, and under a compiler: ``forward`` does all of these.
+        """
+        one_token = hidden_states.shape[0] == hidden_states.shape[1] == 1 and hidden_states.device.type == "cpu"
+        if not one_token or self.top_k > 1 or torch.compiler.is_compiling() or not self.is_sparse(experts):
+            return None
+        if torch.is_grad_enabled() or self._is_biased() or (experts is not None and len(experts) < self.num_experts):
+            return None
+        weight = self.gates[gate]
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).view(-1)
+        return int(torch.mv(weight.to(wide.dtype), wide).argmax())
+
+    def _is_biased(self) -> bool:
+        """Whether any expert has a selection bias; looked up again when the buffer has been written to."""
+        bias = self.selection_bias
+        state = (id(bias), bias._version)
+        if self._bias_known[0] != state:
+            self._bias_known = state, bool(bias.any())
+        return self._bias_known[1]
 
     def _scale(self, hidden_states: Tensor) -> Tensor:
         """``(batch, seq, 1)``: what the RMS norm and the temperature multiply a row's logits by.

@@ -24,7 +24,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from dylo_moe.core.mixture import TokenWeights
+from dylo_moe.core.mixture import TokenWeights, one_expert
 from dylo_moe.core.routed_lora import RoutingState
 from dylo_moe.core.router import DynamicHybridRouter
 from dylo_moe.errors import ModelError, RoutingError
@@ -102,7 +102,11 @@ def attach_router(
 
 
 def _route(state: RoutingState, router: DynamicHybridRouter, experts: Experts, hidden: Tensor, gate: int = 0) -> None:
-    output = router(hidden, gate, experts())
+    routed = experts()
+    if state.record is None and (expert := router.choose_one(hidden, gate, routed)) is not None:
+        state.weights = one_expert(expert, len(routed))
+        return
+    output = router(hidden, gate, routed)
     state.weights = TokenWeights(output.weights, output.chosen)
     if state.record is not None:
         state.record.append(output)
