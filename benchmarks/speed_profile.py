@@ -28,7 +28,11 @@ from dylo_moe.core.base_model import load_base_model
 
 RESULT = Path(__file__).parent / "results" / "profile.json"
 OURS = ("ours_prefix_4", "ours_per_layer_4")
-WORKLOADS: dict[str, Callable[..., Callable[[], Any]]] = {"forward": forward_call, "train": train_call}
+MANY = "ours_per_layer_64"
+WORKLOADS: dict[str, tuple[Callable[..., Callable[[], Any]], tuple[str, ...]]] = {
+    "forward": (forward_call, (REFERENCE, *OURS, MANY)),
+    "train": (train_call, (REFERENCE, *OURS)),
+}
 CALLS, PROMPT, NEW_TOKENS, ROUNDS = 3, 64, 32, 3
 SHOWN = 14
 
@@ -52,8 +56,8 @@ def measure() -> dict[str, Any]:
     lineup = Lineup(load_base_model("demo"))
     tokens = random_tokens(lineup.base, 2, 256)
     result: dict[str, Any] = {"environment": environment(), "operators": {}, "decoding": {}}
-    for what, make in WORKLOADS.items():
-        calls = {name: make(lineup.get(name), tokens) for name in (REFERENCE, *OURS)}
+    for what, (make, names) in WORKLOADS.items():
+        calls = {name: make(lineup.get(name), tokens) for name in names}
         result["operators"][what] = {name: operators(call, CALLS) for name, call in calls.items()}
     prompt = random_tokens(lineup.base, 1, PROMPT)
     for name in (BASE, REFERENCE, *OURS):
@@ -122,8 +126,8 @@ def _operator_table(what: str, profiles: dict[str, Profile]) -> str:
         return profiles[name].get(operator, [0.0, 0.0])[0]
 
     known = {operator for found in profiles.values() for operator in found}
-    apart = sorted(known, key=lambda operator: -abs(ms(OURS[1], operator) - ms(REFERENCE, operator)))[:SHOWN]
-    names = (REFERENCE, *OURS)
+    names = list(profiles)
+    apart = sorted(known, key=lambda operator: -abs(ms(names[-1], operator) - ms(REFERENCE, operator)))[:SHOWN]
     head = [f"{what}: ms of self time in", *map(label, names)]
     rows = [head, ["---"] * len(head)]
     rows += [[f"`{operator}`", *(f"{ms(name, operator):.1f}" for name in names)] for operator in apart]

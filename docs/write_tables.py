@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import demo  # noqa: E402 - the benchmarks are scripts, not a package
+import quality  # noqa: E402
+import speed_profile  # noqa: E402
 import speed_table  # noqa: E402
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo.table),
     "speed peers": ("speed.json", speed_table.peers_table),
     "speed targets": ("speed.json", speed_table.targets_table),
+    "profile": ("profile.json", speed_profile.tables),
+    "quality": ("quality.json", quality.table),
 }
 
 

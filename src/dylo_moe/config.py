@@ -65,7 +65,7 @@ class ExpertArguments:
         default=None, help="Linear modules to adapt, comma-separated, or all-linear; the attention if not given."
     )
     routing: str = _flag(
-        default="prefix", help="Where the router reads: final, prefix:K, prefix (K = layers / 4) or per_layer."
+        default="per_layer", help="Where the router reads: per_layer, prefix:K, prefix (K = layers / 4) or final."
     )
     top_k: int | None = _flag(default=None, help="Experts per token, once routing is sparse; 2 if not given.")
     router_temperature: float = _flag(default=1.0, help="Divides the router's logits; lower is sharper.")

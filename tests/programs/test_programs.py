@@ -96,7 +96,7 @@ def test_the_saved_mixture_is_mature_and_has_the_reported_routing(run: tuple[Pat
     model = DyLoRA_MoE.from_pretrained(run[0] / "best_model").eval()
     assert model.router.maturity == [1, 1, 1, 1]
     assert model.router.is_sparse()
-    assert model.routing == json.loads((run[0] / "report.json").read_text())["routing"] == "prefix:1"
+    assert model.routing == json.loads((run[0] / "report.json").read_text())["routing"] == "per_layer"
 
 
 def test_a_new_process_generates_what_the_model_generates(run: tuple[Path, str]) -> None:

@@ -71,7 +71,8 @@ class DyLoRA_MoE(nn.Module):
         dropout: Dropout on the experts' input while training.
         target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
         use_rslora: Scale updates by ``alpha / sqrt(rank)``.
-        routing: ``final``, ``prefix:K``, ``prefix`` (K a quarter of the layers) or ``per_layer``.
+        routing: ``per_layer``, ``prefix:K``, ``prefix`` (K a quarter of the layers) or ``final``; the default is what
+            ``benchmarks/quality.py`` found best.
         top_k: Experts per token when routing is sparse; 2 by default, or 1 where there is one expert.
         temperature: Divides the router's logits.
         balance_coefficient: Weight of the balance loss; 0 leaves it out.
@@ -99,7 +100,7 @@ class DyLoRA_MoE(nn.Module):
         dropout: float = 0.0,
         target_modules: str | Sequence[str] | None = None,
         use_rslora: bool = False,
-        routing: str = "prefix",
+        routing: str = "per_layer",
         top_k: int | None = None,
         temperature: float = 1.0,
         balance_coefficient: float = 0.01,
