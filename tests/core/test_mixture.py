@@ -182,7 +182,9 @@ def test_the_gradients_of_an_added_product(in_place: bool, frozen: str | None) -
     }
     trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
     # as a layer's output, the result is no leaf: a leaf may not be written to
-    got = add_product(leaves["result"] * 1, leaves["rank_space"], leaves["up"], in_place=in_place)
+    output = leaves["result"] * 1
+    got = add_product(output, leaves["rank_space"], leaves["up"], in_place=in_place)
+    assert (got is output) == in_place, "what is written to in place has to be told to autograd"
     wanted = leaves["result"] + leaves["rank_space"] @ leaves["up"].T
     torch.testing.assert_close(got, wanted)
     direction = torch.randn_like(wanted)
@@ -255,3 +257,13 @@ def test_rows_are_stacked_with_their_gradient() -> None:
     assert torch.equal(torch.cat([p.grad for p in parameters]), direction)
     with torch.no_grad():
         assert torch.equal(stack_rows(parameters), torch.cat([p.detach() for p in parameters]))
+
+
+def test_neighbours_by_chance_are_not_taken_for_one_block() -> None:
+    memory = bytearray(2 * 6 * 4)
+    weights = [nn.Parameter(torch.frombuffer(memory, dtype=torch.float32, count=6, offset=at)) for at in (0, 24)]
+    assert weights[0].data_ptr() + 24 == weights[1].data_ptr()
+    with torch.no_grad():
+        for number, weight in enumerate(weights):
+            weight.copy_(torch.arange(6) + 6.0 * number)
+    assert torch.equal(side_by_side(weights), torch.arange(12.0).view(2, 6))

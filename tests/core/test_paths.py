@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core import routed_lora
-from families import ROUTINGS, mixture, relative_error, token_ids
+from families import CONFIGS, ROUTINGS, mixture, relative_error, stir, token_ids
 
 ONE_GATE = [routing for routing in ROUTINGS if routing != "per_layer"]
 TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.08)]
@@ -52,6 +52,20 @@ def test_many_experts_are_not_all_computed(monkeypatch: pytest.MonkeyPatch, expe
     assert (len(downs), len(ups), len(stacks)) == ((4, 8, 0) if sparse else (0, 0, 4)), (
         "in each of two layers down twice, for q, k and v together and for o, and up for each"
     )
+
+
+def test_a_layer_that_cannot_be_sparse_takes_no_sparse_part_of_its_siblings() -> None:
+    # keys and values of 6 features: rows of 24 bytes, which grouped products do not take; queries of 24 features
+    config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "head_dim": 6, "num_key_value_heads": 1})
+    torch.manual_seed(0)
+    model = DyLoRA_MoE(LlamaForCausalLM(config).eval(), 14, rank=4, routing="prefix:1", top_k=2).eval()
+    stir(model)
+    model.set_maturity()
+    ids = token_ids(3, 9)
+    with torch.no_grad():
+        sparse = model(ids, use_cache=False)
+        dense = model(ids, use_cache=False, routing_weights=sparse.routing_weights[0])
+    assert relative_error(sparse.logits, dense.logits) < 1e-4
 
 
 @pytest.mark.parametrize("grad", [True, False])
