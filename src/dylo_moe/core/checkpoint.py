@@ -78,6 +78,7 @@ class Description(_Entry):
     experts: list[ExpertEntry]
     routing: RoutingEntry
     losses: LossEntry
+    prompt_template: Literal["chat", "plain"] | None = None
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from dylo_moe.core.losses import (
     router_z_loss,
     without_padding,
 )
+from dylo_moe.core.packed import check_segments, positions_in_segments
 from dylo_moe.core.router import MATURE, DynamicHybridRouter
 from dylo_moe.core.routing import attach_router, decoder_layers, prefix_layer, resolve_routing
 from dylo_moe.errors import CheckpointError, RoutingError
@@ -79,6 +80,9 @@ class DyLoRA_MoE(nn.Module):
         z_loss_coefficient: Weight of the router z-loss; 0 leaves it out.
         revision: Revision of the base model on the Hub.
         dtype: Floating type of a base model that is loaded here.
+
+    Attributes:
+        prompt_template: What stood around conversations in training, ``chat`` or ``plain``; saved with the model.
 
     Raises:
         ModelError: The base model cannot be had or has no target module.
@@ -134,6 +138,7 @@ class DyLoRA_MoE(nn.Module):
         experts: ExpertManager,
         router: DynamicHybridRouter,
         losses: LossEntry,
+        prompt_template: str | None = None,
     ) -> None:
         """The one place where the parts become a model, whether they are new or were read from a checkpoint."""
         super().__init__()
@@ -141,6 +146,7 @@ class DyLoRA_MoE(nn.Module):
         self.revision = revision
         self.routing = routing
         self.losses = losses
+        self.prompt_template = prompt_template
         self.experts = experts
         self.model = experts.peft_model
         self.router = router
@@ -175,6 +181,7 @@ class DyLoRA_MoE(nn.Module):
         num_tokens_in_batch: Tensor | int | None = None,
         expert_load: Tensor | None = None,
         return_logits: bool = True,
+        segment_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> DyLoRAOutput:
         """Runs the mixture, and with ``labels`` sums its losses.
@@ -191,15 +198,26 @@ class DyLoRA_MoE(nn.Module):
                 ``losses.load_balance_loss``.
             return_logits: False leaves out the logits of a forward with ``labels``. The loss is then computed in
                 chunks, at the labelled tokens alone, and ``backward`` can run once; it is what the Trainer does.
+            segment_ids: ``(batch, seq)``, for rows that hold several examples: which example of its row a token
+                belongs to, counted from 1, and 0 for padding. Examples do not see each other. Takes the place of
+                ``attention_mask``.
             **kwargs: Passed to the base model.
 
         Returns:
             Losses, logits and router logits.
+
+        Raises:
+            RoutingError: ``segment_ids`` have a shape or an attention that cannot keep examples apart.
         """
+        mask = attention_mask
+        if segment_ids is not None:
+            check_segments(self.experts.base_model, segment_ids)
+            mask, attention_mask = (segment_ids != 0).long(), None
+            kwargs |= {"position_ids": positions_in_segments(segment_ids), "use_cache": False}
         if labels is not None:
             kwargs.setdefault("use_cache", False)
-            if attention_mask is not None:
-                labels = without_padding(labels, attention_mask)
+            if mask is not None:
+                labels = without_padding(labels, mask)
         head: Any = None
         if labels is not None and not return_logits and self._head_is_plain:
             head = self.experts.base_model.get_output_embeddings()
@@ -222,7 +240,7 @@ class DyLoRA_MoE(nn.Module):
                 result.lm_loss = causal_lm_loss(outputs.logits, labels, **counted)
             else:
                 result.lm_loss = linear_causal_lm_loss(features, head.weight, labels, bias=head.bias, **counted)
-            self._add_losses(result, attention_mask, num_tokens_in_batch, expert_load)
+            self._add_losses(result, mask, num_tokens_in_batch, expert_load)
         return result
 
     def _add_losses(
@@ -343,7 +361,7 @@ class DyLoRA_MoE(nn.Module):
         for expert in description.experts:
             experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / expert.name, expert.name)
         self = cls.__new__(cls)
-        self._assemble(name, revision, mode, experts, router, description.losses)
+        self._assemble(name, revision, mode, experts, router, description.losses, description.prompt_template)
         self.router.load_state_dict(checkpoint.read_router(path, router.state_dict()))
         self.router.maturity = [expert.maturity for expert in description.experts]
         return self.eval()
@@ -391,6 +409,7 @@ class DyLoRA_MoE(nn.Module):
             experts=[checkpoint.ExpertEntry(name=name, maturity=value) for name, value in maturity],
             routing=checkpoint.RoutingEntry(mode=self.routing, top_k=router.top_k, temperature=router.temperature),
             losses=self.losses,
+            prompt_template=self.prompt_template,
         )
 
 
