@@ -12,6 +12,7 @@ from dylo_moe.errors import EXIT_USER_ERROR, DyLoRAError, did_you_mean
 PROGRAMS = {
     "train": "train a mixture of experts on a frozen base model",
     "generate": "generate text with a trained mixture",
+    "datasets": "list the datasets, or look into some",
 }
 EXIT_INTERRUPTED = 130
 _DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}

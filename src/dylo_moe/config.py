@@ -6,6 +6,8 @@ programs sees them.
 """
 
 import dataclasses
+import math
+import os
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +31,11 @@ def _flag(default: Any, help: str, aliases: Sequence[str] = (), **argparse_optio
         spelling for alias in aliases for spelling in dict.fromkeys((alias, "--" + alias[2:].replace("_", "-")))
     ]
     return HfArg(default=default, help=help, aliases=spellings, metadata=argparse_options)
+
+
+def split_names(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _require(ok: bool, flag: str, wanted: str, got: object) -> None:
@@ -102,36 +109,84 @@ class ExpertArguments:
         """The target modules as ``DyLoRA_MoE`` takes them."""
         if self.target_modules is None or self.target_modules == "all-linear":
             return self.target_modules
-        return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+        return split_names(self.target_modules)
 
 
 @dataclass
-class DataArguments:
+class SourceArguments:
+    """Where datasets are read from, for every program that reads some."""
+
+    data_dir: str | None = _flag(
+        default=None, help="Folder to find datasets in: NAME.jsonl and the like, NAME/, or a datasets cache."
+    )
+    skip_bad_rows: bool = _flag(default=False, help="Leave out rows that cannot be used, and count them.")
+
+
+@dataclass
+class DataArguments(SourceArguments):
     """What to train on."""
 
     _argument_group_name: ClassVar[str] = "data"
 
-    datasets: str = _flag(default="code_alpaca,mbpp", help="Datasets by name, comma-separated.")
+    datasets: str = _flag(
+        default="code_alpaca,mbpp",
+        help="Datasets, comma-separated: names (see dylora-moe datasets), or name=path for your own files.",
+    )
     training_subset: float = _flag(default=100.0, help="Percent of the training rows to use, chosen at random.")
     eval_subset: float = _flag(default=100.0, help="Percent of the held-out rows to use, chosen at random.")
     interleaved_sampling: bool = _flag(
         default=False, help="Equal shares of all datasets; small ones repeat. Proportional otherwise."
     )
-    max_seq_length: int = _flag(default=1024, help="Longer examples lose the end of their response.")
+    mixing_temperature: float = _flag(
+        default=1.0, help="Shares are proportional to size^(1/T): 1 is proportional, above it small sets get more."
+    )
+    max_seq_length: int = _flag(default=1024, help="Most tokens of an example, and of a packed row.")
+    packing: bool = _flag(default=True, help="Join short training examples into full rows; they do not see each other.")
+    overlong: str = _flag(
+        default="cut", help="Longer examples lose the end of their response (cut) or are left out (drop)."
+    )
+    template: str = _flag(
+        default="auto",
+        help="Around conversations: the model's own (chat), Alpaca's (plain), or auto: chat if it has one.",
+    )
+    decontaminate: bool = _flag(default=True, help="Leave out rows that are tasks of HumanEval(+) or MBPP(+).")
+    preprocessing_workers: int | None = _flag(
+        default=None, help="Processes to tokenise with; as many as there are cores if not given."
+    )
 
     def __post_init__(self) -> None:
         _require(bool(self.names), "datasets", "at least one dataset name", repr(self.datasets))
-        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        plain = [name.partition("=")[0] for name in self.names]
+        twice = sorted({name for name in plain if plain.count(name) > 1})
         _require(not twice, "datasets", "different datasets", f"{', '.join(twice)} more than once")
         for flag in ("training_subset", "eval_subset"):
             value = getattr(self, flag)
             _require(0 < value <= 100, flag, "a percentage above 0 and up to 100", value)
+        _require(self.mixing_temperature >= 1, "mixing_temperature", "1 or more", self.mixing_temperature)
+        both = self.interleaved_sampling and self.mixing_temperature != 1
+        _require(
+            not both, "mixing_temperature", "left out where --interleaved_sampling is given", self.mixing_temperature
+        )
         _require(self.max_seq_length >= 8, "max_seq_length", "at least 8 tokens", self.max_seq_length)
+        _require(self.overlong in ("cut", "drop"), "overlong", "cut or drop", repr(self.overlong))
+        _require(self.template in ("auto", "chat", "plain"), "template", "auto, chat or plain", repr(self.template))
+        workers = self.preprocessing_workers
+        _require(workers is None or workers >= 1, "preprocessing_workers", "at least 1", workers)
+
+    @property
+    def temperature(self) -> float:
+        """The mixing temperature; equal shares are what an infinite one gives."""
+        return math.inf if self.interleaved_sampling else self.mixing_temperature
+
+    @property
+    def workers(self) -> int:
+        """``preprocessing_workers``, resolved."""
+        return self.preprocessing_workers or len(os.sched_getaffinity(0))
 
     @property
     def names(self) -> list[str]:
         """The datasets, in order."""
-        return [name.strip() for name in self.datasets.split(",") if name.strip()]
+        return split_names(self.datasets)
 
 
 @dataclass
@@ -235,8 +290,25 @@ class GenerateArguments:
         )
 
 
+@dataclass
+class DatasetsArguments(SourceArguments):
+    """What to list."""
+
+    _argument_group_name: ClassVar[str] = "datasets"
+
+    datasets: str | None = _flag(
+        default=None, help="Read these, as train would, and show what is in them; without it, list what there is."
+    )
+
+    @property
+    def names(self) -> list[str]:
+        """The datasets, in order."""
+        return split_names(self.datasets or "")
+
+
 TRAIN_GROUPS = (ModelArguments, ExpertArguments, DataArguments, TrainingArgumentsGroup, RunArguments)
 GENERATE_GROUPS = (GenerateArguments,)
+DATASETS_GROUPS = (DatasetsArguments,)
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):

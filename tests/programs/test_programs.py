@@ -81,6 +81,53 @@ def test_training_lowers_the_held_out_loss_and_says_so(run: tuple[Path, str]) ->
     assert f"generate --trained_model {output / 'best_model'} --prompt" in printed
 
 
+def test_the_report_says_what_became_of_the_data(run: tuple[Path, str]) -> None:
+    data = json.loads((run[0] / "report.json").read_text())["data"]
+    assert [found["dataset"] for found in data["contamination"]] == ["python_stdlib", "cpp_headers"]
+    assert [found["name"] for found in data["datasets"]] == ["python_stdlib", "cpp_headers"]
+    assert all(found["train"] > 0 and found["licence"] for found in data["datasets"])
+    assert data["template"] == "plain"
+    assert 0.5 < data["packing_efficiency"] <= 1
+    assert "Packed into" in run[1]
+
+
+def test_the_template_is_saved_with_the_mixture(run: tuple[Path, str]) -> None:
+    assert DyLoRA_MoE.from_pretrained(run[0] / "best_model").prompt_template == "plain"
+
+
+def own_file(folder: Path, *extra: str) -> str:
+    path = folder / "mine.jsonl"
+    rows = [json.dumps({"instruction": f"Say {n}.", "output": f"print({n})"}) for n in range(80)]
+    path.write_text("\n".join([*rows, *extra]) + "\n")
+    return f"mine={path}"
+
+
+def test_a_file_of_the_users_trains(base: Path, tmp_path: Path) -> None:
+    wanted = own_file(tmp_path)
+    arguments = ["train", "--model_name", str(base), *SHORT, "--datasets", wanted, "--training_subset", "100"]
+    assert main([*arguments, "--eval_subset", "100", "--max_steps", "2", "--output_dir", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["domains"] == ["mine"]
+
+
+def test_a_bad_row_of_the_users_is_named_by_file_and_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = own_file(tmp_path, '{"instruction": "Say it."}')
+    assert main(["train", "--model_name", str(base), *SHORT, "--datasets", wanted]) == EXIT_USER_ERROR
+    assert f"{tmp_path}/mine.jsonl line 81: its columns are instruction" in capsys.readouterr().err
+    assert main(["datasets", "--datasets", wanted, "--skip_bad_rows"]) == 0
+    assert "1 rows; the first:" in capsys.readouterr().out
+
+
+def test_the_datasets_are_listed_and_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["datasets"]) == 0
+    listed = capsys.readouterr().out
+    assert "code_alpaca" in listed and "sharegpt" in listed.lower()
+    assert main(["datasets", "--datasets", own_file(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "### Instruction:" in shown and "train" in shown and "benchmark tasks" in shown
+
+
 def test_the_parameters_are_counted(run: tuple[Path, str], base: Path) -> None:
     report = json.loads((run[0] / "report.json").read_text())
     model = DyLoRA_MoE.from_pretrained(run[0] / "best_model")
@@ -148,6 +195,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(base: Path, tmp_path: Path) ->
         ["--gradient_checkpointing", "--routing", "per_layer", "--label_smoothing", "0.1"],
         ["--routing", "final", "--cosine_restarts", "--lora_dropout", "0.1", "--use_rslora"],
         ["--num_experts", "1", "--target_modules", "all-linear", "--z_loss_coefficient", "0.01"],
+        ["--no_packing", "--mixing_temperature", "2", "--no_decontaminate"],
     ],
     ids=lambda flags: flags[0],
 )
@@ -169,7 +217,7 @@ def test_a_dry_run_prints_a_configuration_and_touches_nothing(tmp_path: Path) ->
 def test_help_is_there_for_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for program in ("train", "generate"):
+    for program in ("train", "generate", "datasets"):
         assert program in overview
         with pytest.raises(SystemExit) as ended:
             main([program, "--help"])
@@ -194,6 +242,14 @@ def test_scripts_and_verbs_are_the_same_code(capsys: pytest.CaptureFixture[str])
         (["train", "--lora_r", "-1"], "--lora_r must be at least 1, got -1"),
         (["train", "--top_k", "5"], "--top_k must be from 1 to the number of experts (4), got 5"),
         (["train", "--model_name", "BASE", "--datasets", "mbpp"], "dataset 'mbpp'"),
+        (["train", "--datasets", "humaneval"], "humaneval is a benchmark"),
+        (["train", "--datasets", "a=x.jsonl,a=y.jsonl"], "--datasets must be different datasets, got a more than once"),
+        (["train", "--model_name", "BASE", "--datasets", "mine=gone.jsonl"], "there is no file or folder gone.jsonl"),
+        (["train", "--model_name", "BASE", *DATA, "--template", "chat"], "--template chat needs a model with"),
+        (["train", "--overlong", "keep"], "--overlong must be cut or drop, got 'keep'"),
+        (["train", "--mixing_temperature", "0.5"], "--mixing_temperature must be 1 or more, got 0.5"),
+        (["datasets", "--datasets", "mine=gone.jsonl"], "there is no file or folder gone.jsonl"),
+        (["datasets", "--data_dir", "gone", "--datasets", "mbpp"], "--data_dir gone is no folder"),
         (["train", "--model_name", "BASE", *SHORT, "--routing", "prefix:9"], "prefix:K needs K from 0 to 3"),
         (["train", "--model_name", "BASE", *SHORT, "--target_modules", "qproj"], "did you mean 'q_proj'"),
         (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint", "gone"], "no checkpoint of this program"),

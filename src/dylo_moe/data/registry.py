@@ -1,81 +1,29 @@
 """The datasets by name: where each comes from, under which licence, and how a row becomes prompt and response.
 
-Adding a dataset is adding one ``DatasetSpec``. Turning text into tokens is the business of ``prepare_data.py``.
+Adding a dataset is adding one ``DatasetSpec``. Any file of the user's is a dataset too. Turning text into tokens is
+the business of ``prepare_data.py``.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import datasets
-from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from dylo_moe.data.files import SUFFIXES
+from dylo_moe.data.local_code import cpp_headers_rows, python_stdlib_rows
+from dylo_moe.data.rows import (
+    CompletionColumns,
+    InstructionColumns,
+    Row,
+    RowFormat,
+    TurnColumn,
+    by_columns,
+    humaneval_row,
+    mbpp_row,
+)
+from dylo_moe.errors import DatasetError, did_you_mean
 
-from dylo_moe.data.local_code import cpp_headers_rows, python_stdlib_rows, unique_rows
-from dylo_moe.errors import DatasetError, did_you_mean, first_line
-
-Row = Mapping[str, Any]
-
-_UNREACHABLE = (ConnectionError, OfflineModeIsEnabled, LocalEntryNotFoundError, DatasetNotFoundError, HfHubHTTPError)
-
-
-class Example(NamedTuple):
-    """What every row of every dataset becomes. The loss is on the response alone."""
-
-    prompt: str
-    response: str
-    domain: str
-
-
-def instruction_prompt(instruction: str, context: str = "") -> str:
-    """The plain template around an instruction, for base models that know no chat."""
-    task = f"### Instruction:\n{instruction.strip()}\n\n"
-    given = f"### Input:\n{context.strip()}\n\n" if context.strip() else ""
-    return f"{task}{given}### Response:\n"
-
-
-@dataclass(frozen=True)
-class InstructionColumns:
-    """Rows of an instruction, possibly some input, and an answer."""
-
-    instruction: str
-    response: str
-    context: str | None = None
-
-    def __call__(self, row: Row) -> tuple[str, str]:
-        """Returns prompt and response of a row."""
-        context = row[self.context] or "" if self.context else ""
-        return instruction_prompt(row[self.instruction], context), row[self.response]
-
-
-@dataclass(frozen=True)
-class CompletionColumns:
-    """Rows whose response goes on where the prompt ends."""
-
-    prompt: str = "prompt"
-    response: str = "response"
-
-    def __call__(self, row: Row) -> tuple[str, str]:
-        """Returns prompt and response of a row."""
-        return row[self.prompt], row[self.response]
-
-
-def mbpp_row(row: Row) -> tuple[str, str]:
-    """MBPP as in its paper: the task and the tests that its code has to pass, then the code."""
-    tests = "\n".join(row["test_list"])
-    return instruction_prompt(f"{row['text']}\nYour code should pass these tests:\n{tests}"), row["code"]
-
-
-def sharegpt_row(row: Row) -> tuple[str, str]:
-    """The last answer of a conversation; the turns before it are the prompt."""
-    turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-    if not turns or turns[-1][0] != "gpt":
-        raise DatasetError("a conversation must end with a turn from 'gpt'")
-    *before, (_, answer) = turns
-    rendered = [text.strip() + "\n\n" if speaker == "gpt" else instruction_prompt(text) for speaker, text in before]
-    return "".join(rendered), answer
+OWN_FILES = "own files"
 
 
 @dataclass(frozen=True)
@@ -83,122 +31,162 @@ class DatasetSpec:
     """One dataset.
 
     Attributes:
-        source: A Hub id, or a function that yields the rows.
+        source: A Hub id, a function that yields the rows, or ``OWN_FILES``.
         licence: As its page states it.
-        to_pair: From a row to prompt and response.
+        exchanges: From a row to prompts and responses.
+        columns: The columns that are read.
+        revision: Commit, tag or branch on the Hub.
         config: The Hub configuration.
         hub_splits: The Hub's splits to read; all are pooled, and split again by content.
         shares: Shares of train, validation and test.
+        task_of: The benchmark task that a row is, where it says so itself.
+        evaluation_only: Whether training on it would spoil a benchmark.
     """
 
     source: str | Callable[[], Iterator[Row]]
     licence: str
-    to_pair: Callable[[Row], tuple[str, str]]
+    exchanges: RowFormat
+    columns: tuple[str, ...]
+    revision: str = "main"
     config: str | None = None
     hub_splits: str = "train"
     shares: tuple[float, float, float] = (0.9, 0.1, 0.0)
+    task_of: Callable[[Row], str] | None = None
+    evaluation_only: bool = False
 
+    @property
+    def non_commercial(self) -> bool:
+        """Whether the licence rules out commercial use."""
+        return "-NC" in self.licence.replace(" NC", "-NC")
+
+    @property
+    def on_hub(self) -> str | None:
+        """The Hub id, for a dataset of the Hub."""
+        return self.source if isinstance(self.source, str) and self.source != OWN_FILES else None
+
+
+def _mbpp_task(row: Row) -> str:
+    return f"Mbpp/{row.get('task_id')}"
+
+
+def _alpaca(instruction: str = "instruction", response: str = "output", context: str = "input") -> RowFormat:
+    return InstructionColumns(instruction, response, context)
+
+
+_ALPACA = ("instruction", "input", "output")
 
 REGISTRY: dict[str, DatasetSpec] = {
-    "code_alpaca": DatasetSpec(
-        "sahil2801/CodeAlpaca-20k", "CC BY-NC 4.0", InstructionColumns("instruction", "output", "input")
-    ),
+    "code_alpaca": DatasetSpec("sahil2801/CodeAlpaca-20k", "CC BY-NC 4.0", _alpaca(), _ALPACA),
     "mbpp": DatasetSpec(
         "google-research-datasets/mbpp",
         "CC BY 4.0",
         mbpp_row,
+        ("task_id", "text", "code", "test_list"),
+        revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c",
         config="full",
         hub_splits="train+validation+test+prompt",
         shares=(0.7, 0.1, 0.2),
+        task_of=_mbpp_task,
     ),
     "evol_instruct": DatasetSpec(
-        "nickrosh/Evol-Instruct-Code-80k-v1", "CC BY-NC-SA 4.0", InstructionColumns("instruction", "output")
+        "nickrosh/Evol-Instruct-Code-80k-v1",
+        "CC BY-NC-SA 4.0",
+        InstructionColumns("instruction", "output"),
+        ("instruction", "output"),
     ),
     "code_feedback": DatasetSpec(
-        "m-a-p/CodeFeedback-Filtered-Instruction", "Apache-2.0", InstructionColumns("query", "answer")
+        "m-a-p/CodeFeedback-Filtered-Instruction",
+        "Apache-2.0",
+        InstructionColumns("query", "answer"),
+        ("query", "answer"),
     ),
-    "python_codes_25k": DatasetSpec(
-        "flytech/python-codes-25k", "not stated", InstructionColumns("instruction", "output", "input")
-    ),
+    "python_codes_25k": DatasetSpec("flytech/python-codes-25k", "not stated", _alpaca(), _ALPACA),
     "python_code_instructions_18k": DatasetSpec(
-        "iamtarun/python_code_instructions_18k_alpaca",
-        "not stated",
-        InstructionColumns("instruction", "output", "input"),
+        "iamtarun/python_code_instructions_18k_alpaca", "not stated", _alpaca(), _ALPACA
     ),
-    "python_code_23k_sharegpt": DatasetSpec("ajibawa-2023/Python-Code-23k-ShareGPT", "CC BY-NC-ND 4.0", sharegpt_row),
-    "python_stdlib": DatasetSpec(python_stdlib_rows, "PSF-2.0", CompletionColumns()),
-    "cpp_headers": DatasetSpec(cpp_headers_rows, "BSD-3-Clause", CompletionColumns()),
+    "python_code_23k_sharegpt": DatasetSpec(
+        "ajibawa-2023/Python-Code-23k-ShareGPT", "CC BY-NC-ND 4.0", TurnColumn("conversations"), ("conversations",)
+    ),
+    "humaneval": DatasetSpec(
+        "openai/openai_humaneval",
+        "MIT",
+        humaneval_row,
+        ("task_id", "prompt", "canonical_solution"),
+        revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+        hub_splits="test",
+        shares=(0.0, 0.0, 1.0),
+        evaluation_only=True,
+    ),
+    "python_stdlib": DatasetSpec(python_stdlib_rows, "PSF-2.0", CompletionColumns(), ("prompt", "response")),
+    "cpp_headers": DatasetSpec(cpp_headers_rows, "BSD-3-Clause", CompletionColumns(), ("prompt", "response")),
 }
 
 AVAILABLE_DATASETS: tuple[str, ...] = tuple(REGISTRY)
-"""The names that ``get_dataset`` knows."""
+"""The names that ``get_dataset`` knows; beside them, any ``name=path``."""
+
+_OWN = DatasetSpec(OWN_FILES, "the user's", by_columns, ())
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-def spec_of(name: str) -> DatasetSpec:
-    """The entry of a dataset.
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A dataset as a user asked for it.
+
+    Attributes:
+        name: Its name, which is also its domain's.
+        spec: What it is.
+        path: The file or folder to read, in the place of the source.
+        cache: A ``datasets`` cache to look in.
+    """
+
+    name: str
+    spec: DatasetSpec
+    path: Path | None = None
+    cache: Path | None = field(default=None, compare=False)
+
+
+def resolve(wanted: str, data_dir: str | Path | None = None) -> DatasetEntry:
+    """Finds a dataset by name, or as ``name=path`` for files of the user's.
+
+    A known name with a path reads that dataset's rows from the path. With ``data_dir``, a dataset of the Hub is read
+    from ``data_dir/<name>.<suffix>`` or the folder ``data_dir/<name>`` where there is one, and otherwise by way of the
+    ``datasets`` cache in ``data_dir``.
 
     Raises:
-        DatasetError: There is none of that name.
+        DatasetError: There is none of that name, or no such path.
     """
+    name, is_own, path = wanted.partition("=")
+    if not _NAME.fullmatch(name):
+        raise DatasetError(f"{name!r} cannot name a dataset; use letters, digits, '_', '-' and '.'")
+    if is_own:
+        if not path:
+            raise DatasetError(f"{wanted!r} names no file; write {name}=path/to/file.jsonl")
+        return DatasetEntry(name, REGISTRY.get(name, _OWN), Path(path).expanduser())
     if name not in REGISTRY:
         known = ", ".join(AVAILABLE_DATASETS)
-        raise DatasetError(f"there is no dataset {name!r}{did_you_mean(name, REGISTRY)} (there are: {known})")
-    return REGISTRY[name]
+        raise DatasetError(
+            f"there is no dataset {name!r}{did_you_mean(name, REGISTRY)} (there are: {known}; "
+            f"a file of your own is {name}=path/to/file.jsonl)"
+        )
+    spec = REGISTRY[name]
+    if data_dir is None or not spec.on_hub:
+        return DatasetEntry(name, spec)
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise DatasetError(f"--data_dir {folder} is no folder")
+    candidates = (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES))
+    found = next((path for path in candidates if path.exists()), None)
+    return DatasetEntry(name, spec, found, folder)
 
 
-def get_dataset(name: str) -> DatasetDict:
-    """Reads a dataset and splits it.
-
-    The split of a row follows from its prompt alone: it is the same on every machine, stays where it is when rows
-    are added or reordered, and rows with equal prompts never end up on both sides.
-
-    Args:
-        name: One of ``AVAILABLE_DATASETS``.
-
-    Returns:
-        The splits ``train``, ``validation`` and, where the dataset has one, ``test``, each with the text columns
-        ``prompt``, ``response`` and ``domain``.
+def refuse_for_training(entry: DatasetEntry) -> None:
+    """Keeps a benchmark out of the training data.
 
     Raises:
-        DatasetError: The name is unknown, the dataset cannot be reached, or it holds no usable row.
+        DatasetError: The dataset is there to evaluate on.
     """
-    spec = spec_of(name)
-    names = [split for split, share in zip(("train", "validation", "test"), spec.shares, strict=True) if share > 0]
-    rows: dict[str, list[dict[str, str]]] = {split: [] for split in names}
-    for example in _examples(name, spec):
-        rows[_split_of(example.prompt, spec.shares)].append(example._asdict())
-    for split in names:
-        if not rows[split]:
-            raise DatasetError(f"the dataset {name!r} is empty: it has no row for its {split} split")
-    return DatasetDict({split: Dataset.from_list(rows[split]) for split in names})
-
-
-def _examples(name: str, spec: DatasetSpec) -> Iterator[Example]:
-    rows = _hub_rows(name, spec, spec.source) if isinstance(spec.source, str) else unique_rows(spec.source())
-    for number, row in enumerate(rows):
-        try:
-            prompt, response = spec.to_pair(row)
-        except (KeyError, TypeError, AttributeError, DatasetError) as error:
-            raise DatasetError(
-                f"row {number} of the dataset {name!r} has not the expected columns: {first_line(error)} "
-                f"(it has: {', '.join(row)})"
-            ) from error
-        if response.strip():
-            yield Example(prompt, response, name)
-
-
-def _hub_rows(name: str, spec: DatasetSpec, source: str) -> Dataset:
-    try:
-        return datasets.load_dataset(source, spec.config, split=spec.hub_splits)
-    except _UNREACHABLE as error:
+    if entry.spec.evaluation_only:
         raise DatasetError(
-            f"the dataset {name!r} ({source}) could not be fetched from the Hub and is not in the local cache; "
-            f"connect, or use --datasets python_stdlib,cpp_headers, which need no Hub ({first_line(error)})"
-        ) from error
-
-
-def _split_of(prompt: str, shares: tuple[float, float, float]) -> str:
-    digest = hashlib.sha256(prompt.encode("utf-8", errors="surrogatepass")).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    train, validation, _ = shares
-    return "train" if position < train else "validation" if position < train + validation else "test"
+            f"--datasets: {entry.name} is a benchmark, and a model that was trained on it cannot be evaluated any "
+            "more; leave it out"
+        )

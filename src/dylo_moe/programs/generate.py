@@ -12,7 +12,8 @@ from dylo_moe.config import GENERATE_GROUPS, GenerateArguments, parse
 from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.prepare_data import encode_prompt
-from dylo_moe.data.registry import instruction_prompt
+from dylo_moe.data.rows import asked
+from dylo_moe.data.templates import AUTO, template_of
 from dylo_moe.errors import ConfigError
 
 
@@ -25,11 +26,13 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     (args,) = parse(GENERATE_GROUPS, program, "Generate text with a trained mixture.", arguments)
     assert isinstance(args, GenerateArguments)
     transformers.logging.disable_progress_bar()
-    prompt = _prompt(args)
+    prompt = None if args.instruction is not None else _prompt(args)
     model = DyLoRA_MoE.from_pretrained(Path(args.trained_model)).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     tokenizer = load_tokenizer(model.base_name, revision=model.revision)
+    if prompt is None:
+        prompt = template_of(model.prompt_template or AUTO, tokenizer).render(asked(str(args.instruction)))
     if args.expert is not None:
         model.experts.set_active(args.expert)
     set_seed(args.seed)
@@ -42,8 +45,6 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
 
 
 def _prompt(args: GenerateArguments) -> str:
-    if args.instruction is not None:
-        return instruction_prompt(args.instruction)
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     if not prompt:
         raise ConfigError("--prompt must have some text, got none")

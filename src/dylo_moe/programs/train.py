@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -31,9 +31,12 @@ from dylo_moe.core.base_model import check_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import read_description
 from dylo_moe.core.expert import count_parameters
 from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core.packed import keeps_examples_apart
+from dylo_moe.data.packing import TokenCollator
 from dylo_moe.data.prepare_data import PreparedData, prepare_data
-from dylo_moe.data.registry import spec_of
-from dylo_moe.errors import ConfigError
+from dylo_moe.data.registry import refuse_for_training, resolve
+from dylo_moe.data.templates import template_of
+from dylo_moe.errors import ConfigError, ModelError
 from dylo_moe.reports.tables import TrainingReport, training_table
 from dylo_moe.training.callbacks import TokenProgressCallback
 from dylo_moe.training.trainer import DyLoRATrainer
@@ -80,7 +83,10 @@ def train(
         console.print(note, highlight=False, soft_wrap=True)
     set_seed(training_args.seed)
     model = _build_model(model_args, expert_args, training_args)
-    trainer = _build_trainer(model, tokenizer, data, training_args)
+    model.prompt_template = data.template.name
+    if data_args.packing:
+        _check_packing(model, data, console)
+    trainer = _build_trainer(model, tokenizer, data, data_args, training_args)
 
     console.print(f"Evaluating the base model on {len(data.validation):,} held-out rows", highlight=False)
     with model.base_only():
@@ -110,6 +116,7 @@ def train(
         held_out_rows=len(data.validation),
         versions={"python": platform.python_version()} | {name: version(name) for name in _RECORDED},
         seed=training_args.seed,
+        data=data.record(),
     )
     (output / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n")
     console.print(training_table(report))
@@ -136,7 +143,7 @@ def _resume_folder(args: TrainingArgumentsGroup) -> str | None:
 def _check_inputs(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArgumentsGroup) -> None:
     """What can be known to fail, fails before anything is read or computed."""
     for name in data_args.names:
-        spec_of(name)
+        refuse_for_training(resolve(name, data_args.data_dir))
     check_base_model(model_args.model_name, revision=model_args.revision)
     try:
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -153,9 +160,27 @@ def _prepare(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int)
         max_length=args.max_seq_length,
         training_percent=args.training_subset,
         validation_percent=args.eval_subset,
-        interleaved=args.interleaved_sampling,
+        packing=args.packing,
+        overlong="drop" if args.overlong == "drop" else "cut",
+        template=template_of(args.template, tokenizer),
+        data_dir=args.data_dir,
+        decontaminated=args.decontaminate,
+        skip_bad_rows=args.skip_bad_rows,
+        workers=args.workers,
         seed=seed,
     )
+
+
+def _check_packing(model: DyLoRA_MoE, data: PreparedData, console: Console) -> None:
+    with model.base_only():
+        apart = keeps_examples_apart(model.experts.base_model)
+    if not apart:
+        raise ModelError(
+            f"--packing: {type(model.experts.base_model).__name__} lets the examples of a packed row see each other; "
+            "train it with --no_packing"
+        )
+    share = data.packing_efficiency or 0.0
+    console.print(f"Packed into {len(data.train):,} rows, {1 - share:.1%} padding", highlight=False)
 
 
 def _build_model(
@@ -180,16 +205,28 @@ def _build_model(
 
 
 def _build_trainer(
-    model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, data: PreparedData, args: TrainingArgumentsGroup
+    model: DyLoRA_MoE,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    data_args: DataArguments,
+    args: TrainingArgumentsGroup,
 ) -> DyLoRATrainer:
+    arguments = _trainer_arguments(args)
+    flash = "flash" in str(model.config._attn_implementation)
     trainer = DyLoRATrainer(
         model,
         data.domains,
-        args=_trainer_arguments(args),
+        train_sampler=data.sampler(
+            temperature=data_args.temperature,
+            seed=args.seed,
+            batch_size=arguments.train_batch_size,
+            processes=arguments.world_size,
+        ),
+        args=arguments,
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=TokenCollator(tokenizer.pad_token_id, flatten=flash),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(TokenProgressCallback)
@@ -223,7 +260,6 @@ def _trainer_arguments(args: TrainingArgumentsGroup) -> TrainingArguments:
         load_best_model_at_end=True,
         metric_for_best_model="mean_domain_loss",
         greater_is_better=False,
-        train_sampling_strategy="group_by_length",
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         label_names=["labels"],

@@ -1,6 +1,7 @@
 """What a training run bought, as a table for people and a file for programs. Every figure comes from the run."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
@@ -26,6 +27,7 @@ class TrainingReport(BaseModel):
         held_out_rows: Rows of the evaluation.
         versions: Of Python and the libraries that matter.
         seed: The run's seed.
+        data: What became of the datasets, and what of them belongs to a benchmark.
     """
 
     domains: list[str]
@@ -42,6 +44,7 @@ class TrainingReport(BaseModel):
     held_out_rows: int
     versions: dict[str, str]
     seed: int
+    data: dict[str, Any] = {}
 
 
 def training_table(report: TrainingReport) -> RenderableType:

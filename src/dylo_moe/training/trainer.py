@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
@@ -27,17 +28,27 @@ class DyLoRATrainer(Trainer):
     Args:
         model: The mixture.
         domains: Names of the domains that the column ``domain`` of the datasets counts.
+        train_sampler: The order to train in; the Trainer's own by default.
         **kwargs: As for ``transformers.Trainer``.
     """
 
     model: DyLoRA_MoE
 
-    def __init__(self, model: DyLoRA_MoE, domains: list[str], **kwargs: Any) -> None:
+    def __init__(
+        self, model: DyLoRA_MoE, domains: list[str], train_sampler: Sampler[int] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model=model, compute_metrics=self._domain_metrics, **kwargs)
         self.domains = domains
+        self.train_sampler = train_sampler
         # The Trainer's smoother would take the labels away from the model, and the router's losses with them.
         self.label_smoother = None
         self._chosen: Tensor | None = None
+
+    @override
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.train_sampler is not None:
+            return self.train_sampler
+        return super()._get_train_sampler(train_dataset)
 
     @override
     def get_batch_samples(

@@ -1,0 +1,254 @@
+"""People's own files, read row by row: each row comes with where it stands, and memory does not grow with the file."""
+
+import codecs
+import csv
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+
+from dylo_moe.data.rows import Row
+from dylo_moe.errors import DatasetError, first_line
+
+MAX_ROW_BYTES = 8 * 2**20
+"""A longer row is no example that a model could be trained on, but most likely a file of another kind."""
+
+_CHUNK = 2**20
+_JSON_LINES, _JSON, _CSV, _PARQUET = (".jsonl", ".ndjson"), (".json",), (".csv",), (".parquet",)
+_TEXT = (*_JSON_LINES, *_JSON, *_CSV)
+SUFFIXES = (*_TEXT, *_PARQUET, *(f"{suffix}.gz" for suffix in _TEXT))
+
+Located = tuple[str, Row]
+"""Where a row stands, such as ``rows.jsonl line 3``, and the row."""
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files that a path stands for: itself, or all below it, in the order of their names.
+
+    Raises:
+        DatasetError: There is none, the file is of an unknown kind, or links lead in a circle.
+    """
+    if not _resolved(path).is_dir():
+        if not path.is_file() or not path.name.lower().endswith(SUFFIXES):
+            raise DatasetError(f"{path} is no data file; known are a folder, {', '.join(SUFFIXES)}")
+        return [path]
+    found = list(_files_below(path, ()))
+    if not found:
+        raise DatasetError(f"the folder {path} has no data file ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    here = _resolved(folder)
+    if here in above:
+        raise DatasetError(f"the link {folder} leads back to {here}, which it is in; remove it")
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if _resolved(entry).is_dir():
+            yield from _files_below(entry, (*above, here))
+        elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
+            yield entry
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve(strict=True)
+    except FileNotFoundError as error:
+        raise DatasetError(f"there is no file or folder {path}") from error
+    except (OSError, RuntimeError) as error:  # a circle of links is the one or the other, by Python's version
+        raise DatasetError(f"{path} cannot be followed: {first_line(error)}") from error
+
+
+def digest_of(files: list[Path]) -> str:
+    """A digest of the names and contents of files."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        with _reading(path), path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def rows_of(path: Path) -> Iterator[Located]:
+    """The rows of a data file.
+
+    Raises:
+        DatasetError: The file cannot be read; the message names file and line.
+    """
+    name = path.name.lower()
+    if name.endswith(_PARQUET):
+        yield from _parquet_rows(path)
+        return
+    with _reading(path), _opened(path) as file:
+        kind = name.removesuffix(".gz")
+        if kind.endswith(_CSV):
+            yield from _csv_rows(path, file)
+        elif kind.endswith(_JSON_LINES) or not _is_array(file):
+            yield from _json_lines(path, file)
+        else:
+            yield from _json_array(path, file)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise DatasetError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+        yield cast(BinaryIO, file)
+
+
+def _is_array(file: BinaryIO) -> bool:
+    """Whether JSON begins with ``[``; many a ``.json`` file holds lines. The file is left at its beginning."""
+    begin = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+    file.seek(0)
+    return begin.startswith(b"[")
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise DatasetError(_too_long(f"{path} line {number}"))
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DatasetError(_not_utf8(f"{path} line {number}", error)) from error
+
+
+def _json_lines(path: Path, file: BinaryIO) -> Iterator[Located]:
+    for number, line in _lines(path, file):
+        if line.strip():
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DatasetError(f"{where} is broken JSON: {first_line(error)}") from error
+            yield where, _object(where, row)
+
+
+def _json_array(path: Path, file: BinaryIO) -> Iterator[Located]:
+    """The objects of one large array, without holding the array."""
+    text = _Text(path, file)
+    text.skip(_BEFORE_ARRAY)
+    while text.skip(_BETWEEN_ROWS) not in ("]", ""):
+        where = f"{path} line {text.line}"
+        yield where, _object(where, text.decode(where))
+    if not text.skip(_BETWEEN_ROWS):
+        raise DatasetError(f"{path} line {text.line} is broken JSON: the list does not end")
+
+
+_BEFORE_ARRAY, _BETWEEN_ROWS = re.compile(r"[ \t\r\n]*\["), re.compile(r"[ \t\r\n,]*")
+
+
+class _Text:
+    """A window on the text of a file, a place in it, and the line of that place."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.line = 1
+        self._file = file
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self._json = json.JSONDecoder()
+        self._text, self._at, self._ended = "", 0, False
+
+    def skip(self, pattern: "re.Pattern[str]") -> str:
+        """Goes on behind what matches; returns the character there, or nothing at the end of the file."""
+        while True:
+            match = pattern.match(self._text, self._at)
+            self._go(match.end() if match else self._at)
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._read()
+
+    def decode(self, where: str) -> Any:
+        """The JSON value at this place; goes on behind it."""
+        while True:
+            try:
+                value, end = self._json.raw_decode(self._text, self._at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                if self._ended:
+                    raise DatasetError(f"{where} is broken JSON: {_without_place(error)}") from error
+                if len(self._text) - self._at > MAX_ROW_BYTES:
+                    raise DatasetError(f"{_too_long(where)} ({_without_place(error)})") from error
+                self._read()
+            else:
+                self._go(end)
+                return value
+
+    def _go(self, end: int) -> None:
+        self.line += self._text.count("\n", self._at, end)
+        self._at = end
+
+    def _read(self) -> None:
+        """Reads as much again as is held: a long row is scanned a few times, and not once for each chunk."""
+        rest = self._text[self._at :]
+        chunk = self._file.read(max(_CHUNK, len(rest)))
+        self._ended = not chunk
+        try:
+            self._text, self._at = rest + self._utf8.decode(chunk, final=self._ended), 0
+        except UnicodeDecodeError as error:
+            line = self.line + rest.count("\n") + error.object[: error.start].count(b"\n")
+            raise DatasetError(_not_utf8(f"{self.path} line {line}", error)) from error
+
+
+def _without_place(error: Exception) -> str:
+    """What is wrong, without a line number that counts from the row's own beginning."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+
+
+def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Located]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    reader = csv.DictReader((line for _, line in _lines(path, file)), strict=True)
+    while True:
+        where = f"{path} line {reader.line_num + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DatasetError(f"{where} is broken CSV: {first_line(error)}") from error
+        if row is None:
+            return
+        if None in row or None in row.values():
+            raise DatasetError(f"{where} has not as many fields as the head of the file")
+        yield where, row
+
+
+def _parquet_rows(path: Path) -> Iterator[Located]:
+    try:
+        rows = datasets.Dataset.from_parquet(str(path))
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise DatasetError(f"{path} is no Parquet file: {first_line(error.__cause__ or error)}") from error
+    for number, row in enumerate(rows, start=1):
+        where = f"{path} row {number}"
+        if sum(len(value) for value in row.values() if isinstance(value, str)) > MAX_ROW_BYTES:
+            raise DatasetError(_too_long(where))
+        yield where, row
+
+
+def _object(where: str, row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise DatasetError(f"{where} must be an object with columns, got a {type(row).__name__}")
+    return row
+
+
+def _too_long(where: str) -> str:
+    return f"{where} is longer than {MAX_ROW_BYTES // 2**20} MB, the most that a row may have; split it or leave it out"
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"{where} is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
