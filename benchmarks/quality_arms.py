@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from typing_extensions import override
 
 from dylo_moe.core.expert import count_parameters
 from dylo_moe.core.losses import IGNORE_INDEX, expert_load, linear_causal_lm_loss
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.routing import backbone
+from dylo_moe.data.packing import TokenCollator, TokenRows
 from dylo_moe.data.prepare_data import prepare_data
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -52,19 +52,14 @@ class Data:
         self, domains: list[str], tokenizer: PreTrainedTokenizerBase, held_out_percent: float, seed: int
     ) -> None:
         prepared = prepare_data(
-            domains,
-            tokenizer,
-            max_length=MAX_LENGTH,
-            validation_percent=held_out_percent,
-            interleaved=True,
-            seed=seed,
+            domains, tokenizer, max_length=MAX_LENGTH, validation_percent=held_out_percent, seed=seed
         )
         self.domains = prepared.domains
         self._train, self._held_out = prepared.train, prepared.validation
-        self._collator = DataCollatorForSeq2Seq(tokenizer)
-        # as the project's Trainer orders them: at random, rows of similar length together
-        generator = torch.Generator().manual_seed(seed)
-        self._order = get_length_grouped_indices(self._train["length"], BATCH_SIZE, generator=generator)
+        assert tokenizer.pad_token_id is not None
+        self._collator = TokenCollator(tokenizer.pad_token_id)
+        # as the programs order them: equal shares, rows of similar length together
+        self._order = list(prepared.sampler(temperature=math.inf, seed=seed, batch_size=BATCH_SIZE))
 
     def train_batch(self, step: int) -> Batch:
         """The batch of a step; the rows begin anew when all have been seen."""
@@ -80,9 +75,8 @@ class Data:
         return len(self._held_out)
 
     def _held_out_loss(self, domain: int, nats: Callable[[Batch], Tensor]) -> float:
-        rows = [row for row, its_domain in enumerate(self._held_out["domain"]) if its_domain == domain]
-        lengths = list(self._held_out["length"])
-        rows.sort(key=lengths.__getitem__)
+        rows = np.flatnonzero(self._held_out.domains == domain)
+        rows = rows[np.argsort(self._held_out.lengths[rows], kind="stable")].tolist()
         total, count = 0.0, 0
         for first in range(0, len(rows), BATCH_SIZE):
             batch = self._collate(self._held_out, rows[first : first + BATCH_SIZE])
@@ -91,9 +85,10 @@ class Data:
             count += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         return total / count
 
-    def _collate(self, rows: Dataset, indices: list[int]) -> Batch:
-        columns = rows.select_columns(["input_ids", "attention_mask", "labels"])
-        return dict(self._collator([columns[index] for index in indices]))
+    def _collate(self, rows: TokenRows, indices: list[int]) -> Batch:
+        batch = self._collator([rows[index] for index in indices])
+        del batch["domain"]
+        return batch
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 import dataclasses
 from pathlib import Path
 
-from dylo_moe.config import GENERATE_GROUPS, TRAIN_GROUPS
+from dylo_moe.config import DATASETS_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
 
+PROGRAMS = {"train": TRAIN_GROUPS, "generate": GENERATE_GROUPS, "datasets": DATASETS_GROUPS}
 PAGE = Path(__file__).with_name("flags.md")
 
 
 def page() -> str:
     """The whole page as Markdown."""
     parts = ["# Flags\n", "Written by `make docs` from the code. Each flag may be written with `-` or `_`.\n"]
-    for program, groups in (("train", TRAIN_GROUPS), ("generate", GENERATE_GROUPS)):
+    for program, groups in PROGRAMS.items():
         parts.append(f"## `dylora-moe {program}`\n")
         for group in groups:
             parts.append(f"### {group._argument_group_name}\n\n| flag | default | |\n| --- | --- | --- |")
