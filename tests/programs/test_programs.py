@@ -109,6 +109,17 @@ def test_a_file_of_the_users_trains(base: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["domains"] == ["mine"]
 
 
+def test_a_model_that_cannot_be_packed_is_refused_with_the_way_out(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dylo_moe.programs.train.keeps_examples_apart", lambda model: False)
+    arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path)]
+    assert main(arguments) == EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert "LlamaForCausalLM lets the examples of a packed row see each other" in said and "--no_packing" in said
+    assert main([*arguments, "--no_packing"]) == 0
+
+
 def test_a_bad_row_of_the_users_is_named_by_file_and_line(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,3 +171,12 @@ def test_a_training_step_makes_no_logits(folder: Path, tmp_path: Path) -> None:
     head.register_forward_hook(lambda module, args, output: made.append(output.numel()))
     trainer.train()
     assert made == [0]
+
+
+def test_the_given_order_is_the_order_of_training(folder: Path, tmp_path: Path) -> None:
+    order = [5, 0, 3, 1, 7, 2]
+    trainer = trainer_of(folder, tmp_path, per_device_train_batch_size=2)
+    trainer.train_sampler = order  # type: ignore[assignment]
+    lengths = [int(batch["attention_mask"].sum()) for batch in trainer.get_train_dataloader()]
+    sizes = [len(row["input_ids"]) for row in rows()]
+    assert lengths == [sizes[one] + sizes[other] for one, other in (order[:2], order[2:4], order[4:])]
