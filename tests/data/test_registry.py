@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from datasets.arrow_writer import ArrowWriter
 
 from dylo_moe.data.examples import get_dataset
 from dylo_moe.data.files import rows_of
@@ -102,3 +103,23 @@ def test_without_the_hub_the_message_says_what_to_download_and_where(
     said = str(caught.value)
     assert "hf download sahil2801/CodeAlpaca-20k --repo-type dataset --local-dir DIR/code_alpaca" in said
     assert "--data_dir DIR" in said and "python_stdlib,cpp_headers" in said
+
+
+def test_a_datasets_cache_in_the_folder_is_read_without_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is laid out as ``load_dataset`` leaves it on a machine with the Hub."""
+    folder = tmp_path / "sahil2801___code_alpaca-20k" / "default" / "0.0.0" / ("0" * 40)
+    folder.mkdir(parents=True)
+    rows = datasets.Dataset.from_list([{"instruction": f"i {n}", "input": "", "output": f"o {n}"} for n in range(50)])
+    with ArrowWriter(path=str(folder / "code_alpaca-20k-train.arrow"), features=rows.features) as writer:
+        for row in rows:
+            writer.write(row)
+        count, size = writer.finalize()
+    split = {"name": "train", "num_bytes": size, "num_examples": count, "dataset_name": "code_alpaca-20k"}
+    names = {"dataset_name": "code_alpaca-20k", "config_name": "default", "version": "0.0.0"}
+    datasets.DatasetInfo(features=rows.features, splits={"train": split}, **names).write_to_directory(str(folder))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    splits = get_dataset("code_alpaca", data_dir=tmp_path)
+    assert sum(map(len, splits.values())) == 50
+    assert splits["train"][0]["prompt"].startswith("### Instruction:\ni ")
