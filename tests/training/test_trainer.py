@@ -1,5 +1,6 @@
 """The real HF Trainer on a tiny model: what is summed, what moves, what is saved."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,33 @@ def test_the_given_order_is_the_order_of_training(folder: Path, tmp_path: Path) 
     lengths = [int(batch["attention_mask"].sum()) for batch in trainer.get_train_dataloader()]
     sizes = [len(row["input_ids"]) for row in rows()]
     assert lengths == [sizes[one] + sizes[other] for one, other in (order[:2], order[2:4], order[4:])]
+
+
+class Epochs(list[int]):
+    """A sampler that notes the epoch in which it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(range(8))
+        self.epoch, self.asked = 0, list[int]()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.asked.append(self.epoch)
+        return super().__iter__()
+
+
+def test_the_sampler_is_told_the_epoch_also_when_a_run_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as it is with several processes, whose loader of a resumed run does not pass it on
+    monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda self, epoch: None)
+    options = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    seen = []
+    for resumed in (None, str(tmp_path / "checkpoint-3")):
+        trainer = trainer_of(folder, tmp_path, **options)
+        trainer.train_sampler = Epochs()  # type: ignore[assignment]
+        trainer.train(resume_from_checkpoint=resumed)
+        seen.append(trainer.train_sampler.asked)
+    assert seen == [[0, 1, 2], [1, 2]], "step 3 of 2 a epoch is in the middle of the second one"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
@@ -43,6 +43,7 @@ class DyLoRATrainer(Trainer):
         # The Trainer's smoother would take the labels away from the model, and the router's losses with them.
         self.label_smoother = None
         self._chosen: Tensor | None = None
+        self.add_callback(_EpochOfSampler(self))
 
     @override
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -147,3 +148,22 @@ class DyLoRATrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.model.load_weights(self.state.best_model_checkpoint)
+
+
+class _EpochOfSampler(TrainerCallback):
+    """Tells the sampler which epoch begins.
+
+    accelerate does so too, but does not reach a sampler in the loader of a resumed run with several processes: the rest
+    of a later epoch would then be that of the first one.
+    """
+
+    def __init__(self, trainer: DyLoRATrainer) -> None:
+        self._trainer = trainer
+
+    @override
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        set_epoch = getattr(self._trainer.train_sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int(state.epoch or 0))
