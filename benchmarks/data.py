@@ -102,8 +102,11 @@ def preprocess(settings: dict[str, Any]) -> dict[str, Any]:
         data = prepared(settings, tokenizer)
         seconds.append(time.perf_counter() - start)
     tokens = int(data.train.lengths.sum() + data.validation.lengths.sum())
+    record = data.record()
+    for summary in record["datasets"]:
+        summary["source"] = Path(summary["source"]).name  # where a folder is, is true of one machine alone
     return {
-        **data.record(),
+        **record,
         "examples": sum(summary.train + summary.validation for summary in data.summaries),
         "tokens": tokens,
         "seconds": seconds[0],
