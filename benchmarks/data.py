@@ -35,7 +35,7 @@ from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.losses import IGNORE_INDEX
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.mixing import MixingSampler
-from dylo_moe.data.packing import TokenCollator, TokenRows
+from dylo_moe.data.packing import TokenCollator
 from dylo_moe.data.prepare_data import PreparedData, prepare_data
 from dylo_moe.data.templates import template_of
 
@@ -198,14 +198,9 @@ def feed(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterato
         sampler.set_epoch(epoch)
         order = list(sampler)
         for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-            batch = collate(items(data.train, order[start : start + BATCH_SIZE]))
+            batch = collate([data.train[row] for row in order[start : start + BATCH_SIZE]])
             del batch["domain"]
             yield widened(batch, tokenizer.pad_token_id) if "full length" in name else batch
-
-
-def items(rows: TokenRows, indices: list[int]) -> list[Any]:
-    """Some rows."""
-    return [rows[index] for index in indices]
 
 
 def widened(batch: Batch, pad: int) -> Batch:

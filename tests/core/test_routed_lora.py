@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dylo_moe import enable_routing
 from dylo_moe.core.mixture import routed_delta
-from dylo_moe.core.routed_lora import RoutingState
+from dylo_moe.core.routing_state import RoutingState
 from dylo_moe.errors import RoutingError
 from families import PAD, VOCABULARY, gradients, relative_error, stir, tiny, token_ids
 

@@ -1,5 +1,6 @@
 """Benchmark tasks are found in whatever clothes, and other rows are left alone."""
 
+import json
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from dylo_moe.data import decontaminate as decontaminate_module
 from dylo_moe.data.decontaminate import (
     BY_GRAM,
     BY_ID,
@@ -24,7 +26,9 @@ from dylo_moe.data.decontaminate import (
     task_index,
     words_of,
 )
-from dylo_moe.data.examples import get_dataset
+from dylo_moe.data.examples import get_dataset, read_examples
+from dylo_moe.data.registry import resolve
+from dylo_moe.data.templates import PlainTemplate
 
 GRAMS = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "benchmark_grams.py"))
 
@@ -88,6 +92,18 @@ def test_dropped_rows_are_counted_by_reason_and_named() -> None:
     assert (report.rows, report.dropped, report.by_id, report.by_gram, report.tasks) == (3, 1, 1, 0, ["Mbpp/2"])
 
 
+def test_another_index_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"prompt": QUESTION, "response": "pass"}, {"prompt": "Something else", "response": "entirely"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = read_examples(resolve(f"mine={path}"), PlainTemplate()).rows
+    for _ in range(2):  # looked at, and found on the disk
+        assert decontaminate(examples, "mine")[1].dropped == 0
+    same_names = TaskIndex(task_index().tasks, INDEX.grams, INDEX.prompts)
+    monkeypatch.setattr(decontaminate_module, "task_index", lambda: same_names)
+    assert decontaminate(examples, "mine")[1].by_gram == 1
+
+
 def test_the_packaged_index_has_all_tasks_and_no_text() -> None:
     index = task_index()
     assert sum(task.startswith("HumanEval/") for task in index.tasks) == 164
@@ -116,10 +132,6 @@ def test_the_packaged_index_is_what_the_script_makes() -> None:
 def test_the_official_mbpp_loses_the_tasks_of_mbpp_plus() -> None:
     splits = get_dataset(f"mbpp={REAL}/mbpp.jsonl")
     assert sum(map(len, splits.values())) == 974
-    from dylo_moe.data.examples import read_examples
-    from dylo_moe.data.registry import resolve
-    from dylo_moe.data.templates import PlainTemplate
-
     rows = read_examples(resolve(f"mbpp={REAL}/mbpp.jsonl"), PlainTemplate()).rows
     kept, report = decontaminate(rows, "mbpp")
     assert report.by_id == 378
@@ -131,7 +143,7 @@ def test_the_official_mbpp_loses_the_tasks_of_mbpp_plus() -> None:
 
 def disguised(code: str, rng: random.Random) -> str:
     """Other white space and other comments, as a copy on the web may have."""
-    lines = [f"{line}  # {rng.choice(['note', 'see above', 'TODO'])}" for line in code.splitlines() if line.strip()]
+    lines = [f"{line}  # {rng.choice(['note', 'see above', 'mine'])}" for line in code.splitlines() if line.strip()]
     return "\n\n".join(re.sub(r"^( +)", lambda match: match[0] * 2, line) for line in lines)
 
 

@@ -23,8 +23,9 @@ from dylo_moe.core.adapter_folder import (
     tensor_shapes,
 )
 from dylo_moe.core.checkpoint import atomic_directory, write_adapter
-from dylo_moe.core.routed_lora import RoutingState, enable_routing
+from dylo_moe.core.routed_lora import enable_routing
 from dylo_moe.core.routing import decoder_layers
+from dylo_moe.core.routing_state import RoutingState
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 
 AUTO_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")

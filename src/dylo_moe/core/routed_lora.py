@@ -9,10 +9,9 @@ Not covered: LoRA variants that do not add ``B A x`` (DoRA and others), LoRA on 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,127 +31,13 @@ from dylo_moe.core.mixture import (
     sparse_up,
     stack_rows,
 )
-from dylo_moe.core.router import RouterOutput
+from dylo_moe.core.routing_state import Experts, KeptStacks, RoutingState, Shared, Stack
 from dylo_moe.errors import RoutingError
 
 _NOT_LINEAR = (Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper)
 
 # Layers that models feed the very same tensor. Only a hint: where it does not hold, each layer computes for itself.
 _FED_ALIKE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
-
-
-class Experts(NamedTuple):
-    """The active experts of one layer.
-
-    Attributes:
-        places: Where they stand among the model's active adapters; None where the layer has them all.
-        names: Their names.
-        ranks: Rank of each.
-        scalings: Scaling of each.
-    """
-
-    places: tuple[int, ...] | None
-    names: tuple[str, ...]
-    ranks: tuple[int, ...]
-    scalings: tuple[float, ...]
-
-
-class Stack(NamedTuple):
-    """One layer's active experts, and their ``B`` beside each other: ``(out_features, sum of ranks)``."""
-
-    experts: Experts
-    up: Tensor
-
-
-class Shared(NamedTuple):
-    """What a layer computed for its siblings, the layers that are fed alike.
-
-    Attributes:
-        product: By which product, ``dense`` or ``sparse``.
-        x: The input that it holds for.
-        weights: The routing weights that it holds for.
-        parts: In rank space, for each layer that has not fetched its own yet.
-    """
-
-    product: str
-    x: Tensor
-    weights: TokenWeights
-    parts: "dict[RoutedLayer, Tensor]"
-
-
-class KeptStacks:
-    """Stacked weights that outlive a forward: within one ``generate``, while no weight is written to or moved."""
-
-    def __init__(self) -> None:
-        self.stacks: dict[RoutedLayer, Stack] = {}
-        self.siblings: dict[RoutedLayer, tuple[list[RoutedLayer], Tensor]] = {}
-        self._noted: list[Tensor] = []
-        self._versions: list[int] = []
-        self._addresses: list[int] = []
-
-    def note(self, weights: list[Tensor]) -> None:
-        """Remembers what was stacked, as it is now."""
-        self._noted += weights
-        self._versions += [weight._version for weight in weights]
-        self._addresses += [weight.data_ptr() for weight in weights]
-
-    def drop_if_stale(self) -> None:
-        """Forgets everything if any of the weights changed."""
-        versions = [weight._version for weight in self._noted]
-        if self._versions != versions or self._addresses != [weight.data_ptr() for weight in self._noted]:
-            for everything in (self.stacks, self.siblings, self._noted, self._versions, self._addresses):
-                everything.clear()
-
-
-class RoutingState:
-    """What the routed layers of one model share while a forward runs.
-
-    Attributes:
-        weights: The routing weights for the layers that run next; None for plain PEFT.
-        base_only: Whether the layers leave out every adapter.
-        given: Whether ``weights`` came from the caller, so that no router may replace them.
-        record: Where the router's outputs are collected; None where nobody asked.
-        shared: What a layer computed for its siblings.
-        kept: Stacked weights from the forward before; None where each forward stacks anew.
-    """
-
-    def __init__(self) -> None:
-        self.weights: TokenWeights | None = None
-        self.base_only = False
-        self.given = False
-        self.record: list[RouterOutput] | None = None
-        self.shared: Shared | None = None
-        self.kept: KeptStacks | None = None
-
-    @contextmanager
-    def scope(
-        self, weights: TokenWeights | None = None, *, given: bool = False, base_only: bool = False
-    ) -> Iterator[None]:
-        """Sets the state for a block of code, and restores what was there before."""
-        before = self.weights, self.given, self.base_only
-        self.weights, self.given, self.base_only = weights, given, base_only
-        try:
-            yield
-        finally:
-            self.weights, self.given, self.base_only = before
-
-    @contextmanager
-    def keeping_stacks(self) -> Iterator[None]:
-        """Lets the forwards in a block of code, the steps of one generation, share their stacked weights."""
-        before, self.kept = self.kept, KeptStacks()
-        try:
-            yield
-        finally:
-            self.kept = before
-
-    @contextmanager
-    def recording(self) -> Iterator[list[RouterOutput]]:
-        """Collects what the router gave in one forward, for each gate in order."""
-        before, self.record = self.record, []
-        try:
-            yield self.record
-        finally:
-            self.record = before
 
 
 class RoutedLayer:
@@ -263,7 +148,7 @@ class RoutedLayer:
     def _rank_space(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor:
         """``(batch, seq, sum of ranks)``: ``A x`` of each expert times its weight; for all siblings at once."""
 
-        def of_all() -> "dict[RoutedLayer, Tensor]":
+        def of_all() -> dict[Any, Tensor]:
             layers, down = self._siblings(experts)
             rank_space = F.linear(self._cast_input_dtype(x, down.dtype), down)
             per_rank = weights.per_rank(experts.ranks, experts.scalings, rank_space.dtype)
@@ -275,7 +160,7 @@ class RoutedLayer:
         return self._own_part("dense", x, weights, of_all)  # type: ignore[no-any-return]
 
     def _own_part(
-        self: Any, product: str, x: Tensor, weights: TokenWeights, of_all: "Callable[[], dict[RoutedLayer, Tensor]]"
+        self: Any, product: str, x: Tensor, weights: TokenWeights, of_all: Callable[[], dict[Any, Tensor]]
     ) -> Tensor:
         """This layer's part of what is computed once for all layers that are fed alike."""
         state = self.routing
@@ -304,7 +189,7 @@ class RoutedLayer:
     ) -> Tensor:
         """The mixture by the chosen experts alone; down to rank space for all siblings at once."""
 
-        def of_all() -> "dict[RoutedLayer, Tensor]":
+        def of_all() -> dict[Any, Tensor]:
             layers = self._fed_the_same()
             lora_a = [layer.lora_A[name].weight for name in experts.names for layer in layers]
             cast = self._cast_input_dtype(x, lora_a[0].dtype)

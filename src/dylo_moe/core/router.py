@@ -81,7 +81,6 @@ class DynamicHybridRouter(nn.Module):
         )
         self.register_buffer("selection_bias", torch.zeros(num_gates, num_experts))
         self.register_buffer("expert_load", torch.ones(num_gates, num_experts))
-        self._bias_known: tuple[tuple[int, int], bool] = (0, -1), False
 
     @property
     def num_experts(self) -> int:
@@ -135,19 +134,13 @@ class DynamicHybridRouter(nn.Module):
         one_token = hidden_states.shape[0] == hidden_states.shape[1] == 1 and hidden_states.device.type == "cpu"
         if not one_token or self.top_k > 1 or torch.compiler.is_compiling() or not self.is_sparse(experts):
             return None
-        if torch.is_grad_enabled() or self._is_biased() or (experts is not None and len(experts) < self.num_experts):
+        if torch.is_grad_enabled() or (experts is not None and len(experts) < self.num_experts):
+            return None
+        if self.selection_bias.any():
             return None
         weight = self.gates[gate]
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).view(-1)
         return int(torch.mv(weight.to(wide.dtype), wide).argmax())
-
-    def _is_biased(self) -> bool:
-        """Whether any expert has a selection bias; looked up again when the buffer has been written to."""
-        bias = self.selection_bias
-        state = (id(bias), bias._version)
-        if self._bias_known[0] != state:
-            self._bias_known = state, bool(bias.any())
-        return self._bias_known[1]
 
     def _scale(self, hidden_states: Tensor) -> Tensor:
         """``(batch, seq, 1)``: what the RMS norm and the temperature multiply a row's logits by.

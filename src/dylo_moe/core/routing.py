@@ -25,8 +25,8 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from dylo_moe.core.mixture import TokenWeights, one_expert
-from dylo_moe.core.routed_lora import RoutingState
 from dylo_moe.core.router import DynamicHybridRouter
+from dylo_moe.core.routing_state import RoutingState
 from dylo_moe.errors import ModelError, RoutingError
 
 Experts = Callable[[], Sequence[int]]

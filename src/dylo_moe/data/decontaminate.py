@@ -12,7 +12,7 @@ The tasks' n-grams come with the package, as hashes: no network is needed, and n
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
@@ -66,10 +66,6 @@ class Contamination:
         """Rows dropped for any reason."""
         return self.by_id + self.by_gram + self.by_prompt
 
-    def as_dict(self) -> dict[str, Any]:
-        """For a report file."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class TaskIndex:
@@ -104,6 +100,11 @@ class TaskIndex:
     def number(self, task: str) -> int:
         """The place of a task in ``tasks``, or -1."""
         return self._numbers.get(task, -1)
+
+    @cached_property
+    def identity(self) -> str:
+        """Tells this index from others, by everything that is in it."""
+        return str(Hasher.hash([self.tasks, self.grams, self.prompts]))
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -188,7 +189,7 @@ def decontaminate(rows: Dataset, name: str, *, workers: int = 1) -> tuple[Datase
     Returns:
         The other rows, and what was found.
     """
-    key = Hasher.hash([rows._fingerprint, "decontaminate", hash_of(task_index().tasks)])
+    key = Hasher.hash([rows._fingerprint, task_index().identity])
     found = map_rows(
         rows,
         _find,

@@ -67,10 +67,6 @@ class Examples:
     skipped: int
     first_skipped: str
 
-    def split(self, name: str) -> Dataset:
-        """The examples of one split."""
-        return self.rows.select(np.flatnonzero(splits_of(self.rows) == SPLITS.index(name)))
-
 
 def get_dataset(
     name: str, *, data_dir: str | Path | None = None, template: Template | None = None, skip_bad_rows: bool = False
@@ -95,7 +91,7 @@ def get_dataset(
     """
     examples = read_examples(resolve(name, data_dir), template or PlainTemplate(), skip_bad_rows=skip_bad_rows)
     return DatasetDict(
-        {split: examples.split(split).select_columns(list(Example._fields)) for split in check_splits(examples)}
+        {name: of_split(examples.rows, name).select_columns(list(Example._fields)) for name in check_splits(examples)}
     )
 
 
@@ -112,6 +108,11 @@ def check_splits(examples: Examples) -> list[str]:
         if not counts[SPLITS.index(name)]:
             raise DatasetError(f"the dataset {examples.entry.name!r} is empty: it has no row for its {name} split")
     return names
+
+
+def of_split(rows: Dataset, name: str) -> Dataset:
+    """The rows of one split."""
+    return rows.select(np.flatnonzero(splits_of(rows) == SPLITS.index(name)))
 
 
 def splits_of(rows: Dataset) -> "np.ndarray[Any, np.dtype[np.int8]]":
@@ -172,12 +173,9 @@ def _source(entry: DatasetEntry) -> _Source:
     if entry.spec.on_hub:
         hub = _from_hub(entry)
         return _Source(hub._fingerprint, [], hub)
-    return _Source(Hasher.hash(entry.spec.source) + digest_of_versions(), [], None)
-
-
-def digest_of_versions() -> str:
-    """Tells apart the Python and torch versions whose files the local domains read."""
-    return f"{platform.python_version()} {torch.__version__}"
+    # what the local domains read are the files of these versions
+    versions = [platform.python_version(), torch.__version__]
+    return _Source(Hasher.hash([entry.spec.source, versions]), [], None)
 
 
 def _from_hub(entry: DatasetEntry) -> Dataset:

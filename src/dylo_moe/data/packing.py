@@ -62,9 +62,8 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64
                 used.remove(room)
         rows[row].append(example)
         left = room - length
-        if left and not with_room[left]:
-            used.add(left)
         if left:
+            used.add(left)
             with_room[left].append(row)
     return [np.array(row, dtype=np.int64) for row in rows]
 
@@ -90,7 +89,7 @@ class TokenRows(TorchDataset[Item]):
     """Tokenised examples as rows, one example a row or packed.
 
     Args:
-        examples: With the columns ``input_ids``, ``prompt_length``, ``length`` and ``domain``.
+        examples: With the columns ``input_ids`` and ``prompt_length``.
         domains: The domain of each example.
         lengths: The tokens of each example.
         capacity: Packs examples of one domain into rows of at most so many tokens; None leaves each on its own.

@@ -17,7 +17,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.data.decontaminate import Contamination, decontaminate
-from dylo_moe.data.examples import SPLITS, Examples, check_splits, code_digest, column, read_examples, splits_of
+from dylo_moe.data.examples import Examples, check_splits, code_digest, column, of_split, read_examples
 from dylo_moe.data.mixing import MixingSampler
 from dylo_moe.data.packing import TokenRows
 from dylo_moe.data.parallel import map_rows
@@ -117,7 +117,7 @@ class PreparedData:
         return {
             "template": self.template.name,
             "datasets": [asdict(summary) for summary in self.summaries],
-            "contamination": [found.as_dict() for found in self.contamination],
+            "contamination": [asdict(found) for found in self.contamination],
             "packing_efficiency": self.packing_efficiency,
         }
 
@@ -269,8 +269,7 @@ class _Pipeline:
         summary = _summary(examples, found)
         domain = _Domain({}, summary, found, [*_skipped_notes(examples), *_contamination_notes(found)])
         for split, percent in percents.items():
-            of_split = rows.select(np.flatnonzero(splits_of(rows) == SPLITS.index(split)))
-            encoded = self._encode(_subset(of_split, percent, seed), f"{entry.name} {split}")
+            encoded = self._encode(_subset(of_split(rows, split), percent, seed), f"{entry.name} {split}")
             domain.splits[split] = self._fitting(encoded, f"{entry.name} {split}", domain)
         lengths, prompts = (column(domain.splits["train"], name) for name in ("length", "prompt_length"))
         summary.train, summary.validation = len(domain.splits["train"]), len(domain.splits["validation"])

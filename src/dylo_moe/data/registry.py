@@ -6,7 +6,7 @@ the business of ``prepare_data.py``.
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dylo_moe.data.files import SUFFIXES
@@ -18,7 +18,6 @@ from dylo_moe.data.rows import (
     RowFormat,
     TurnColumn,
     by_columns,
-    humaneval_row,
     mbpp_row,
 )
 from dylo_moe.errors import DatasetError, did_you_mean
@@ -57,7 +56,7 @@ class DatasetSpec:
     @property
     def non_commercial(self) -> bool:
         """Whether the licence rules out commercial use."""
-        return "-NC" in self.licence.replace(" NC", "-NC")
+        return "-NC" in self.licence
 
     @property
     def on_hub(self) -> str | None:
@@ -69,14 +68,10 @@ def _mbpp_task(row: Row) -> str:
     return f"Mbpp/{row.get('task_id')}"
 
 
-def _alpaca(instruction: str = "instruction", response: str = "output", context: str = "input") -> RowFormat:
-    return InstructionColumns(instruction, response, context)
-
-
-_ALPACA = ("instruction", "input", "output")
+_ALPACA = InstructionColumns("instruction", "output", "input"), ("instruction", "input", "output")
 
 REGISTRY: dict[str, DatasetSpec] = {
-    "code_alpaca": DatasetSpec("sahil2801/CodeAlpaca-20k", "CC BY-NC 4.0", _alpaca(), _ALPACA),
+    "code_alpaca": DatasetSpec("sahil2801/CodeAlpaca-20k", "CC BY-NC 4.0", *_ALPACA),
     "mbpp": DatasetSpec(
         "google-research-datasets/mbpp",
         "CC BY 4.0",
@@ -100,18 +95,16 @@ REGISTRY: dict[str, DatasetSpec] = {
         InstructionColumns("query", "answer"),
         ("query", "answer"),
     ),
-    "python_codes_25k": DatasetSpec("flytech/python-codes-25k", "not stated", _alpaca(), _ALPACA),
-    "python_code_instructions_18k": DatasetSpec(
-        "iamtarun/python_code_instructions_18k_alpaca", "not stated", _alpaca(), _ALPACA
-    ),
+    "python_codes_25k": DatasetSpec("flytech/python-codes-25k", "not stated", *_ALPACA),
+    "python_code_instructions_18k": DatasetSpec("iamtarun/python_code_instructions_18k_alpaca", "not stated", *_ALPACA),
     "python_code_23k_sharegpt": DatasetSpec(
         "ajibawa-2023/Python-Code-23k-ShareGPT", "CC BY-NC-ND 4.0", TurnColumn("conversations"), ("conversations",)
     ),
     "humaneval": DatasetSpec(
         "openai/openai_humaneval",
         "MIT",
-        humaneval_row,
-        ("task_id", "prompt", "canonical_solution"),
+        CompletionColumns("prompt", "canonical_solution"),
+        ("prompt", "canonical_solution"),
         revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
         hub_splits="test",
         shares=(0.0, 0.0, 1.0),
@@ -142,7 +135,7 @@ class DatasetEntry:
     name: str
     spec: DatasetSpec
     path: Path | None = None
-    cache: Path | None = field(default=None, compare=False)
+    cache: Path | None = None
 
 
 def resolve(wanted: str, data_dir: str | Path | None = None) -> DatasetEntry:

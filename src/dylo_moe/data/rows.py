@@ -97,11 +97,6 @@ def mbpp_row(row: Row) -> Iterator[Exchange]:
     yield Exchange(asked(task.replace("\r\n", "\n")), text_of(row, "code").replace("\r\n", "\n"))
 
 
-def humaneval_row(row: Row) -> Iterator[Exchange]:
-    """HumanEval: a function's head and docstring, then its body."""
-    return CompletionColumns("prompt", "canonical_solution")(row)
-
-
 FORMATS: dict[str, tuple[tuple[str, ...], RowFormat]] = {
     "chat messages": (("messages",), TurnColumn("messages")),
     "ShareGPT": (("conversations",), TurnColumn("conversations")),
