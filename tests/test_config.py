@@ -5,13 +5,21 @@ from typing import Any
 
 import pytest
 
-from dylo_moe.config import GENERATE_GROUPS, LATEST, TRAIN_GROUPS, parse, to_yaml
+from dylo_moe.config import GENERATE_GROUPS, LATEST, TRAIN_GROUPS
 from dylo_moe.errors import ConfigError
+from dylo_moe.flags import parse, to_yaml
+from dylo_moe.trainer_fields import REFUSED
 
 
 def parse_train(*arguments: str) -> dict[str, Any]:
     groups = parse(TRAIN_GROUPS, "train", "", arguments)
     return {key: value for group in groups for key, value in vars(group).items()}
+
+
+def passed_on(*arguments: str) -> dict[str, Any]:
+    """The fields of TrainingArguments that are passed on."""
+    given: dict[str, Any] = parse(TRAIN_GROUPS, "train", "", arguments)[4].given
+    return given
 
 
 def test_defaults_are_the_ones_people_know() -> None:
@@ -77,6 +85,24 @@ def test_one_expert_needs_no_top_k() -> None:
         (["--learning_rate", "-1"], "--learning_rate must be above 0"),
         (["--label_smoothing", "1"], "--label_smoothing must be from 0"),
         (["--config", "no/such.yaml"], "--config no/such.yaml cannot be read"),
+        (["--init", "olora"], "--init must be one of default, gaussian, orthogonal, eva, pissa, got 'olora'"),
+        (["--balance", "even"], "--balance must be one of switch, bias, none, got 'even'"),
+        (
+            ["--balance", "bias", "--balance_coefficient", "0.1"],
+            "--balance_coefficient must be left out where --balance is",
+        ),
+        (["--balance_update_rate", "0"], "--balance_update_rate must be above 0"),
+        (["--experts_per_layer", "2,5"], r"numbers from 1 to the number of experts \(4\), and that number among them"),
+        (["--experts_per_layer", "1,2"], "and that number among them, got '1,2'"),
+        (["--experts_per_layer", "0,4"], "--experts_per_layer must be numbers from 1"),
+        (["--experts_per_layer", "all"], "--experts_per_layer must be numbers from 1"),
+        (["--router_learning_rate", "-1"], "--router_learning_rate must be 0 or more, got -1"),
+        (["--early_stopping_patience", "0"], "--early_stopping_patience must be 1 or more, got 0"),
+        (["--lr_strategy", "polynomial"], "--lr_strategy must be one of constant, linear, cosine, cosine_restarts"),
+        (["--lr_strategy", "linear", "--cosine_restarts"], "--cosine_restarts must be left out where --lr_strategy is"),
+        (["--load_in_4bit", "--load_in_8bit"], "--load_in_8bit must be left out where --load_in_4bit is given"),
+        (["--adam_beta3", "0.9"], "unknown argument '--adam_beta3'; did you mean '--adam_beta"),
+        (["--adam_beta2", "much"], "cannot be 'much'"),
     ],
 )
 def test_wrong_flags_name_themselves(arguments: list[str], message: str) -> None:
@@ -134,6 +160,65 @@ def test_the_resolved_configuration_is_a_file_that_gives_the_same(tmp_path: Path
     file.write_text(to_yaml(groups))
     again = parse(TRAIN_GROUPS, "train", "", ["--config", str(file)])
     assert again[:-1] == groups[:-1]
+
+
+def test_any_other_field_of_the_trainers_arguments_is_a_flag_and_a_key(tmp_path: Path) -> None:
+    assert passed_on() == {}
+    flags = ["--adam_beta2", "0.95", "--save-strategy", "no", "--torch_compile", "--dataloader_num_workers", "2"]
+    wanted = {"adam_beta2": 0.95, "save_strategy": "no", "torch_compile": True, "dataloader_num_workers": 2}
+    assert passed_on(*flags, "--optim_target_modules", "q") == {**wanted, "optim_target_modules": "q"}
+    file = tmp_path / "run.yaml"
+    file.write_text("adam_beta2: 0.5\noptim_args: a=1\noptim_target_modules: [q, k]\nlr_scheduler_kwargs: {power: 2}\n")
+    given = passed_on("--config", str(file), "--adam_beta2", "0.9")
+    assert given == {
+        "adam_beta2": 0.9,
+        "optim_args": "a=1",
+        "optim_target_modules": ["q", "k"],
+        "lr_scheduler_kwargs": {"power": 2},
+    }
+    file.write_text(to_yaml(parse(TRAIN_GROUPS, "train", "", flags)))
+    assert passed_on("--config", str(file)) == wanted, "what is passed on is in the resolved configuration"
+    file.write_text("adam_beta2: [1]")
+    with pytest.raises(ConfigError, match="adam_beta2 cannot be \\[1\\]"):
+        passed_on("--config", str(file))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fields_that_would_break_a_promise_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    for arguments in ([f"--{name}", "true"], ["--config", str(tmp_path / "run.yaml")]):
+        (tmp_path / "run.yaml").write_text(f"{name}: true")
+        with pytest.raises(ConfigError, match=f"--{name} cannot be given: ") as raised:
+            parse_train(*arguments)
+        assert REFUSED[name] in str(raised.value)
+
+
+def test_balance_chooses_the_coefficient() -> None:
+    assert parse_train("--balance", "bias")["balance_coefficient"] == 0
+    assert parse_train("--balance", "none")["balance_coefficient"] == 0
+    assert parse_train("--balance", "switch", "--balance_coefficient", "0.2")["balance_coefficient"] == 0.2
+    assert parse_train()["balance_update_rate"] == 0.001
+
+
+def test_experts_per_layer_is_a_list() -> None:
+    assert parse(TRAIN_GROUPS, "train", "", ["--experts_per_layer", "2, 4"])[1].blocks == [2, 4]
+    assert parse(TRAIN_GROUPS, "train", "", [])[1].blocks is None
+
+
+def test_cosine_restarts_is_short_for_the_strategy() -> None:
+    for flags in (["--cosine_restarts"], ["--lr_strategy", "cosine_restarts"]):
+        assert parse(TRAIN_GROUPS, "train", "", flags)[3].schedule == "cosine_restarts"
+    assert parse(TRAIN_GROUPS, "train", "", ["--lr_strategy", "linear"])[3].schedule == "linear"
+
+
+def test_the_help_is_in_groups_and_leaves_out_what_is_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(TRAIN_GROUPS, "train", "Any field.", ["--help"])
+    shown = capsys.readouterr().out
+    for title in ("base model:", "experts and router:", "data:", "training:", "run:"):
+        assert title in shown
+    assert "Any field." in shown and "--router_learning_rate" in shown
+    assert "--[no_]packing" in shown and "--no_packing" not in shown and "--lora_r N " in shown
+    assert "--adam_beta2" not in shown and "TrainingArguments:" not in shown
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -1,115 +1,24 @@
-"""The configuration: one field is the default, the check, the help text and the flag.
+"""The configuration: every flag of every program, its default, its check and its help text.
 
-A flag comes from the command line, from the file that ``--config`` names, or from its default, in that order.
-It may be written with ``-`` or ``_``. Everything a program needs is in these dataclasses; nothing below the
-programs sees them.
+A flag comes from the command line, from the file that ``--config`` names, or from its default, in that order;
+``flags.py`` reads them, and those of the model are in ``model_config.py``. Everything a program needs is in these
+dataclasses; nothing below the programs sees them.
 """
 
-import dataclasses
 import math
 import os
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, NoReturn, get_type_hints
+from typing import ClassVar, NamedTuple
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
-from typing_extensions import override
+from dylo_moe.flags import flag as _flag
+from dylo_moe.flags import names_of, split_names
+from dylo_moe.flags import require as _require
+from dylo_moe.model_config import ExpertArguments, ModelArguments
+from dylo_moe.trainer_fields import PassedOn, other_fields
 
-from dylo_moe.errors import ConfigError, did_you_mean
-
-LATEST = "latest"
-
-
-def _flag(default: Any, help: str, aliases: Sequence[str] = (), **argparse_options: Any) -> Any:
-    """A field that is a flag; each alias is known with ``-`` and with ``_``."""
-    spellings = [
-        spelling for alias in aliases for spelling in dict.fromkeys((alias, "--" + alias[2:].replace("_", "-")))
-    ]
-    return HfArg(default=default, help=help, aliases=spellings, metadata=argparse_options)
-
-
-def split_names(text: str) -> list[str]:
-    """The parts of a comma-separated list."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _require(ok: bool, flag: str, wanted: str, got: object) -> None:
-    if not ok:
-        raise ConfigError(f"--{flag} must be {wanted}, got {got}")
-
-
-@dataclass
-class ModelArguments:
-    """Which base model."""
-
-    _argument_group_name: ClassVar[str] = "base model"
-
-    model_name: str = _flag(
-        default="google/codegemma-2b",
-        aliases=["--base_model"],
-        help="Hub id, folder, or 'demo' for the embedded SmolLM2-135M-Instruct, which needs no Hub.",
-    )
-    revision: str | None = _flag(default=None, help="Commit, tag or branch of the model on the Hub.")
-
-
-@dataclass
-class ExpertArguments:
-    """The experts and their router."""
-
-    _argument_group_name: ClassVar[str] = "experts and router"
-
-    num_experts: int = _flag(default=4, help="How many experts to train.")
-    lora_r: int = _flag(default=16, aliases=["--rank"], help="Rank of each expert.")
-    lora_alpha: float | None = _flag(default=None, help="Updates are scaled by alpha / rank; 2 x rank if not given.")
-    lora_dropout: float = _flag(default=0.0, help="Dropout on the experts' input while training.")
-    use_rslora: bool = _flag(default=False, help="Scale updates by alpha / sqrt(rank) instead.")
-    target_modules: str | None = _flag(
-        default=None, help="Linear modules to adapt, comma-separated, or all-linear; the attention if not given."
-    )
-    routing: str = _flag(
-        default="per_layer", help="Where the router reads: per_layer, prefix:K, prefix (K = layers / 4) or final."
-    )
-    top_k: int | None = _flag(default=None, help="Experts per token, once routing is sparse; 2 if not given.")
-    router_temperature: float = _flag(default=1.0, help="Divides the router's logits; lower is sharper.")
-    balance_coefficient: float = _flag(
-        default=0.01, aliases=["--router_aux_loss_coef"], help="Weight of the balance loss."
-    )
-    z_loss_coefficient: float = _flag(default=0.0, help="Weight of the router z-loss.")
-
-    def __post_init__(self) -> None:
-        _require(self.num_experts >= 1, "num_experts", "at least 1", self.num_experts)
-        if self.top_k is None:
-            self.top_k = min(2, self.num_experts)
-        _require(self.lora_r >= 1, "lora_r", "at least 1", self.lora_r)
-        _require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "above 0", self.lora_alpha)
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", "from 0 up to but not including 1", self.lora_dropout)
-        _require(
-            1 <= self.top_k <= self.num_experts,
-            "top_k",
-            f"from 1 to the number of experts ({self.num_experts})",
-            self.top_k,
-        )
-        _require(self.router_temperature > 0, "router_temperature", "above 0", self.router_temperature)
-        _require(self.balance_coefficient >= 0, "balance_coefficient", "0 or more", self.balance_coefficient)
-        _require(self.z_loss_coefficient >= 0, "z_loss_coefficient", "0 or more", self.z_loss_coefficient)
-
-    @property
-    def experts_per_token(self) -> int:
-        """``top_k``, resolved."""
-        assert self.top_k is not None
-        return self.top_k
-
-    @property
-    def targets(self) -> str | list[str] | None:
-        """The target modules as ``DyLoRA_MoE`` takes them."""
-        if self.target_modules is None or self.target_modules == "all-linear":
-            return self.target_modules
-        return split_names(self.target_modules)
+LATEST, AUTO_RESUME = "latest", "auto"
+SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass
@@ -208,9 +117,13 @@ class TrainingArgumentsGroup:
         aliases=["--per_device_eval_batch_size"],
         help="Examples per device in one evaluation forward.",
     )
-    learning_rate: float = _flag(default=2e-4, help="Peak learning rate of experts and router.")
+    learning_rate: float = _flag(default=2e-4, help="Peak learning rate.")
+    router_learning_rate: float | None = _flag(default=None, help="The router's own; as --learning_rate if not given.")
+    lr_strategy: str | None = _flag(
+        default=None, help="After the warm-up: constant, linear, cosine (if not given) or cosine_restarts (two cycles)."
+    )
+    cosine_restarts: bool = _flag(default=False, help="Short for --lr_strategy cosine_restarts.")
     warmup_ratio: float = _flag(default=0.03, help="Share of the steps in which the learning rate rises.")
-    cosine_restarts: bool = _flag(default=False, help="Two cosine cycles in the place of one.")
     weight_decay: float = _flag(default=0.0, help="AdamW's weight decay.")
     max_grad_norm: float = _flag(default=1.0, help="Gradients are clipped to this norm.")
     label_smoothing: float = _flag(
@@ -219,14 +132,28 @@ class TrainingArgumentsGroup:
         help="Share of each target spread over the vocabulary.",
     )
     bf16: bool = _flag(default=False, help="Base model and activations in bfloat16; experts stay in float32.")
-    gradient_checkpointing: bool = _flag(default=False, help="Less memory, more time.")
+    gradient_checkpointing: bool = _flag(
+        default=False, aliases=["--activation_checkpointing"], help="Less memory, more time."
+    )
+    early_stopping_patience: int | None = _flag(
+        default=None, help="Stop after this many evaluations without a lower mean loss over the domains."
+    )
     logging_steps: int = _flag(default=10, help="Steps between two log entries.")
-    save_total_limit: int = _flag(default=2, help="Checkpoints to keep, besides the best.")
+    report_to: str = _flag(
+        default="auto",
+        help="Trackers, comma-separated: tensorboard, wandb, mlflow, trackio; none; or auto: tensorboard if installed.",
+    )
+    save_total_limit: int = _flag(default=2, help="Checkpoints to keep, the newest and the best among them.")
     seed: int = _flag(default=42, help="Seed of everything random but the data splits, which never move.")
     output_dir: str = _flag(default="./results", help="Where checkpoints, logs and best_model go.")
+    overwrite_output_dir: bool = _flag(default=False, help="Remove the checkpoints of an earlier run in --output_dir.")
+    save_minutes: float | None = _flag(
+        default=None, help="Also save a checkpoint whenever so many minutes have passed since the last one."
+    )
     resume_from_checkpoint: str | None = _flag(
         default=None,
-        help="Go on from this checkpoint folder; from the newest one in --output_dir if no folder is named.",
+        help="Go on from this checkpoint folder, or from the newest whole one in --output_dir if no folder is named; "
+        "'auto' begins anew where there is none.",
         nargs="?",
         const=LATEST,
     )
@@ -236,12 +163,68 @@ class TrainingArgumentsGroup:
         _require(self.max_steps == -1 or self.max_steps > 0, "max_steps", "-1 or at least 1", self.max_steps)
         for flag in ("train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "logging_steps"):
             _require(getattr(self, flag) >= 1, flag, "at least 1", getattr(self, flag))
-        _require(self.save_total_limit >= 1, "save_total_limit", "at least 1", self.save_total_limit)
+        _require(
+            self.save_total_limit >= 2,
+            "save_total_limit",
+            "at least 2, the newest checkpoint and one to fall back to",
+            self.save_total_limit,
+        )
+        _require(self.save_minutes is None or self.save_minutes > 0, "save_minutes", "above 0", self.save_minutes)
+        fresh = not (self.overwrite_output_dir and self.resume_from_checkpoint)
+        _require(fresh, "overwrite_output_dir", "left out where --resume_from_checkpoint is given", "both")
         _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        for flag, lowest in (("router_learning_rate", 0), ("early_stopping_patience", 1)):
+            value = getattr(self, flag)
+            _require(value is None or value >= lowest, flag, f"{lowest} or more", value)
+        self._check_schedule()
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "from 0 up to but not including 1", self.warmup_ratio)
         _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         _require(self.max_grad_norm > 0, "max_grad_norm", "above 0", self.max_grad_norm)
         _require(0 <= self.label_smoothing < 1, "label_smoothing", "from 0 up to 1", self.label_smoothing)
+        trackers = split_names(self.report_to)
+        known = trackers in (["auto"], ["none"]) or (bool(trackers) and set(trackers) <= set(TRACKERS))
+        _require(known, "report_to", f"auto, none or some of {', '.join(TRACKERS)}", repr(self.report_to))
+
+    def _check_schedule(self) -> None:
+        allowed = (None, *SCHEDULES)
+        _require(self.lr_strategy in allowed, "lr_strategy", f"one of {', '.join(SCHEDULES)}", repr(self.lr_strategy))
+        _require(
+            not self.cosine_restarts or self.lr_strategy in (None, "cosine_restarts"),
+            "cosine_restarts",
+            "left out where --lr_strategy is another one",
+            f"--lr_strategy {self.lr_strategy} with it",
+        )
+
+    @property
+    def schedule(self) -> str | None:
+        """The learning-rate schedule that was asked for; None where none was."""
+        return "cosine_restarts" if self.cosine_restarts else self.lr_strategy
+
+
+@dataclass
+class WandbArguments:
+    """What goes to Weights & Biases, and comes from there."""
+
+    _argument_group_name: ClassVar[str] = "Weights & Biases"
+
+    wandb_project: str | None = _flag(
+        default=None, help="Log the run to this project; WANDB_PROJECT or dylora-moe if only other W&B flags are given."
+    )
+    wandb_entity: str | None = _flag(default=None, help="User or team of the project.")
+    wandb_run_name: str | None = _flag(default=None, help="Name of the run; W&B invents one if not given.")
+    wandb_log_model: bool = _flag(default=False, help="Upload checkpoints and the best model as artifacts.")
+    wandb_checkpoint_artifact: str | None = _flag(
+        default=None,
+        help="Go on from this checkpoint, and its run: user/project/artifact:v0, or folder:PATH/artifact:v0.",
+    )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether one of these flags asks for a run on W&B."""
+        artifact = self.wandb_checkpoint_artifact
+        fetched = artifact is not None and not artifact.startswith("folder:")
+        named = self.wandb_project or self.wandb_entity or self.wandb_run_name
+        return bool(named or self.wandb_log_model or fetched)
 
 
 @dataclass
@@ -306,83 +289,28 @@ class DatasetsArguments(SourceArguments):
         return split_names(self.datasets or "")
 
 
-TRAIN_GROUPS = (ModelArguments, ExpertArguments, DataArguments, TrainingArgumentsGroup, RunArguments)
+_NAMED = (ModelArguments, ExpertArguments, DataArguments, TrainingArgumentsGroup, WandbArguments, RunArguments)
+_OTHER = other_fields(name for group in _NAMED for name in names_of(group))
+
+TRAIN_GROUPS = (*_NAMED[:-2], _OTHER, *_NAMED[-2:])
+
+
+class TrainFlags(NamedTuple):
+    """All flags of ``train``, parsed, in the order of ``TRAIN_GROUPS``."""
+
+    model: ModelArguments
+    experts: ExpertArguments
+    data: DataArguments
+    training: TrainingArgumentsGroup
+    passed_on: PassedOn
+    wandb: WandbArguments
+    run: RunArguments
+
+    @property
+    def uses_wandb(self) -> bool:
+        """Whether the run is logged to W&B: a flag of W&B's is given, or it is among the trackers."""
+        return self.wandb.enabled or "wandb" in split_names(self.training.report_to)
+
+
 GENERATE_GROUPS = (GenerateArguments,)
 DATASETS_GROUPS = (DatasetsArguments,)
-
-
-class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Shows one spelling of each flag, and a default only where it says something."""
-
-    @override
-    def _format_action_invocation(self, action: Any) -> str:
-        if not action.option_strings or action.dest == "help":
-            return str(super()._format_action_invocation(action))
-        metavar = "" if action.const is True else f" {self._format_args(action, action.dest.upper())}"
-        return f"{action.option_strings[0]}{metavar}"
-
-    @override
-    def _get_help_string(self, action: Any) -> str | None:
-        if action.default in (None, False, SUPPRESS):
-            return str(action.help)
-        text: str | None = super()._get_help_string(action)
-        return text
-
-
-class _Parser(HfArgumentParser):
-    @override
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
-def parse(groups: Sequence[type[Any]], program: str, description: str, arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Reads a command line, and the YAML file that its ``--config`` names, into one dataclass a group.
-
-    Raises:
-        ConfigError: A flag or a key is unknown, or a value is not allowed.
-    """
-    parser = _Parser(
-        list(groups),  # type: ignore[arg-type]
-        prog=program, description=description, formatter_class=_HelpFormatter, allow_abbrev=False,
-        usage=f"{program} [--flag value ...]",
-    )  # fmt: skip
-    known = [option for action in parser._actions for option in action.option_strings]
-    given, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise ConfigError(f"unknown argument {flag!r}{did_you_mean(flag, known)}; see {program} --help")
-    config_file = getattr(given, "config", None)
-    if config_file is not None:
-        parser.set_defaults(**_read_yaml(Path(config_file), groups))
-    return tuple(parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False))
-
-
-def to_yaml(groups: Sequence[Any]) -> str:
-    """The resolved configuration as the text of a file that ``--config`` reads."""
-    values = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
-    for key in ("config", "dry_run"):
-        values.pop(key, None)
-    text: str = yaml.safe_dump(values, sort_keys=False)
-    return text
-
-
-def _read_yaml(path: Path, groups: Sequence[type[Any]]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} must hold 'flag: value' lines, got a {type(values).__name__}")
-    types = {key: hint for group in groups for key, hint in get_type_hints(group).items() if key[0] != "_"}
-    for key, value in values.items():
-        if key not in types:
-            raise ConfigError(f"--config {path} has the unknown key {key!r}{did_you_mean(str(key), types)}")
-        try:
-            # YAML reads 1e-3 as text and 2 as a whole number: pydantic makes them what the field wants, or refuses
-            values[key] = TypeAdapter(types[key]).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise ConfigError(f"--config {path}: {key} cannot be {value!r}: {reason}") from error
-    return values

@@ -5,9 +5,13 @@ Anything else that is raised is a defect of this package, and keeps its tracebac
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
+
+DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+"""What a full or protected disk says."""
 
 
 class DyLoRAError(ValueError):
@@ -38,6 +42,14 @@ class CheckpointError(DyLoRAError):
     """A checkpoint cannot be written, is not whole, or belongs to another model."""
 
 
+class TrainingError(DyLoRAError):
+    """A training run cannot go on with these flags."""
+
+
+class ArtifactError(DyLoRAError):
+    """An artifact cannot be fetched or kept, or is not what was put there."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
@@ -47,3 +59,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what a library had to say, for a message of one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def causes_of(error: BaseException | None) -> list[BaseException]:
+    """An error, and all that it was raised from or while handling."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found

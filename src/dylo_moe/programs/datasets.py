@@ -6,12 +6,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dylo_moe.config import DATASETS_GROUPS, DatasetsArguments, parse
+from dylo_moe.config import DATASETS_GROUPS, DatasetsArguments
 from dylo_moe.data.decontaminate import decontaminate
 from dylo_moe.data.examples import SPLITS, read_examples, splits_of
 from dylo_moe.data.registry import REGISTRY, DatasetSpec, resolve
 from dylo_moe.data.rows import FORMATS
 from dylo_moe.data.templates import PlainTemplate
+from dylo_moe.flags import parse
 
 _SHOWN_CHARACTERS = 400
 

@@ -8,13 +8,14 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from dylo_moe.config import GENERATE_GROUPS, GenerateArguments, parse
+from dylo_moe.config import GENERATE_GROUPS, GenerateArguments
 from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.prepare_data import encode_prompt
 from dylo_moe.data.rows import asked
 from dylo_moe.data.templates import AUTO, template_of
 from dylo_moe.errors import ConfigError
+from dylo_moe.flags import parse
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
