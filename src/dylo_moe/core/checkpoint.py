@@ -60,6 +60,7 @@ class RoutingEntry(_Entry):
     mode: str
     top_k: int
     temperature: float
+    experts_per_layer: list[int] | None = None
 
 
 class LossEntry(_Entry):
@@ -114,7 +115,7 @@ def atomic_directory(path: Path, *, marker: str) -> Iterator[Path]:
             if previous.exists():
                 previous.rename(path)
             raise
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         kept = "; the previous one is intact" if path.exists() else ""
         raise CheckpointError(f"cannot write {path}: {error}{kept}; free space or choose another folder") from error
@@ -123,27 +124,33 @@ def atomic_directory(path: Path, *, marker: str) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_checkpoint(
-    path: Path, peft_model: PeftModel, router_state: dict[str, Tensor], description: Description
+def write_files(
+    folder: Path,
+    peft_model: PeftModel,
+    router_state: dict[str, Tensor],
+    description: Description,
+    adapters: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes a whole checkpoint in the place of whatever was at ``path``.
+    """Writes the files of a checkpoint into a folder, one after the other.
 
-    Raises:
-        CheckpointError: It could not be written; what was at ``path`` is intact.
+    Args:
+        folder: Empty; ``atomic_directory`` gives one that becomes a checkpoint as a whole.
+        peft_model: The experts.
+        router_state: The router's state dict.
+        description: What the folder says of itself.
+        adapters: State of the experts, as the PEFT model names it; its own by default.
     """
-    with atomic_directory(path, marker=DESCRIPTION_FILE) as folder:
-        names = [expert.name for expert in description.experts]
-        for name in names:
-            write_adapter(folder / EXPERTS_FOLDER / name, peft_model, name)
-        save_file({key: value.contiguous() for key, value in router_state.items()}, folder / ROUTER_FILE)
-        (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n")
-        (folder / CARD_FILE).write_text(_model_card(description))
+    for expert in description.experts:
+        write_adapter(folder / EXPERTS_FOLDER / expert.name, peft_model, expert.name, adapters)
+    save_file({key: value.contiguous() for key, value in router_state.items()}, folder / ROUTER_FILE)
+    (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n")
+    (folder / CARD_FILE).write_text(_model_card(description))
 
 
-def write_adapter(folder: Path, peft_model: PeftModel, name: str) -> None:
+def write_adapter(folder: Path, peft_model: PeftModel, name: str, state: dict[str, Tensor] | None = None) -> None:
     """Writes one adapter as PEFT does, into ``folder`` itself whatever the adapter is called."""
     scratch = folder.with_name(f".{folder.name}-peft")
-    peft_model.save_pretrained(str(scratch), selected_adapters=[name], save_embedding_layers=False)
+    peft_model.save_pretrained(str(scratch), selected_adapters=[name], save_embedding_layers=False, state_dict=state)
     # PEFT puts an adapter that is called "default" into the folder, any other one into a folder of its name
     written = scratch if name == "default" else scratch / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,11 +248,12 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder/{EXPERTS_FOLD
 def _sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for file in files:
-            _sync(Path(root) / file)
-        _sync(Path(root))
+            sync(Path(root) / file)
+        sync(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,7 +4,7 @@ An expert is a PEFT adapter, no more. The order of ``ExpertManager.names`` is th
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dylo_moe.core.adapter_folder import (
     tensor_shapes,
 )
 from dylo_moe.core.checkpoint import atomic_directory, write_adapter
+from dylo_moe.core.quantised import keep_trainable
 from dylo_moe.core.routed_lora import enable_routing
 from dylo_moe.core.routing import decoder_layers
 from dylo_moe.core.routing_state import RoutingState
@@ -41,18 +42,26 @@ class ExpertManager:
     Args:
         base_model: A causal LM; its parameters are frozen. The first expert wraps it in a ``PeftModel``.
         first_layer: The first decoder layer that may carry experts.
+        blocks: How many experts, the first created ones, each block of layers carries; see ``carried_by_layers``. None
+            for all.
+
+    Attributes:
+        held: Experts of which the second half of the ranks is a constant; see ``initialise.initialise_pissa``.
 
     Raises:
         ModelError: The base model carries adapters already.
     """
 
-    def __init__(self, base_model: PreTrainedModel, first_layer: int = 0) -> None:
+    def __init__(self, base_model: PreTrainedModel, first_layer: int = 0, blocks: Sequence[int] | None = None) -> None:
         carried = next((name for name, module in base_model.named_modules() if isinstance(module, LoraLayer)), None)
         if carried is not None:
             raise ModelError(f"the base model carries adapters already (at {carried}); unload them, or load it anew")
         base_model.requires_grad_(False)
+        keep_trainable(base_model)
         self.base_model = base_model
         self.first_layer = first_layer
+        self.blocks = None if blocks is None else list(blocks)
+        self.held: set[str] = set()
         self.names: list[str] = []
         self.active: list[str] = []
         self._active_indices: list[int] = []
@@ -218,15 +227,17 @@ class ExpertManager:
         """The router's columns for the active experts, in order."""
         return self._active_indices
 
-    def num_parameters(self, name: str) -> int:
-        """How many parameters an expert has, counted."""
+    def parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of an expert."""
         self.check_known([name])
         marker = f".{name}."
-        return sum(
-            parameter.numel()
-            for key, parameter in self.peft_model.named_parameters()
-            if "lora_" in key and marker in key
-        )
+        for key, parameter in self.peft_model.named_parameters():
+            if "lora_" in key and marker in key:
+                yield parameter
+
+    def num_parameters(self, name: str) -> int:
+        """How many parameters an expert has, counted."""
+        return sum(parameter.numel() for parameter in self.parameters(name))
 
     def _welcome(self, name: str, training: bool) -> None:
         self._state = enable_routing(self.peft_model)
@@ -298,10 +309,48 @@ class ExpertManager:
         return targets, any(isinstance(module, Conv1D) for module in chosen)
 
     def _layers_to_transform(self) -> list[int] | None:
+        """The layers that carry the next expert; None for all of them."""
         count = len(decoder_layers(self.base_model))
-        return list(range(self.first_layer, count)) if self.first_layer else None
+        layers = list(range(self.first_layer, count))
+        number = len(self.names)
+        # the blocks speak of the experts that a mixture began with; one that is added later is carried by all layers
+        if self.blocks is not None and number < max(self.blocks):
+            layers = [layer for layer, carried in enumerate(carried_by_layers(self.blocks, count)) if carried > number]
+        return layers if len(layers) < count else None
+
+
+def check_blocks(blocks: Sequence[int] | None, num_experts: int, routing: str, layers: int) -> None:
+    """Makes sure that blocks of layers can carry ``blocks`` of the experts.
+
+    Raises:
+        ExpertError: The numbers do not fit the experts, the layers or the routing.
+    """
+    if blocks is None:
+        return
+    if not blocks or min(blocks) < 1 or max(blocks) != num_experts:
+        raise ExpertError(
+            f"--experts_per_layer must be numbers from 1 to the number of experts ({num_experts}), and that number "
+            f"among them, got {list(blocks)}"
+        )
+    if len(blocks) > layers:
+        raise ExpertError(f"--experts_per_layer must be at most one number a layer ({layers}), got {len(blocks)}")
+    if routing != "per_layer":
+        raise ExpertError(f"--experts_per_layer needs --routing per_layer, got {routing}")
+
+
+def carried_by_layers(blocks: Sequence[int], layers: int) -> list[int]:
+    """How many experts each of the layers carries, where blocks of about equal size carry ``blocks`` of them.
+
+    After MoLA (Gao et al. 2024, "Higher Layers Need More LoRA Experts", arXiv 2402.08562).
+    """
+    return [blocks[layer * len(blocks) // layers] for layer in range(layers)]
 
 
 def count_parameters(module: nn.Module, *, trainable: bool = False) -> int:
     """Counts a module's parameters, each once; with ``trainable`` those that train."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+    return sum(_size(p) for p in module.parameters() if p.requires_grad or not trainable)
+
+
+def _size(parameter: Tensor) -> int:
+    # bitsandbytes packs two weights of 4 bits into a byte; the class is told by its name, as it may not be installed
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)

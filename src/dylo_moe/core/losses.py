@@ -123,7 +123,8 @@ def expert_load(router_logits: Tensor, mask: Tensor | None, top_k: int) -> Tenso
     """Real tokens that would choose each expert, times ``1 / top_k``: ``(num_gates, num_experts)``.
 
     Args:
-        router_logits: ``(num_gates, batch, seq, num_experts)``, with the selection bias added where there is one.
+        router_logits: ``(num_gates, batch, seq, num_experts)``, with the selection bias added where there is one;
+            -inf for an expert that a gate does not have.
         mask: ``(batch, seq)``, nonzero for real tokens; None if all are.
         top_k: Experts that each token chooses.
 
@@ -134,7 +135,8 @@ def expert_load(router_logits: Tensor, mask: Tensor | None, top_k: int) -> Tenso
     num_experts = router_logits.shape[-1]
     k = min(top_k, num_experts)
     chosen = router_logits.detach().topk(k, dim=-1).indices
-    counts = F.one_hot(chosen, num_experts).sum(dim=-2).float() / k
+    counts = F.one_hot(chosen, num_experts).sum(dim=-2) * available(router_logits)[:, None, None]
+    counts = counts / counts.sum(dim=-1, keepdim=True)
     return (counts * _real(router_logits, mask)).sum(dim=(1, 2))
 
 
@@ -152,7 +154,8 @@ def load_balance_loss(
     et al. 2020; Switch Transformers, Fedus et al. 2021, equation 4). The gradient flows through ``P`` alone.
 
     Args:
-        router_logits: ``(num_gates, batch, seq, num_experts)``.
+        router_logits: ``(num_gates, batch, seq, num_experts)``; -inf for an expert that a gate does not have, which is
+            then not counted in E.
         mask: ``(batch, seq)``, nonzero for real tokens; None if all are.
         top_k: Experts that each token chooses.
         load: ``f`` from a larger batch, ``(num_gates, num_experts)`` in any positive scale; this batch's own by
@@ -168,7 +171,8 @@ def load_balance_loss(
     fraction = load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     real = _real(router_logits, mask)
     probability = (router_logits.softmax(dim=-1) * real).sum(dim=(1, 2)) / _count(real, num_tokens)
-    return router_logits.shape[-1] * (fraction * probability).sum(dim=-1).mean()
+    num_experts = available(router_logits).sum(dim=-1)
+    return (num_experts * (fraction * probability).sum(dim=-1)).mean()
 
 
 def router_z_loss(router_logits: Tensor, mask: Tensor | None, *, num_tokens: Tensor | int | None = None) -> Tensor:
@@ -187,19 +191,26 @@ def router_z_loss(router_logits: Tensor, mask: Tensor | None, *, num_tokens: Ten
     return ((squared * real).sum(dim=(1, 2, 3)) / _count(real, num_tokens)).mean()
 
 
-def updated_selection_bias(bias: Tensor, load: Tensor, rate: float = 1e-3) -> Tensor:
+def updated_selection_bias(bias: Tensor, load: Tensor, rate: float = 1e-3, among: Tensor | None = None) -> Tensor:
     """One step of auxiliary-loss-free balancing (DeepSeek-V3, 2024, section 2.1.2).
 
     Args:
         bias: ``(num_gates, num_experts)``, the router's ``selection_bias``.
         load: ``(num_gates, num_experts)``, tokens that chose each expert since the last step.
         rate: Size of the step.
+        among: ``(num_gates, num_experts)``, which experts each gate has; all by default. The bias of the others stays.
 
     Returns:
         The new bias: raised by ``rate`` where an expert was chosen less than its fair share, lowered where more.
     """
-    fair = load.mean(dim=-1, keepdim=True)
-    return bias + rate * torch.sign(fair - load)
+    among = torch.ones_like(load) if among is None else among.to(load)
+    fair = load.sum(dim=-1, keepdim=True) / among.sum(dim=-1, keepdim=True)
+    return bias + rate * torch.sign(fair - load) * among
+
+
+def available(router_logits: Tensor) -> Tensor:
+    """Which experts each gate has, ``(num_gates, num_experts)`` of bool: those whose logits are not -inf."""
+    return router_logits[:, 0, 0] != -torch.inf
 
 
 def _real(router_logits: Tensor, mask: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -312,8 +313,9 @@ def side_by_side(weights: Sequence[Tensor]) -> Tensor:
     stack is a view of that: it can never be stale, and nothing takes room twice. Weights that share their memory
     with anything else are left where they are, and copied in each call.
     """
-    if torch.compiler.is_compiling():
-        return torch.stack(list(weights))  # addresses are not the compiler's business
+    # addresses are not the compiler's business, and FSDP frees and refills what it gathers
+    if torch.compiler.is_compiling() or (dist.is_available() and dist.is_initialized()):
+        return torch.stack(list(weights))
     first, last = weights[0], weights[-1]
     size = first.numel() * first.element_size()
     start = first.data_ptr()

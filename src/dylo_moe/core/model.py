@@ -4,7 +4,7 @@ This is where the parts meet: it owns the experts and the router, runs the one f
 and generation share, and sums the losses in one place. How to route, adapt, save or load is in its neighbours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,8 +19,9 @@ from transformers.utils.generic import ModelOutput
 from dylo_moe.core import checkpoint
 from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model, same_base_model
 from dylo_moe.core.checkpoint import LossEntry
-from dylo_moe.core.expert import ExpertManager, count_parameters
+from dylo_moe.core.expert import ExpertManager, carried_by_layers, check_blocks, count_parameters
 from dylo_moe.core.head import BackboneOutput, plain_head
+from dylo_moe.core.initialise import create_experts, initialise_eva
 from dylo_moe.core.losses import (
     causal_lm_loss,
     linear_causal_lm_loss,
@@ -72,6 +73,10 @@ class DyLoRA_MoE(nn.Module):
         dropout: Dropout on the experts' input while training.
         target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
         use_rslora: Scale updates by ``alpha / sqrt(rank)``.
+        init: How experts begin: ``default``, ``gaussian`` or ``orthogonal`` as in PEFT, or ``pissa``, see
+            ``initialise.initialise_pissa``. For EVA, which needs data, call ``initialise_eva`` afterwards.
+        experts_per_layer: How many of the experts each block of layers carries, lowest first; see
+            ``expert.carried_by_layers``. Needs ``per_layer``, where each layer has a gate for its own experts.
         routing: ``per_layer``, ``prefix:K``, ``prefix`` (K a quarter of the layers) or ``final``; the default is what
             ``benchmarks/quality.py`` found best.
         top_k: Experts per token when routing is sparse; 2 by default, or 1 where there is one expert.
@@ -80,6 +85,8 @@ class DyLoRA_MoE(nn.Module):
         z_loss_coefficient: Weight of the router z-loss; 0 leaves it out.
         revision: Revision of the base model on the Hub.
         dtype: Floating type of a base model that is loaded here.
+        attn_implementation: Attention of a base model that is loaded here; see ``load_base_model``.
+        bits: 4 or 8 quantises a base model that is loaded here.
 
     Attributes:
         prompt_template: What stood around conversations in training, ``chat`` or ``plain``; saved with the model.
@@ -104,6 +111,8 @@ class DyLoRA_MoE(nn.Module):
         dropout: float = 0.0,
         target_modules: str | Sequence[str] | None = None,
         use_rslora: bool = False,
+        init: str = "default",
+        experts_per_layer: Sequence[int] | None = None,
         routing: str = "per_layer",
         top_k: int | None = None,
         temperature: float = 1.0,
@@ -111,16 +120,29 @@ class DyLoRA_MoE(nn.Module):
         z_loss_coefficient: float = 0.0,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        bits: int | None = None,
     ) -> None:
-        base = load_base_model(model, revision=revision, dtype=dtype) if isinstance(model, str) else model
-        mode = resolve_routing(routing, len(decoder_layers(base)))
-        # made before the experts: a router that cannot be is refused before the base model is changed
-        router = _make_router(base, mode, num_experts, min(2, num_experts) if top_k is None else top_k, temperature)
-        experts = ExpertManager(base, prefix_layer(mode))
-        for _ in range(num_experts):
-            experts.create(
-                rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, use_rslora=use_rslora
+        base = model
+        if isinstance(base, str):
+            base = load_base_model(
+                base, revision=revision, dtype=dtype, attn_implementation=attn_implementation, bits=bits
             )
+        mode = resolve_routing(routing, len(decoder_layers(base)))
+        check_blocks(experts_per_layer, num_experts, mode, len(decoder_layers(base)))
+        # made before the experts: a router that cannot be is refused before the base model is changed
+        per_token = min(2, num_experts) if top_k is None else top_k
+        router = _make_router(base, mode, num_experts, per_token, temperature, experts_per_layer)
+        experts = create_experts(
+            ExpertManager(base, prefix_layer(mode), experts_per_layer),
+            num_experts,
+            init,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            target_modules=target_modules,
+            use_rslora=use_rslora,
+        )
         self._assemble(
             model if isinstance(model, str) else base.config._name_or_path,
             revision,
@@ -150,6 +172,8 @@ class DyLoRA_MoE(nn.Module):
         self.experts = experts
         self.model = experts.peft_model
         self.router = router
+        # taken while the weights are in one piece; the base never changes
+        self._fingerprint = fingerprint(experts.base_model)
         self._head_is_plain = plain_head(experts.base_model) is not None
         self._backbone_output = BackboneOutput(experts.base_model)
         attach_router(experts.base_model, routing, router, experts.routing_state, experts.active_indices)
@@ -158,6 +182,11 @@ class DyLoRA_MoE(nn.Module):
     def config(self) -> PretrainedConfig:
         """The base model's configuration."""
         return self.experts.base_model.config
+
+    @property
+    def _no_split_modules(self) -> list[str] | set[str] | None:
+        """The layers that FSDP shards each on its own; accelerate looks for this name."""
+        return self.experts.base_model._no_split_modules
 
     @property
     def device(self) -> torch.device:
@@ -287,6 +316,21 @@ class DyLoRA_MoE(nn.Module):
         self.router.add_expert()
         return name
 
+    def initialise_eva(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Begins the experts anew with the directions in which their inputs vary; see ``initialise.initialise_eva``.
+
+        Args:
+            batches: Of training data, each a mapping with ``input_ids``, ``attention_mask`` and, for packed rows,
+                ``segment_ids``, all ``(batch, seq)``.
+
+        Raises:
+            ExpertError: The batches are too small, a layer too narrow, or the components do not settle.
+        """
+        known = ("input_ids", "attention_mask", "segment_ids")
+        inputs = [{name: batch[name].to(self.device) for name in known if name in batch} for batch in batches]
+        with self.base_only():
+            initialise_eva(self.experts, lambda batch: self(**batch), inputs)
+
     def set_maturity(self, maturity: int = MATURE, names: Sequence[str] | None = None) -> None:
         """Marks experts mature (1) or young (0); all of them by default. Routing is sparse once all are mature."""
         if maturity not in (0, 1):
@@ -294,6 +338,11 @@ class DyLoRA_MoE(nn.Module):
         self.experts.check_known(names or [])
         for name in self.experts.names if names is None else names:
             self.router.maturity[self.experts.names.index(name)] = maturity
+
+    def num_trainable_parameters(self) -> int:
+        """How many parameters train: those with a gradient, without the constants that an expert holds."""
+        held = self.experts.held & set(self.experts.active) - self.experts.frozen
+        return count_parameters(self, trainable=True) - sum(self.experts.num_parameters(name) // 2 for name in held)
 
     def num_base_parameters(self) -> int:
         """How many parameters the frozen base has, counted."""
@@ -328,13 +377,25 @@ class DyLoRA_MoE(nn.Module):
         """The older name of ``activation_checkpointing_disable``."""
         self.activation_checkpointing_disable()
 
-    def save_pretrained(self, path: str | Path) -> None:
+    def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Writes a checkpoint folder; what was there before is replaced only once the new one is whole.
+
+        Args:
+            path: The folder.
+            state: Whole tensors of the experts and the router as in ``state_dict``, where this model holds parts.
 
         Raises:
             CheckpointError: It could not be written.
         """
-        checkpoint.write_checkpoint(Path(path), self.model, self.router.state_dict(), self._describe())
+        with checkpoint.atomic_directory(Path(path), marker=checkpoint.DESCRIPTION_FILE) as folder:
+            self.write_files(folder, state)
+
+    def write_files(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes the files of a checkpoint into a folder that is the caller's to make whole; ``state`` as above."""
+        adapters, router = None, self.router.state_dict()
+        if state is not None:
+            adapters, router = _beginning_with("model.", state), _beginning_with("router.", state)
+        checkpoint.write_files(folder, self.model, router, self._describe(), adapters)
 
     @classmethod
     def from_pretrained(
@@ -356,8 +417,9 @@ class DyLoRA_MoE(nn.Module):
         base, name, revision = _base_of(path, description.base_model, model, dtype)
         routing = description.routing
         mode = resolve_routing(routing.mode, len(decoder_layers(base)))
-        router = _make_router(base, mode, len(description.experts), routing.top_k, routing.temperature)
-        experts = ExpertManager(base, prefix_layer(mode))
+        blocks = routing.experts_per_layer
+        router = _make_router(base, mode, len(description.experts), routing.top_k, routing.temperature, blocks)
+        experts = ExpertManager(base, prefix_layer(mode), blocks)
         for expert in description.experts:
             experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / expert.name, expert.name)
         self = cls.__new__(cls)
@@ -381,7 +443,7 @@ class DyLoRA_MoE(nn.Module):
                 f"the checkpoint {path} has experts {', '.join(theirs[0])} under routing {theirs[1]}, and this run "
                 f"has {', '.join(ours[0])} under {ours[1]}; give the flags of the run that wrote it"
             )
-        if not same_base_model(fingerprint(self.experts.base_model), description.base_model.fingerprint):
+        if not same_base_model(self._fingerprint, description.base_model.fingerprint):
             raise CheckpointError(
                 f"the checkpoint {path} belongs to another base model, {description.base_model.name!r}"
             )
@@ -404,21 +466,36 @@ class DyLoRA_MoE(nn.Module):
                 name=self.base_name,
                 revision=self.revision,
                 dtype=str(self.dtype).removeprefix("torch."),
-                fingerprint=fingerprint(self.experts.base_model),
+                fingerprint=self._fingerprint,
             ),
             experts=[checkpoint.ExpertEntry(name=name, maturity=value) for name, value in maturity],
-            routing=checkpoint.RoutingEntry(mode=self.routing, top_k=router.top_k, temperature=router.temperature),
+            routing=checkpoint.RoutingEntry(
+                mode=self.routing,
+                top_k=router.top_k,
+                temperature=router.temperature,
+                experts_per_layer=self.experts.blocks,
+            ),
             losses=self.losses,
             prompt_template=self.prompt_template,
         )
 
 
+def _beginning_with(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def _make_router(
-    base: PreTrainedModel, routing: str, num_experts: int, top_k: int, temperature: float
+    base: PreTrainedModel,
+    routing: str,
+    num_experts: int,
+    top_k: int,
+    temperature: float,
+    blocks: Sequence[int] | None,
 ) -> DynamicHybridRouter:
     gates = len(decoder_layers(base)) if routing == "per_layer" else 1
+    carried = None if blocks is None else carried_by_layers(blocks, gates)
     hidden_size = base.config.get_text_config().hidden_size
-    return DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, gates).to(base.device)
+    return DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, gates, carried).to(base.device)
 
 
 def _base_of(

@@ -47,6 +47,8 @@ class DynamicHybridRouter(nn.Module):
         top_k: Experts per token when sparse; 1 to ``num_experts``.
         temperature: Divides the logits; above 0. Lower is sharper.
         num_gates: Independent gates, one for each place where a router input is read.
+        experts_per_gate: How many of the experts, the first ones, each gate has; all by default. An expert that is
+            added later belongs to every gate.
 
     Attributes:
         maturity: 0 (young) or 1 (mature) for each expert.
@@ -62,7 +64,13 @@ class DynamicHybridRouter(nn.Module):
     expert_load: Tensor
 
     def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int = 2, temperature: float = 1.0, num_gates: int = 1
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        temperature: float = 1.0,
+        num_gates: int = 1,
+        experts_per_gate: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if num_experts < 1:
@@ -74,6 +82,7 @@ class DynamicHybridRouter(nn.Module):
         self.hidden_size = hidden_size
         self.top_k = top_k
         self.temperature = temperature
+        self.experts_per_gate = experts_per_gate
         self.maturity = [YOUNG] * num_experts
         # On RMS-normalised input of width H a gate of this spread gives logits of unit variance or less.
         self.gates = nn.ParameterList(
@@ -103,7 +112,8 @@ class DynamicHybridRouter(nn.Module):
 
         Returns:
             Weights and temperature-scaled logits, float32 (float64 for a float64 input), each
-            ``(batch, seq, len(experts))``; each row of weights sums to 1.
+            ``(batch, seq, len(experts))``; each row of weights sums to 1. Where the gate does not have an expert, the
+            weight is 0 and the logit -inf.
         """
         weight, bias = self.gates[gate], self.selection_bias[gate]
         if experts is not None and len(experts) < self.num_experts:
@@ -112,6 +122,9 @@ class DynamicHybridRouter(nn.Module):
         hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         with _without_autocast(hidden_states.device.type):
             logits = F.linear(hidden_states, weight.to(hidden_states.dtype)) * self._scale(hidden_states)
+        missing = self._missing(gate, experts)
+        if missing:
+            logits = logits.index_fill(-1, torch.tensor(missing, device=logits.device), -torch.inf)
         if not self.is_sparse(experts):
             return RouterOutput(logits.softmax(dim=-1), logits)
         best = choose(logits, self.top_k, bias)
@@ -136,11 +149,20 @@ class DynamicHybridRouter(nn.Module):
             return None
         if torch.is_grad_enabled() or (experts is not None and len(experts) < self.num_experts):
             return None
-        if self.selection_bias.any():
+        if self.selection_bias.any() or self.experts_per_gate is not None:
             return None
         weight = self.gates[gate]
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).view(-1)
         return int(torch.mv(weight.to(wide.dtype), wide).argmax())
+
+    def _missing(self, gate: int, experts: Sequence[int] | None) -> list[int]:
+        """Places, among ``experts``, of those that the gate does not have; none where it has none of them."""
+        if self.experts_per_gate is None:
+            return []
+        among = range(self.num_experts) if experts is None else experts
+        absent = range(self.experts_per_gate[gate], max(self.experts_per_gate))
+        missing = [place for place, expert in enumerate(among) if expert in absent]
+        return missing if len(missing) < len(among) else []
 
     def _scale(self, hidden_states: Tensor) -> Tensor:
         """``(batch, seq, 1)``: what the RMS norm and the temperature multiply a row's logits by.
