@@ -93,6 +93,12 @@ class TokenRows(TorchDataset[Item]):
         domains: The domain of each example.
         lengths: The tokens of each example.
         capacity: Packs examples of one domain into rows of at most so many tokens; None leaves each on its own.
+
+    Attributes:
+        packed: Whether rows may hold several examples.
+        fingerprint: Tells the examples from others.
+        domains: The domain of each row.
+        lengths: The tokens of each row.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class TokenRows(TorchDataset[Item]):
         capacity: int | None = None,
     ) -> None:
         self.packed = capacity is not None
+        self.fingerprint: str = examples._fingerprint
         self._examples = examples.with_format("numpy", columns=["input_ids", "prompt_length"])
         self._rows: list[NDArray[np.int64]] | None = None
         self.domains, self.lengths = domains, lengths

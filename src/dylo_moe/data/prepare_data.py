@@ -112,6 +112,10 @@ class PreparedData:
             lengths=lengths,
         )
 
+    def identity(self, **order: Any) -> str:
+        """Tells these training rows, in this order, from others."""
+        return str(Hasher.hash([self.train.fingerprint, self.capacity, order]))
+
     def record(self) -> dict[str, Any]:
         """What a run's report keeps of its data."""
         return {

@@ -1,0 +1,156 @@
+"""A training run that is killed again and again, for ``test_killed.py`` and for a longer trial by hand:
+
+    python tests/training/killed_run.py 40        kills a run 40 times and compares it with one that nobody disturbed
+
+Half of the kills come at a random time, the others right before a random one of the file operations by which
+checkpoints are written, renamed and removed.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
+STEPS = 24
+
+
+def arguments(base: Path, output: Path, data: Path) -> list[str]:
+    """A short run with everything that is random in training: dropout, several experts, several epochs."""
+    flags = {
+        "model_name": base,
+        "datasets": f"one={data / 'one.jsonl'},two={data / 'two.jsonl'}",
+        "max_seq_length": 48,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "lora_r": 4,
+        "lora_dropout": 0.3,
+        "learning_rate": 1e-2,
+        "save_minutes": 1e-4,
+        "save_total_limit": 2,
+        "output_dir": output,
+        "resume_from_checkpoint": "auto",
+        "preprocessing_workers": 1,
+    }
+    return [text for flag, value in flags.items() for text in (f"--{flag}", str(value))] + ["--interleaved_sampling"]
+
+
+def write_data(folder: Path) -> None:
+    """Two small datasets."""
+    for name, count in (("one", 40), ("two", 25)):
+        rows = [{"prompt": f"{name} {n}\n", "response": f"the answer {n * n} of {name}\n"} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train(flags: list[str], die_at: int | None, done: Any) -> None:
+    """Runs the program in this process; with ``die_at`` it kills itself right before its so-manieth file operation."""
+    import torch
+
+    from dylo_moe.cli import main
+
+    torch.set_num_threads(1)
+    if die_at is not None:
+        left = [die_at]
+
+        def count(event: str, values: tuple[Any, ...]) -> None:
+            if event in CHANGES and any(part in str(values[0]) for part in ("checkpoint-", "best_model")):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        code = main(["train", *flags])
+    done.value = code
+
+
+def started(flags: list[str], die_at: int | None = None) -> tuple[BaseProcess, Any]:
+    """A new process that trains. Its server has the libraries loaded, so that it begins at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft", "datasets", "dylo_moe.programs.train"])
+    done = context.Value("i", -1)
+    process = context.Process(target=train, args=(flags, die_at, done))
+    process.start()
+    return process, done
+
+
+def killed_run(kills: int, folder: Path, seed: int = 0) -> dict[str, int]:
+    """Kills a run ``kills`` times, lets it end, and compares it with an undisturbed one.
+
+    Returns:
+        How many kills came by the clock, how many inside of file operations, and how often a run was faster.
+    """
+    from tiny_folder import write_tiny_folder
+
+    base = write_tiny_folder(folder / "base")
+    write_data(folder)
+    start = time.monotonic()
+    process, done = started(arguments(base, folder / "undisturbed", folder))
+    process.join()
+    assert done.value == 0
+    duration = time.monotonic() - start
+    rng = random.Random(seed)
+    counts = {"by the clock": 0, "in file operations": 0, "the run was faster": 0}
+    flags = arguments(base, folder / "killed", folder)
+    while counts["by the clock"] + counts["in file operations"] < kills:
+        inside = rng.random() < 0.5
+        process, done = started(flags, die_at=rng.randrange(60) if inside else None)
+        process.join(None if inside else rng.random() * duration)
+        if process.is_alive():
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+        if process.exitcode == -signal.SIGKILL:
+            counts["in file operations" if inside else "by the clock"] += 1
+        else:
+            assert done.value == 0, "a run that goes on must not fail"
+            counts["the run was faster"] += 1
+            # begin again, so that every kill meets a run that has work to do
+            (folder / "killed").rename(folder / f"finished-{counts['the run was faster']}")
+            same(folder / "undisturbed", folder / f"finished-{counts['the run was faster']}")
+    process, done = started(flags)
+    process.join()
+    assert done.value == 0
+    same(folder / "undisturbed", folder / "killed")
+    return counts
+
+
+def same(one: Path, other: Path) -> None:
+    """Makes sure that two runs ended with the same bits: the mixture, and the state of the last checkpoint."""
+    import torch
+
+    for folder in ("best_model", f"checkpoint-{STEPS}"):
+        names = sorted(path.relative_to(one) for path in (one / folder).rglob("*.safetensors"))
+        assert len(names) == 5
+        for name in names:
+            ours, theirs = load_file(one / name), load_file(other / name)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    optimizers = [torch.load(run / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True) for run in (one, other)]
+    ours, theirs = (optimizer["state"] for optimizer in optimizers)
+    assert all(torch.equal(ours[key][name], theirs[key][name]) for key in ours for name in ours[key])
+
+
+def main() -> None:
+    """Runs the trial that the command line asks for."""
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
+        counts = killed_run(kills, Path(folder))
+    sys.stdout.write(f"bit-equal after {kills} kills: {counts}\n")
+
+
+if __name__ == "__main__":
+    main()
