@@ -1,0 +1,103 @@
+"""Going on from a checkpoint that is kept as an artifact: fetched beside, verified, and only then in its place."""
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from dylo_moe.core.checkpoint import sync
+from dylo_moe.errors import ArtifactError, CheckpointError, ConfigError, first_line
+from dylo_moe.training import checkpoints, wandb_store
+from dylo_moe.training.artifacts import ArtifactStore, FolderStore
+
+FOLDER = "folder:"
+_RECORD = "fetched.json"
+_WANDB_REFERENCE = re.compile(r"([\w.-]+/){1,2}[\w.-]+:[\w.-]+")
+_FOLDER_REFERENCE = re.compile(r"(?P<root>.+)/(?P<artifact>[\w.-]+:(v\d+|latest))")
+
+
+def store_of(reference: str) -> tuple[ArtifactStore, str]:
+    """The store that a reference is of, and the reference as that store takes it.
+
+    Args:
+        reference: ``entity/project/artifact:version`` of Weights & Biases, or ``folder:PATH/artifact:version``.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if reference.startswith(FOLDER):
+        match = _FOLDER_REFERENCE.fullmatch(reference.removeprefix(FOLDER))
+        if match:
+            return FolderStore(Path(match["root"])), match["artifact"]
+    elif _WANDB_REFERENCE.fullmatch(reference):
+        return wandb_store.WandbStore(), reference
+    raise ConfigError(
+        f"--wandb_checkpoint_artifact must be like user/project/artifact:v0, or {FOLDER}PATH/artifact:v0, "
+        f"got {reference!r}"
+    )
+
+
+def went_on_from(reference: str, output: Path) -> bool:
+    """Whether the checkpoints of a folder are of a run that began with this artifact.
+
+    The same command, started again after an interruption, then goes on from the newest of them and loses nothing.
+    """
+    return _record(output) == reference and checkpoints.newest_whole(output)[0] is not None
+
+
+def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] = ()) -> Path:
+    """The checkpoint of an artifact, as ``checkpoint-STEP`` of a folder; the run there goes on under its run's id.
+
+    Args:
+        reference: As for ``store_of``.
+        output: The run's folder.
+        replacing: Checkpoints of an earlier run, to be removed once this one is known to be whole.
+
+    Raises:
+        ConfigError: The reference is malformed.
+        ArtifactError: The artifact cannot be had, is no checkpoint, or is not what was put there.
+        CheckpointError: The checkpoint's own manifest does not hold.
+    """
+    store, name = store_of(reference)
+    entry = store.describe(name)
+    if entry.metadata.get("kind", "checkpoint") != "checkpoint":
+        raise ArtifactError(f"the artifact {reference!r} is a {entry.metadata['kind']}; name a checkpoint's")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as scratch:
+        folder = store.fetch(name, Path(scratch) / "checkpoint")
+        _check(folder, reference)
+        target = checkpoints.folder_of(output, _step(folder))
+        for old in replacing:
+            checkpoints.remove(old)
+        wandb_store.adopt_run(output, entry.metadata)
+        (output / _RECORD).write_text(json.dumps({"reference": reference}) + "\n")
+        folder.rename(target)
+    sync(output)
+    return target
+
+
+def _check(folder: Path, reference: str) -> None:
+    if not (folder / checkpoints.MANIFEST).is_file() or not (folder / TRAINER_STATE_NAME).is_file():
+        raise ArtifactError(f"the artifact {reference!r} is no training checkpoint; name one that training put there")
+    wrong = checkpoints.problem(folder)
+    if wrong is not None:
+        raise CheckpointError(f"the checkpoint of the artifact {reference!r} is damaged: {wrong}; use another version")
+
+
+def _step(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / TRAINER_STATE_NAME} cannot be read ({first_line(error)})") from error
+
+
+def _record(output: Path) -> str | None:
+    """The artifact that the run of a folder began with; None where there is none, or that cannot be read."""
+    try:
+        reference: str = json.loads((output / _RECORD).read_text())["reference"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return reference

@@ -1,0 +1,159 @@
+"""Artifacts: what was put comes back as it was, what is damaged is refused, and nothing is left half fetched."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from dylo_moe.errors import ArtifactError, CheckpointError, ConfigError, DyLoRAError
+from dylo_moe.training import checkpoints
+from dylo_moe.training.artifacts import RETRY_SECONDS, ArtifactCallback, ArtifactStore, FolderStore
+from dylo_moe.training.fetching import fetched_checkpoint, store_of, went_on_from
+
+
+def checkpoint(output: Path, step: int, weights: str = "weights") -> Path:
+    """A whole checkpoint, as training writes it."""
+    folder = checkpoints.folder_of(output, step)
+    partial = checkpoints.begin(folder)
+    (partial / "experts").mkdir()
+    (partial / "experts" / "adapter.safetensors").write_text(f"{weights} of {step}")
+    (partial / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    checkpoints.finish(folder)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stored(store: ArtifactStore, tmp_path: Path, step: int = 7) -> str:
+    return store.put(checkpoint(tmp_path / "before", step), "checkpoint-r1", {"run_id": "r1", "step": step})
+
+
+def leftovers(output: Path) -> list[str]:
+    """Everything in an output folder but whole checkpoints and the notes about them."""
+    notes = {"fetched.json", "wandb_run.json"}
+    return [path.name for path in output.iterdir() if path.name not in notes and checkpoints.problem(path)]
+
+
+def test_what_was_put_into_a_folder_comes_back(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    folder = checkpoint(tmp_path, 3)
+    assert store.put(folder, "mine", {"step": 3}) == f"folder:{tmp_path}/store/mine:v0"
+    store.put(checkpoint(tmp_path, 4), "mine", {"step": 4})
+    assert files(store.fetch("mine:v0", tmp_path / "got")) == files(folder)
+    assert store.describe("mine:latest").metadata == {"step": 4}
+    assert store.describe("mine:v1").digest != store.describe("mine:v0").digest
+
+
+def test_a_version_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    with pytest.raises(ArtifactError, match=r"no artifact 'mine:v0' .versions of 'mine': none"):
+        store.describe("mine:v0")
+    store.put(checkpoint(tmp_path / "out", 3), "mine", {})
+    with pytest.raises(ArtifactError, match=r"no artifact 'mine:v5' .versions of 'mine': v0"):
+        store.fetch("mine:v5", tmp_path / "got")
+
+
+def test_a_byte_flipped_in_the_store_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    store.put(checkpoint(tmp_path / "before", 3), "mine", {})
+    path = tmp_path / "store/mine/v0/files/experts/adapter.safetensors"
+    path.write_bytes(b"W" + path.read_bytes()[1:])
+    with pytest.raises(ArtifactError, match="is not what was put there"):
+        store.fetch("mine:v0", tmp_path / "after" / "got")
+    assert list((tmp_path / "after").iterdir()) == []
+
+
+MALFORMED = ["nonsense", "a/b", "a:v0", "a/b/c/d:v0", "folder:x:v0", "folder:x/y", "a/b c:v0"]
+
+
+@pytest.mark.parametrize("reference", MALFORMED)
+def test_a_malformed_reference_says_how_one_looks(reference: str) -> None:
+    with pytest.raises(ConfigError, match="--wandb_checkpoint_artifact must be like user/project/artifact:v0"):
+        store_of(reference)
+
+
+def test_a_checkpoint_is_fetched_into_its_place_and_its_run_goes_on(tmp_path: Path) -> None:
+    reference = stored(FolderStore(tmp_path / "store"), tmp_path)
+    output = tmp_path / "out"
+    assert not went_on_from(reference, output)
+    found = fetched_checkpoint(reference, output)
+    assert found == output / "checkpoint-7"
+    assert files(found) == files(tmp_path / "before" / "checkpoint-7")
+    assert json.loads((output / "wandb_run.json").read_text())["id"] == "r1"
+    assert went_on_from(reference, output)
+    assert not went_on_from(stored(FolderStore(tmp_path / "store"), tmp_path, step=8), output)
+    (found / "trainer_state.json").unlink()
+    assert not went_on_from(reference, output), "nothing is left to go on from"
+    assert leftovers(output) == ["checkpoint-7"]
+
+
+def test_the_checkpoints_of_another_run_go_only_once_the_fetched_one_is_whole(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    damaged, whole = stored(store, tmp_path), stored(store, tmp_path)
+    path = tmp_path / "store/checkpoint-r1/v0/files/experts/adapter.safetensors"
+    path.write_bytes(b"W" + path.read_bytes()[1:])
+    output = tmp_path / "out"
+    old = [checkpoint(output, 7, "other weights"), checkpoint(output, 9)]
+    (output / "wandb_run.json").write_text('{"id": "another"}')
+    with pytest.raises(ArtifactError, match="is not what was put there"):
+        fetched_checkpoint(damaged, output, replacing=old)
+    assert [checkpoints.problem(folder) for folder in old] == [None, None]
+    found = fetched_checkpoint(whole, output, replacing=old)
+    assert checkpoints.newest_first(output) == [found]
+    assert files(found) == files(tmp_path / "before" / "checkpoint-7")
+    assert json.loads((output / "wandb_run.json").read_text())["id"] == "r1"
+    assert leftovers(output) == []
+
+
+def test_a_damaged_checkpoint_and_a_model_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    folder = checkpoint(tmp_path / "before", 7)
+    (folder / "experts" / "adapter.safetensors").write_text("weights of 8")
+    reference = store.put(folder, "damaged", {})
+    with pytest.raises(CheckpointError, match=r"damaged: experts/adapter.safetensors has other contents"):
+        fetched_checkpoint(reference, tmp_path / "out")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "dylo_moe.json").write_text("{}")
+    for metadata in ({}, {"kind": "model"}):
+        with pytest.raises(ArtifactError, match=r"no training checkpoint|is a model"):
+            fetched_checkpoint(store.put(tmp_path / "model", "model", metadata), tmp_path / "out")
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_only_the_first_process_uploads(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    checkpoint(tmp_path, 1)
+    for first in (False, True):
+        ArtifactCallback(store, "r1").on_save(
+            args, TrainerState(is_world_process_zero=first, global_step=1), TrainerControl()
+        )
+    assert store.describe("checkpoint-r1:latest").metadata["step"] == 1
+    with pytest.raises(DyLoRAError):
+        store.describe("checkpoint-r1:v1")
+
+
+def test_after_a_failure_the_store_is_left_alone_for_a_while(tmp_path: Path) -> None:
+    class Failing(FolderStore):
+        tried = 0
+
+        def put(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> str:
+            self.tried += 1
+            raise ArtifactError("not today")
+
+    now = [0.0]
+    store = Failing(tmp_path / "store")
+    callback = ArtifactCallback(store, "r1", clock=lambda: now[0])
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    for step in range(5):
+        now[0] = step * RETRY_SECONDS / 2
+        checkpoint(tmp_path, step)
+        callback.on_save(args, TrainerState(is_world_process_zero=True, global_step=step), TrainerControl())
+    assert store.tried == 3
+    callback.finish(tmp_path / "checkpoint-4", 4)
+    assert store.tried == 4, "the best model is always tried"
