@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from dylo_moe.config import DATASETS_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
+from dylo_moe.trainer_fields import REFUSED, PassedOn
 
 PROGRAMS = {"train": TRAIN_GROUPS, "generate": GENERATE_GROUPS, "datasets": DATASETS_GROUPS}
 PAGE = Path(__file__).with_name("flags.md")
@@ -15,10 +16,23 @@ def page() -> str:
     for program, groups in PROGRAMS.items():
         parts.append(f"## `dylora-moe {program}`\n")
         for group in groups:
+            if issubclass(group, PassedOn):
+                parts.append(_passed_on(group))
+                continue
             parts.append(f"### {group._argument_group_name}\n\n| flag | default | |\n| --- | --- | --- |")
             parts.extend(_row(field) for field in dataclasses.fields(group))
             parts.append("")
     return "\n".join(parts)
+
+
+def _passed_on(group: type[PassedOn]) -> str:
+    rows = [f"| `--{name}` | {reason} |" for name, reason in REFUSED.items()]
+    about = str(PassedOn.__doc__).replace("``", "`")
+    return (
+        f"### {group._argument_group_name}\n\n{about}\nIt is passed on as it is, as in "
+        "`--adam_beta2 0.95`. Either of `--eval_steps` and `--save_steps` alone means both. Refused are:\n\n"
+        "| flag | because |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+    )
 
 
 def _row(field: "dataclasses.Field[object]") -> str:

@@ -13,6 +13,14 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_words_for_accelerate() -> Iterator[None]:
+    """Takes back what ``TrainingArguments`` tells accelerate by way of the environment."""
+    yield
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A value for ``DYLO_MOE_CACHE``: a folder with the embedded model, which all workers share; do not damage it."""

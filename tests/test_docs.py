@@ -4,8 +4,9 @@ import re
 import runpy
 from pathlib import Path
 
-from dylo_moe.config import GENERATE_GROUPS, TRAIN_GROUPS, parse
+from dylo_moe.config import GENERATE_GROUPS, TRAIN_GROUPS
 from dylo_moe.data.registry import REGISTRY
+from dylo_moe.flags import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

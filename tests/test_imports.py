@@ -8,6 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "dylo_moe"
 LAYERS = [
     "errors",
+    "flags",
+    {"trainer_fields", "model_config"},
     "config",
     "core",
     {"data", "training", "evaluation", "skills", "cloud"},

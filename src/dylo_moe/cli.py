@@ -1,13 +1,13 @@
 """The command ``dylora-moe`` and the one place where errors become exit codes."""
 
-import errno
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from dylo_moe.errors import EXIT_USER_ERROR, DyLoRAError, did_you_mean
+from dylo_moe.errors import DISK_REFUSED, EXIT_USER_ERROR, DyLoRAError, did_you_mean
 
 PROGRAMS = {
     "train": "train a mixture of experts on a frozen base model",
@@ -15,7 +15,6 @@ PROGRAMS = {
     "datasets": "list the datasets, or look into some",
 }
 EXIT_INTERRUPTED = 130
-_DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,8 +43,13 @@ def run(program: str, arguments: Sequence[str] | None = None, called_as: str | N
         return code
     except DyLoRAError as error:
         return _fail(" ".join(str(error).split()))
+    except RuntimeError:
+        # what waits for a process that has ended fails too, and has nothing to add
+        if _several() and _processes().another_failed():
+            return EXIT_USER_ERROR
+        raise
     except OSError as error:
-        if error.errno not in _DISK_REFUSED:
+        if error.errno not in DISK_REFUSED:
             raise
         return _fail(f"{error.strerror}: {error.filename or 'while writing'}; free space, or write elsewhere")
     except KeyboardInterrupt:
@@ -53,5 +57,15 @@ def run(program: str, arguments: Sequence[str] | None = None, called_as: str | N
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    if not _several() or _processes().first_to_fail():
+        sys.stderr.write(f"error: {message}\n")
     return EXIT_USER_ERROR
+
+
+def _several() -> bool:
+    """Whether this is one of several processes that run the same program."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _processes() -> Any:
+    return importlib.import_module("dylo_moe.training.processes")

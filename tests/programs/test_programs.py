@@ -112,7 +112,7 @@ def test_a_file_of_the_users_trains(base: Path, tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_packed_is_refused_with_the_way_out(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dylo_moe.programs.train.keeps_examples_apart", lambda model: False)
+    monkeypatch.setattr("dylo_moe.programs.building.keeps_examples_apart", lambda model: False)
     arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path)]
     assert main(arguments) == EXIT_USER_ERROR
     said = capsys.readouterr().err
@@ -207,6 +207,10 @@ def test_a_run_goes_on_from_its_newest_checkpoint(base: Path, tmp_path: Path) ->
         ["--routing", "final", "--cosine_restarts", "--lora_dropout", "0.1", "--use_rslora"],
         ["--num_experts", "1", "--target_modules", "all-linear", "--z_loss_coefficient", "0.01"],
         ["--no_packing", "--mixing_temperature", "2", "--no_decontaminate"],
+        ["--init", "eva", "--num_experts", "2", "--lr_strategy", "constant", "--router_learning_rate", "1e-3"],
+        ["--init=pissa", "--num_experts", "2", "--balance", "bias", "--attn_implementation", "eager", "--no_packing"],
+        ["--init=orthogonal", "--experts_per_layer", "2,4", "--balance", "none", "--lr_strategy", "linear"],
+        ["--adam_beta2", "0.95", "--save_steps", "1", "--optim", "adafactor", "--disable_tqdm", "true"],
     ],
     ids=lambda flags: flags[0],
 )
@@ -216,6 +220,23 @@ def test_flags_train(base: Path, tmp_path: Path, flags: list[str]) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["steps"] == 2
     assert all(torch.isfinite(torch.tensor(value)) for value in report["mixture"].values())
+
+
+def test_a_run_that_gets_no_better_stops_early(base: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "9", "--output_dir", str(tmp_path)]
+    still = ["--learning_rate", "1e-30", "--eval_steps", "1", "--early_stopping_patience", "2"]
+    assert main([*arguments, *still]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 3, "the first evaluation, and two as bad"
+
+
+def test_experts_per_layer_and_the_bias_are_in_the_checkpoint(base: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path)]
+    assert main([*arguments, "--experts_per_layer", "1,4", "--balance", "bias", "--balance_update_rate", "0.5"]) == 0
+    model = DyLoRA_MoE.from_pretrained(tmp_path / "best_model")
+    assert model.experts.blocks == [1, 4] and model.losses.balance_coefficient == 0
+    assert model.router.selection_bias.abs().max() >= 0.5
+    layers = model.experts.base_model.model.layers
+    assert [len(layer.self_attn.q_proj.r) for layer in layers] == [1, 1, 4, 4]
 
 
 def test_a_dry_run_prints_a_configuration_and_touches_nothing(tmp_path: Path) -> None:
@@ -257,13 +278,29 @@ def test_scripts_and_verbs_are_the_same_code(capsys: pytest.CaptureFixture[str])
         (["train", "--datasets", "a=x.jsonl,a=y.jsonl"], "--datasets must be different datasets, got a more than once"),
         (["train", "--model_name", "BASE", "--datasets", "mine=gone.jsonl"], "there is no file or folder gone.jsonl"),
         (["train", "--model_name", "BASE", *DATA, "--template", "chat"], "--template chat needs a model with"),
+        (
+            ["train", "--model_name", "BASE", *DATA, "--init", "pissa", "--weight_decay", "0.1"],
+            "--weight_decay must be 0 with",
+        ),
+        (["train", "--model_name", "BASE", *DATA, "--optim", "magic"], "is not a valid OptimizerNames"),
+        (
+            ["train", "--model_name", "BASE", *SHORT, "--attn_implementation", "quick"],
+            "--attn_implementation does not fit",
+        ),
+        (
+            ["train", "--model_name", "BASE", *SHORT, "--init", "eva", "--lora_r", "8"],
+            "--init eva needs inputs of a width",
+        ),
+        (["train", "--report_to", "paper"], "--report_to must be auto, none or some of tensorboard, wandb"),
+        (["train", "--model_name", "BASE", *SHORT, "--fsdp", "full_shard"], "cannot be used: Using fsdp only works"),
+        (["train", "--push_to_hub"], "--push_to_hub cannot be given: a run publishes nothing"),
         (["train", "--overlong", "keep"], "--overlong must be cut or drop, got 'keep'"),
         (["train", "--mixing_temperature", "0.5"], "--mixing_temperature must be 1 or more, got 0.5"),
         (["datasets", "--datasets", "mine=gone.jsonl"], "there is no file or folder gone.jsonl"),
         (["datasets", "--data_dir", "gone", "--datasets", "mbpp"], "--data_dir gone is no folder"),
         (["train", "--model_name", "BASE", *SHORT, "--routing", "prefix:9"], "prefix:K needs K from 0 to 3"),
         (["train", "--model_name", "BASE", *SHORT, "--target_modules", "qproj"], "did you mean 'q_proj'"),
-        (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint", "gone"], "no checkpoint of this program"),
+        (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint", "gone"], "there is no folder gone"),
         (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint"], "holds no checkpoint yet"),
         (["generate", "--trained_model", "gone", "--prompt", "x"], "no checkpoint of this program"),
         (

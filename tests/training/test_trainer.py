@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import DataCollatorForSeq2Seq
 
-from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.losses import causal_lm_loss, load_balance_loss, router_z_loss
 from dylo_moe.training.trainer import DyLoRATrainer
 from tiny_folder import tiny_tokenizer, write_tiny_folder
+from tiny_trainer import rows, trainer_of
 
 ROUTINGS = ["final", "prefix:1", "per_layer"]
 
@@ -21,51 +20,6 @@ ROUTINGS = ["final", "prefix:1", "per_layer"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_folder(tmp_path_factory.mktemp("base"))
-
-
-def rows(count: int = 8) -> Dataset:
-    """Rows of unequal lengths with masked prompts, in two domains."""
-    generator = torch.Generator().manual_seed(5)
-    made = []
-    for index in range(count):
-        ids = torch.randint(3, 250, (4 + 3 * index,), generator=generator).tolist()
-        labels = [-100, -100, *ids[2:]]
-        made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "domain": index % 2})
-    return Dataset.from_list(made)
-
-
-def trainer_of(folder: Path, output: Path, routing: str = "prefix:1", **arguments: Any) -> DyLoRATrainer:
-    torch.manual_seed(0)
-    model = DyLoRA_MoE(
-        str(folder), 3, rank=4, routing=routing, balance_coefficient=0.5, z_loss_coefficient=0.1, dtype=torch.float64
-    )
-    model.router.double()
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.double()
-            torch.nn.init.normal_(parameter, std=0.1)
-    options = {
-        "output_dir": str(output),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "save_strategy": "no",
-        "lr_scheduler_type": "constant",
-        "learning_rate": 1e-2,
-        "train_sampling_strategy": "sequential",
-        **arguments,
-    }
-    return DyLoRATrainer(
-        model,
-        ["even", "odd"],
-        args=TrainingArguments(**options),
-        train_dataset=rows(),
-        eval_dataset=rows(),
-        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
-    )
 
 
 def trained_parameters(trainer: DyLoRATrainer) -> dict[str, Tensor]:
@@ -211,3 +165,106 @@ def test_the_sampler_is_told_the_epoch_also_when_a_run_goes_on(
         trainer.train(resume_from_checkpoint=resumed)
         seen.append(trainer.train_sampler.asked)
     assert seen == [[0, 1, 2], [1, 2]], "step 3 of 2 a epoch is in the middle of the second one"
+
+
+def test_the_router_has_its_own_rate_in_the_optimiser(folder: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(folder, tmp_path, max_steps=1, learning_rate=1e-3, ours={"router_learning_rate": 0.25})
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    rates = {
+        id(parameter): group["initial_lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]
+    }
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            wanted = 0.25 if name.startswith("router.") else 1e-3
+            assert rates.pop(id(parameter)) == wanted
+            # Adam's first step is the rate, whatever the gradient
+            step = (parameter.detach() - before[name]).abs().max().item()
+            assert step == pytest.approx(wanted, rel=1e-3)
+    assert not rates, "each parameter trains once"
+
+
+def test_without_its_own_rate_the_router_trains_as_the_experts(folder: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(folder, tmp_path, learning_rate=1e-3)
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {1e-3}
+
+
+def test_warm_restarts_are_the_schedule_of_both_rates(folder: Path, tmp_path: Path) -> None:
+    ours = {"warm_restarts": True, "router_learning_rate": 1e-2}
+    trainer = trainer_of(folder, tmp_path, warmup_steps=0.2, learning_rate=1e-3, ours=ours)
+    trainer.create_optimizer_and_scheduler(20)
+    rates = []
+    for _ in range(14):
+        rates.append({group["lr"] for group in trainer.optimizer.param_groups})
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates[2] == rates[12] == {1e-3, 1e-2}
+    assert rates[10] == {0.0} and sorted(rates[11]) == pytest.approx([5e-4, 5e-3])
+
+
+def biased(folder: Path, output: Path, routing: str = "per_layer", **arguments: Any) -> DyLoRATrainer:
+    """A trainer that moves the bias, and experts and gates that stand still."""
+    trainer = trainer_of(folder, output, routing, learning_rate=0.0, ours={"balance_update_rate": 0.25}, **arguments)
+    with torch.no_grad():
+        for gate in trainer.model.router.gates:
+            gate[0] = gate[0] * 0.1 + gate[1]  # near the second, so that the choice is unequal
+    return trainer
+
+
+@pytest.mark.parametrize("batch_size", [8, 2])
+def test_the_bias_moves_once_a_step_by_the_load_of_the_global_batch(
+    folder: Path, tmp_path: Path, batch_size: int
+) -> None:
+    parts = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
+    trainer = biased(folder, tmp_path, max_steps=3, **parts)
+    model = trainer.model
+    batch = DataCollatorForSeq2Seq(tiny_tokenizer())(
+        [{k: v for k, v in row.items() if k != "domain"} for row in rows()]
+    )
+    with torch.no_grad():
+        logits = model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).router_logits
+    wanted = torch.zeros_like(model.router.selection_bias)
+    for _ in range(3):
+        load = torch.zeros_like(wanted)
+        for gate, example, position in torch.cartesian_prod(*map(torch.arange, logits.shape[:3])).tolist():
+            if batch["attention_mask"][example, position]:
+                load[gate, (logits[gate, example, position] + wanted[gate]).topk(2).indices] += 1
+        wanted = wanted + 0.25 * torch.sign(load.mean(dim=1, keepdim=True) - load)
+    trainer.train()
+    torch.testing.assert_close(model.router.selection_bias, wanted)
+    assert wanted.abs().max() > 0.2
+
+
+def test_the_bias_evens_the_load_and_leaves_weights_and_gradients_alone(folder: Path, tmp_path: Path) -> None:
+    trainer = biased(folder, tmp_path, "prefix:1", max_steps=60, per_device_train_batch_size=8)
+    trainer.balance_update_rate = 0.02
+    with torch.no_grad():
+        trainer.model.router.gates[0][0] *= 4
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+    def unevenness() -> float:
+        load = trainer.model.router.expert_load
+        return (load.max() / load.mean()).item() - 1
+
+    trainer.model.eval()
+    before = trainer.model(**inputs).routing_weights
+    trainer.train()
+    trainer.model.eval()
+    assert torch.equal(trainer.model(**inputs).routing_weights, before), "young experts are mixed without the bias"
+    assert unevenness() < 0.1
+    trainer.model.set_maturity()
+    shares = (trainer.model(**inputs).routing_weights > 0)[0][batch["attention_mask"] == 1].float().mean(dim=0)
+    assert shares.max() / shares.mean() < 1.1, "once routing is sparse, the bias decides"
+    trainer.model.router.selection_bias.zero_()
+    shares = (trainer.model(**inputs).routing_weights > 0)[0][batch["attention_mask"] == 1].float().mean(dim=0)
+    assert shares.max() / shares.mean() > 1.3, "without it the load is uneven"
+
+
+def test_the_bias_is_saved_with_the_router(folder: Path, tmp_path: Path) -> None:
+    trainer = biased(folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    again = biased(folder, tmp_path)
+    again.model.load_weights(tmp_path / "checkpoint-1")
+    assert torch.equal(again.model.router.selection_bias, trainer.model.router.selection_bias)
+    assert trainer.model.router.selection_bias.abs().sum() > 0

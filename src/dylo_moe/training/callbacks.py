@@ -1,11 +1,30 @@
 """What the Trainer shows while it runs."""
 
+import logging
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from typing_extensions import override
+
+from dylo_moe.training.interruption import EvaluationInterrupted
+
+
+class _AboveBars(logging.Handler):
+    """Writes messages above the progress bars, in the place of into them."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+_ABOVE_BARS = _AboveBars()
+_PACKAGE_LOGGER = logging.getLogger("dylo_moe")
 
 
 class TokenProgressCallback(ProgressCallback):
@@ -18,6 +37,7 @@ class TokenProgressCallback(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
             self.training_bar.set_description("Training")
+            _PACKAGE_LOGGER.addHandler(_ABOVE_BARS)
         self._started, self._tokens_before = time.monotonic(), state.num_input_tokens_seen
         self._shown: dict[str, str] = {}
 
@@ -54,7 +74,42 @@ class TokenProgressCallback(ProgressCallback):
         names = {"loss": "loss", "eval_mean_domain_loss": "held-out loss"}
         self._show({title: f"{logs[key]:.3f}" for key, title in names.items() if key in logs})
 
+    def close(self) -> None:
+        """Ends the bars where they are, so that what is written next has a line of its own."""
+        _PACKAGE_LOGGER.removeHandler(_ABOVE_BARS)
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
     def _show(self, values: dict[str, str]) -> None:
         if self.training_bar is not None:
             self._shown.update(values)
             self.training_bar.set_postfix(self._shown)
+
+
+class BaseEvaluation(TrainerCallback):
+    """Evaluates the base model alone, once the Trainer has prepared the model and before the first step.
+
+    Not earlier: accelerate would take a model that it has only evaluated for one that it has prepared, and several
+    processes would then train several models; and a sharded model can be evaluated once it is sharded.
+
+    Args:
+        evaluate: Evaluates the base model.
+
+    Attributes:
+        metrics: What it returned; empty before.
+        ended: When it did, by ``time.monotonic``.
+    """
+
+    def __init__(self, evaluate: Callable[[], dict[str, float]]) -> None:
+        self._evaluate = evaluate
+        self.metrics: dict[str, float] = {}
+        self.ended = time.monotonic()
+
+    @override
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        with suppress(EvaluationInterrupted):  # what interrupts it also ends training, after the first step
+            self.metrics = self._evaluate()
+        self.ended = time.monotonic()
