@@ -70,6 +70,7 @@ def test_evaluating_and_saving_go_together(
             ["--save_steps", "5", "--save_strategy", "epoch"],
             "--save_steps must be left out where --save_strategy is epoch",
         ),
+        (["--save_steps", "5", "--eval_strategy", "epoch"], "--eval_strategy must be as --save_strategy"),
         (["--eval_steps", "50", "--save_steps", "75"], "round multiple of the evaluation"),
         (["--early_stopping_patience", "2", "--eval_strategy", "no"], "--early_stopping_patience must be left out"),
         (["--optim", "magic"], "magic is not a valid OptimizerNames"),

@@ -27,7 +27,13 @@ def trainer_arguments(flags: TrainFlags) -> TrainingArguments:
             f"got {given['lr_scheduler_type']}"
         )
     options = {**_ours(args), "report_to": _trackers(flags), **_intervals(given), **given}
-    judged = "no" not in (options["eval_strategy"], options["save_strategy"])
+    strategies = options["eval_strategy"], options["save_strategy"]
+    judged = "no" not in strategies
+    if judged and strategies[1] not in ("best", strategies[0]):
+        raise ConfigError(
+            "--eval_strategy must be as --save_strategy, unless one of them is no, since the best checkpoint is one "
+            f"that was evaluated; got {strategies[0]} and {strategies[1]} (a number of steps means steps)"
+        )
     if args.early_stopping_patience is not None and not judged:
         raise ConfigError("--early_stopping_patience must be left out where nothing is evaluated or saved in training")
     try:
