@@ -1,6 +1,8 @@
 """A run that is asked to stop saves, says so by its exit code, and goes on as if nothing had been."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,3 +185,26 @@ def test_data_that_is_gone_ends_before_anything_is_touched(
     assert main(["train", *wanted]) == EXIT_USER_ERROR
     assert "there is no file or folder" in capsys.readouterr().err
     assert sorted(path for path in (undisturbed / "undisturbed").rglob("*")) == before
+
+
+def test_another_optimiser_is_not_gone_on_with(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *flags(undisturbed, "undisturbed"), "--router_learning_rate", "1e-3"]) == EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert "the optimiser of the checkpoint" in said and "--router_learning_rate of the run that wrote it" in said
+
+
+def test_a_best_checkpoint_that_is_gone_is_told_and_not_taken_for_one_that_is_there(
+    undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = checkpoints.newest_first(undisturbed / "undisturbed")[0]
+    copied = checkpoints.folder_of(tmp_path / "copy", STEPS)
+    partial = checkpoints.begin(copied)
+    shutil.copytree(newest, partial, dirs_exist_ok=True)
+    (partial / checkpoints.MANIFEST).unlink()
+    state = json.loads((partial / "trainer_state.json").read_text())
+    state.update(best_global_step=7, best_metric=0.1, best_model_checkpoint="elsewhere/checkpoint-7")
+    (partial / "trainer_state.json").write_text(json.dumps(state))
+    checkpoints.finish(copied)
+    assert main(["train", *flags(undisturbed, str(tmp_path / "copy"))]) == 0
+    assert f"{tmp_path / 'copy' / 'checkpoint-7'}, the best so far, is gone" in caplog.text
+    same(undisturbed / "undisturbed", tmp_path / "copy")
