@@ -22,6 +22,7 @@ from dylo_moe.config import (
     TRAIN_GROUPS,
     DataArguments,
     ExpertArguments,
+    LiveBenchmarkArguments,
     ModelArguments,
     TrainingArgumentsGroup,
     parse,
@@ -37,6 +38,7 @@ from dylo_moe.data.prepare_data import PreparedData, prepare_data
 from dylo_moe.data.registry import refuse_for_training, resolve
 from dylo_moe.data.templates import template_of
 from dylo_moe.errors import ConfigError, ModelError
+from dylo_moe.programs.live_benchmark import LiveBenchmark
 from dylo_moe.reports.tables import TrainingReport, training_table
 from dylo_moe.training.callbacks import TokenProgressCallback
 from dylo_moe.training.trainer import DyLoRATrainer
@@ -54,11 +56,11 @@ def main(arguments: Sequence[str], program: str = "dylora-moe train") -> int:
     """
     description = "Train a mixture of LoRA experts on a frozen language model."
     groups = parse(TRAIN_GROUPS, program, description, arguments)
-    model_args, expert_args, data_args, training_args, run_args = groups
+    model_args, expert_args, data_args, training_args, live_args, run_args = groups
     if run_args.dry_run:
         sys.stdout.write(to_yaml(groups))
         return 0
-    train(model_args, expert_args, data_args, training_args, Console())
+    train(model_args, expert_args, data_args, training_args, live_args, Console())
     return 0
 
 
@@ -67,6 +69,7 @@ def train(
     expert_args: ExpertArguments,
     data_args: DataArguments,
     training_args: TrainingArgumentsGroup,
+    live_args: LiveBenchmarkArguments,
     console: Console,
 ) -> TrainingReport:
     """Trains, evaluates and saves; tells ``console`` what it does.
@@ -78,6 +81,7 @@ def train(
     _check_inputs(model_args, data_args, training_args)
     transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(model_args.model_name, revision=model_args.revision)
+    live = LiveBenchmark(live_args, tokenizer, training_args.seed, console)
     data = _prepare(data_args, tokenizer, training_args.seed)
     for note in data.notes:
         console.print(note, highlight=False, soft_wrap=True)
@@ -87,6 +91,7 @@ def train(
     if data_args.packing:
         _check_packing(model, data, console)
     trainer = _build_trainer(model, tokenizer, data, data_args, training_args)
+    live.attach(trainer)
 
     console.print(f"Evaluating the base model on {len(data.validation):,} held-out rows", highlight=False)
     with model.base_only():
@@ -120,6 +125,7 @@ def train(
     )
     (output / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n")
     console.print(training_table(report))
+    live.score_final()
     # as it can be typed here: the environment's commands need not be on the path
     program = ["dylora-moe"] if shutil.which("dylora-moe") else [sys.executable, "-m", "dylo_moe"]
     command = [*program, "generate", "--trained_model", report.checkpoint, "--prompt", "def reverse(text):"]
