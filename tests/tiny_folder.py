@@ -50,10 +50,10 @@ def tiny_config(vocab_size: int, positions: int = 512) -> LlamaConfig:
     )
 
 
-def write_tiny_folder(folder: Path, *, seed: int = 0, positions: int = 512) -> Path:
+def write_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
     """Writes a random Llama of four layers, and its tokenizer, into ``folder``."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
-    LlamaForCausalLM(tiny_config(len(tokenizer), positions)).save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -370,6 +370,9 @@ class BenchmarkArguments:
     evalplus: bool = _flag(
         default=True, help="EvalPlus's problems, tests and sanitiser; --no_evalplus has the original ones alone."
     )
+    data_dir: str | None = _flag(
+        default=None, help="Folder to find MBPP's own rows in, as for train; for mbpp with --no_evalplus."
+    )
     output: str | None = _flag(
         default=None, help="Result file (.json); results/benchmarks/NAME-DIGEST.json if not given. Samples lie beside it."
     )

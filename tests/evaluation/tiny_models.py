@@ -8,9 +8,12 @@ from tiny_folder import tiny_config, tiny_tokenizer
 
 
 def tiny_base(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Random, and surer of itself than random weights make it: it can be taught, and rounding turns few near ties."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
-    return LlamaForCausalLM(tiny_config(len(tokenizer))).eval(), tokenizer
+    base = LlamaForCausalLM(tiny_config(len(tokenizer), positions=2048)).eval()
+    base.lm_head.weight.data.mul_(20)
+    return base, tokenizer
 
 
 def tiny_mixture(routing: str = "per_layer", seed: int = 0) -> tuple[DyLoRA_MoE, PreTrainedTokenizerFast]:

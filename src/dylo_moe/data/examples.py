@@ -152,6 +152,15 @@ def read_examples(entry: DatasetEntry, template: Template, *, skip_bad_rows: boo
     return Examples(entry, rows.select(np.flatnonzero(~bad)).remove_columns("problem"), int(bad.sum()), first)
 
 
+def read_rows(entry: DatasetEntry) -> list[Row]:
+    """The rows of a dataset as they are, in the order of their source.
+
+    Raises:
+        DatasetError: The dataset cannot be had or read.
+    """
+    return [row for _, row in _located(_source(entry), entry)]
+
+
 @cache
 def code_digest() -> str:
     """A digest of this package's code: what older code has written is not read by newer code."""

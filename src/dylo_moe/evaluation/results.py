@@ -45,7 +45,7 @@ class Settings(_Record):
     n_samples: int
     seed: int
     max_samples: int | None
-    sanitised: bool
+    evalplus: bool
 
 
 class VerdictRecord(_Record):
@@ -171,6 +171,8 @@ def compared(before: BenchmarkResult, after: BenchmarkResult) -> dict[str, Diffe
             f"--compare needs a benchmark that both have: the first has {', '.join(before.benchmarks)}, the second "
             f"{', '.join(after.benchmarks)}"
         )
+    if before.settings.evalplus != after.settings.evalplus:
+        raise ConfigError("--compare needs results of the same tests, and one of them was made with --no_evalplus")
     if before.prompts_hash != after.prompts_hash:
         raise ConfigError(
             f"--compare needs results on the same prompts: the first has prompt style {before.settings.prompt_style} "

@@ -67,14 +67,14 @@ class Questions:
         style: How they are put to the model.
         encode: From the text of a prompt to its tokens.
         max_samples: How many problems of each benchmark were taken; None for all.
-        sanitised: Whether EvalPlus's sanitiser takes the code out of an answer.
+        evalplus: Whether the problems are EvalPlus's, and its sanitiser takes the code out of an answer.
     """
 
     problems: Mapping[str, Sequence[Problem]]
     style: PromptStyle
     encode: Callable[[str], Sequence[int]]
     max_samples: int | None = None
-    sanitised: bool = True
+    evalplus: bool = True
 
     def prompts(self) -> list[Prompt]:
         """One for each task; a task of two benchmarks, with other tests in each, is asked once."""
@@ -134,7 +134,7 @@ class BenchmarkRun:
             "model_digest": self._record.digest,
             "dtype": self._record.dtype,
             "prompts_hash": self._prompts_hash,
-            **self._settings.model_dump(exclude={"max_samples", "sanitised"}),
+            **self._settings.model_dump(exclude={"max_samples", "evalplus"}),
         }
 
     @property
@@ -208,7 +208,7 @@ class _Judging:
 
     def __init__(self, questions: Questions, judges: Judges) -> None:
         self._questions, self._judges = questions, judges
-        self._sanitise = sanitiser() if questions.sanitised else lambda text, entry_point: text
+        self._sanitise = sanitiser() if questions.evalplus else lambda text, entry_point: text
         self._of_task: dict[str, list[tuple[str, Problem]]] = {}
         for benchmark, problems in questions.problems.items():
             for problem in problems:
@@ -246,7 +246,7 @@ def _settings(questions: Questions, settings: GenerationSettings) -> Settings:
         n_samples=settings.n_samples,
         seed=settings.seed,
         max_samples=questions.max_samples,
-        sanitised=questions.sanitised,
+        evalplus=questions.evalplus,
     )
 
 

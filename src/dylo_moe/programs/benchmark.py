@@ -15,10 +15,13 @@ from dylo_moe.config import BENCHMARK_GROUPS, OWN_BASE, BenchmarkArguments, Mode
 from dylo_moe.core.base_model import DTYPES, load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
 from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.data.examples import read_rows
 from dylo_moe.data.prepare_data import encode_prompt
-from dylo_moe.data.rows import asked
+from dylo_moe.data.registry import resolve
+from dylo_moe.data.rows import Row, asked
 from dylo_moe.data.templates import AUTO, template_of
 from dylo_moe.errors import ConfigError
+from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.generation import GenerationSettings, Model
 from dylo_moe.evaluation.judge import Judge
 from dylo_moe.evaluation.problems import Problem, load_problems
@@ -59,9 +62,10 @@ def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
         DyLoRAError: The user can mend it.
     """
     _check_output(args)
-    problems = chosen_problems(args.benchmarks or [], args.max_samples, evalplus=args.evalplus)
-    with Judge(unsafe_no_sandbox=args.unsafe_no_sandbox) as judge:
-        console.print(f"Answers run in: {judge.tier}", highlight=False)
+    problems = chosen_problems(args)
+    choice = choose_sandbox(args.unsafe_no_sandbox)
+    console.print(choice.describe(), highlight=False, soft_wrap=True)
+    with Judge(choice.sandbox) as judge:
         model, tokenizer, name = load_model(args)
         console.print(f"Scoring {name}, a {type(model).__name__}", highlight=False, soft_wrap=True)
         template = model.prompt_template if isinstance(model, DyLoRA_MoE) else None
@@ -70,7 +74,7 @@ def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
             style=style_of(args.prompt_style, template, tokenizer),
             encode=lambda text: encode_prompt(tokenizer, text),
             max_samples=args.max_samples,
-            sanitised=args.evalplus,
+            evalplus=args.evalplus,
         )
         run = BenchmarkRun(model, name, tokenizer, questions, _sampling(args))
         output = Path(args.output) if args.output else RESULTS / f"{_plain(name)}-{run.digest[:8]}.json"
@@ -79,7 +83,7 @@ def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
             result = run.run(
                 judge,
                 output.with_suffix(".samples.jsonl"),
-                sandbox=judge.tier,
+                sandbox=choice.sandbox.name,
                 progress=lambda done, of, speed: progress.update(
                     task, completed=done, total=of, speed=f"{speed:.0f} tokens/s"
                 ),
@@ -147,9 +151,18 @@ def style_of(choice: str, template: str | None, tokenizer: PreTrainedTokenizerBa
     return PromptStyle(choice, lambda instruction: chosen.render(asked(instruction)))
 
 
-def chosen_problems(names: Sequence[str], first: int | None, *, evalplus: bool = True) -> dict[str, list[Problem]]:
-    """The first problems of each benchmark, or all."""
-    return {name: load_problems(name, evalplus=evalplus)[:first] for name in names}
+def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:
+    """The problems of each benchmark.
+
+    Raises:
+        DyLoRAError: They cannot be had.
+    """
+    rows: list[Row] | None = None
+    if "mbpp" in (args.benchmarks or []) and not args.evalplus:
+        rows = read_rows(resolve("mbpp", args.data_dir))
+    return {
+        name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []
+    }
 
 
 def _each_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:

@@ -10,12 +10,13 @@ from typing_extensions import override
 
 from dylo_moe.config import LiveBenchmarkArguments
 from dylo_moe.data.prepare_data import encode_prompt
+from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.generation import GenerationSettings
 from dylo_moe.evaluation.judge import Judge
-from dylo_moe.evaluation.problems import Problem
+from dylo_moe.evaluation.problems import Problem, load_problems
 from dylo_moe.evaluation.results import BenchmarkResult, write_result
 from dylo_moe.evaluation.run import BenchmarkRun, Questions
-from dylo_moe.programs.benchmark import chosen_problems, style_of
+from dylo_moe.programs.benchmark import style_of
 from dylo_moe.training.trainer import DyLoRATrainer
 
 RESULT_FILE = "benchmark.json"
@@ -44,10 +45,8 @@ class LiveBenchmark(TrainerCallback):
         self._args, self._tokenizer, self._seed, self._console = args, tokenizer, seed, console
         self._problems: dict[str, list[Problem]] = {}
         if args.benchmark_strategy != "none":
-            self._problems = chosen_problems(args.benchmarks or [], args.benchmark_samples)
-            # a canary runs here, and not for the first time hours later
-            with Judge():
-                pass
+            self._problems = {name: load_problems(name)[: args.benchmark_samples] for name in args.benchmarks or []}
+            self._sandbox = choose_sandbox().sandbox
         self._trainer: DyLoRATrainer | None = None
 
     def attach(self, trainer: DyLoRATrainer) -> None:
@@ -83,8 +82,8 @@ class LiveBenchmark(TrainerCallback):
             max_new_tokens=args.benchmark_max_new_tokens, batch_size=args.benchmark_batch_size, seed=self._seed
         )
         run = BenchmarkRun(model, "the mixture in training", tokenizer, questions, sampling)
-        with Judge() as judge, tempfile.TemporaryDirectory() as folder:
-            result = run.run(judge, Path(folder) / "samples.jsonl", sandbox=judge.tier)
+        with Judge(self._sandbox) as judge, tempfile.TemporaryDirectory() as folder:
+            result = run.run(judge, Path(folder) / "samples.jsonl", sandbox=self._sandbox.name)
         scores: dict[str, float] = {}
         for name, record in result.benchmarks.items():
             estimate = record.pass_at[1]
