@@ -38,6 +38,10 @@ class CheckpointError(DyLoRAError):
     """A checkpoint cannot be written, is not whole, or belongs to another model."""
 
 
+class EvaluationError(DyLoRAError):
+    """A benchmark's data cannot be had, or its answers cannot be run safely."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
