@@ -5,7 +5,12 @@ from pathlib import Path
 
 from dylo_moe.config import BENCHMARK_GROUPS, DATASETS_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
 
-PROGRAMS = {"train": TRAIN_GROUPS, "benchmark": BENCHMARK_GROUPS, "generate": GENERATE_GROUPS, "datasets": DATASETS_GROUPS}
+PROGRAMS = {
+    "train": TRAIN_GROUPS,
+    "benchmark": BENCHMARK_GROUPS,
+    "generate": GENERATE_GROUPS,
+    "datasets": DATASETS_GROUPS,
+}
 PAGE = Path(__file__).with_name("flags.md")
 
 

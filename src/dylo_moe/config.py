@@ -255,9 +255,7 @@ class LiveBenchmarkArguments:
     benchmark_strategy: str = _flag(
         default="none", help="Benchmark the mixture never (none), after every epoch (epoch), or once trained (final)."
     )
-    benchmarks: list[str] | None = _flag(
-        default=None, help=f"Which: {', '.join(BENCHMARKS)}; humaneval if not given."
-    )
+    benchmarks: list[str] | None = _flag(default=None, help=f"Which: {', '.join(BENCHMARKS)}; humaneval if not given.")
     benchmark_samples: int = _flag(default=20, help="Tasks of each benchmark, the first ones.")
     benchmark_max_new_tokens: int = _flag(default=256, help="Most tokens of an answer.")
     benchmark_batch_size: int = _flag(default=16, help="Answers that are generated at once.")
@@ -374,7 +372,8 @@ class BenchmarkArguments:
         default=None, help="Folder to find MBPP's own rows in, as for train; for mbpp with --no_evalplus."
     )
     output: str | None = _flag(
-        default=None, help="Result file (.json); results/benchmarks/NAME-DIGEST.json if not given. Samples lie beside it."
+        default=None,
+        help="Result file (.json); results/benchmarks/NAME-DIGEST.json if not given. Samples lie beside it.",
     )
     seed: int = _flag(default=42, help="Seed of sampling.")
     unsafe_no_sandbox: bool = _flag(

@@ -124,7 +124,7 @@ def test_a_stop_string_counts_only_in_what_was_generated() -> None:
 def test_a_sample_that_does_not_end_is_counted_as_cut_off() -> None:
     model, tokenizer = tiny_mixture()
     for sample in sampled(model, tokenizer, prompts_of(tokenizer), GenerationSettings(max_new_tokens=3)).values():
-        assert (sample.tokens, sample.ended) == (3, False) or sample.ended and sample.tokens <= 3
+        assert (sample.tokens, sample.ended) == (3, False) or (sample.ended and sample.tokens <= 3)
 
 
 def test_the_models_own_generation_defaults_play_no_part() -> None:
@@ -163,5 +163,7 @@ def test_prompts_with_other_stop_strings_are_in_another_batch() -> None:
 
 def test_a_prompt_that_is_too_long_is_refused() -> None:
     base, tokenizer = tiny_base()
-    with pytest.raises(ConfigError, match=r"--max_new_tokens must be at most \d+, got 2040: the model has 2048 positions"):
+    with pytest.raises(
+        ConfigError, match=r"--max_new_tokens must be at most \d+, got 2040: the model has 2048 positions"
+    ):
         check_lengths(base, prompts_of(tokenizer), GenerationSettings(max_new_tokens=2040))

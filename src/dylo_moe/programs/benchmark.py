@@ -160,9 +160,7 @@ def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:
     rows: list[Row] | None = None
     if "mbpp" in (args.benchmarks or []) and not args.evalplus:
         rows = read_rows(resolve("mbpp", args.data_dir))
-    return {
-        name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []
-    }
+    return {name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []}
 
 
 def _each_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:

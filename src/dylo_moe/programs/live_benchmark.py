@@ -25,9 +25,10 @@ RESULT_FILE = "benchmark.json"
 class LiveBenchmark(TrainerCallback):
     """Scores the model that a Trainer trains, greedily and on a few tasks, and logs the scores.
 
-    The log has ``eval_benchmark_<name>_pass_at_1`` and its ``..._standard_error``, fractions from 0 to 1, and the output
-    folder has the newest result with every verdict, ``benchmark.json``. Neither the weights, nor the mode of any module, nor the random state of the training is changed. Where the model cannot
-    be scored, the training ends with the error. Of several processes the first scores; the others wait for it.
+    The log has ``eval_benchmark_<name>_pass_at_1`` and its ``..._standard_error``, fractions from 0 to 1, and the
+    output folder has the newest result with every verdict, ``benchmark.json``. Neither the weights, nor the mode of
+    any module, nor the random state of the training is changed. Where the model cannot be scored, the training ends
+    with the error. Of several processes the first scores; the others wait for it.
 
     Args:
         args: When, on what, and how much.
@@ -55,7 +56,9 @@ class LiveBenchmark(TrainerCallback):
         trainer.add_callback(self)
 
     @override
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._args.benchmark_strategy == "epoch":
             self.score()
 

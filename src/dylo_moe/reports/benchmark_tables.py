@@ -17,7 +17,9 @@ def result_table(result: BenchmarkResult) -> RenderableType:
         table.add_column(column, justify="right")
     for name, record in result.benchmarks.items():
         for k, estimate in record.pass_at.items():
-            table.add_row(name, f"{len(record.verdicts):,}", f"pass@{k}", _score(estimate), _interval(estimate.interval))
+            table.add_row(
+                name, f"{len(record.verdicts):,}", f"pass@{k}", _score(estimate), _interval(estimate.interval)
+            )
     facts = Table.grid(padding=(0, 2))
     speed = f", {result.generated_tokens / result.generation_seconds:.0f} tokens/s" if result.generated_tokens else ""
     facts.add_row("Samples", f"{result.samples:,} with {result.tokens:,} tokens{speed}, {result.cut_off:,} cut off")
@@ -26,9 +28,7 @@ def result_table(result: BenchmarkResult) -> RenderableType:
     return Group(table, facts)
 
 
-def comparison_table(
-    differences: Mapping[str, Difference], before: ModelRecord, after: ModelRecord
-) -> RenderableType:
+def comparison_table(differences: Mapping[str, Difference], before: ModelRecord, after: ModelRecord) -> RenderableType:
     """Both scores of each benchmark, the difference with its interval, and the tasks that changed."""
     table = Table(title=f"{before.name} → {after.name}, pass@1", title_justify="left")
     table.add_column("benchmark")
