@@ -36,7 +36,7 @@ MEMORY = 4 << 30
 WALL_FLOOR, WALL_FACTOR = 10.0, 10.0
 """Seconds of silence until an answer counts as asleep: the floor, and so many times its processor limit."""
 
-_START = (
+START = (
     "import sys, types; package = types.ModuleType('dylo_moe'); package.__path__ = [sys.argv[1]]; "
     "sys.modules['dylo_moe'] = package; from dylo_moe.evaluation.{module} import main; main()"
 )
@@ -147,7 +147,7 @@ class Sandbox:
     def _command(self, seen: Exposure, root: bool) -> list[str]:
         package = str(Path(__file__).parents[1])
         python = [seen.interpreter, "-s", "-S", "-P", "-B", "-X", "utf8"]
-        python += ["-c", _START.format(module="answer_process"), package]
+        python += ["-c", START.format(module="answer_process"), package]
         return [*_bubblewrap(self.program, seen, root), *python] if self.program else python
 
 

@@ -20,6 +20,9 @@ from typing import Any
 LARGEST_TEXT = 1 << 18
 """Characters, about, of the longest value that travels whole."""
 
+WHOLE = 1 << 40
+"""More characters than any value has: for what must not become a digest."""
+
 LARGEST_ITERATOR = 100_000
 """How many items of a generator are taken before it counts as opaque."""
 
@@ -95,15 +98,16 @@ class Digest:
         return cls(state.hexdigest())
 
 
-def encode(value: Any, names: Mapping[str, Any] | None = None) -> str:
+def encode(value: Any, names: Mapping[str, Any] | None = None, largest: int = LARGEST_TEXT) -> str:
     """One line of JSON for a value.
 
     Args:
         value: Anything.
         names: Objects that are known by a name on both sides, for those that are no plain values.
+        largest: Characters, about, beyond which a digest is given.
     """
     try:
-        return json.dumps(_tagged(value, [LARGEST_TEXT], names or {}))
+        return json.dumps(_tagged(value, [largest], names or {}))
     except _TooLargeError:
         return json.dumps(["digest", Digest.of(value).hexdigest])
 
@@ -115,7 +119,14 @@ def decode(text: str | bytes, names: Mapping[str, Any] | None = None) -> Any:
         ValueError: ``encode`` did not write it.
     """
     try:
-        return _untagged(json.loads(text), names or {})
+        return _value(json.loads(text), names)
+    except RecursionError as error:
+        raise ValueError("not an encoded value: too deep") from error
+
+
+def _value(tagged: Any, names: Mapping[str, Any] | None) -> Any:
+    try:
+        return _untagged(tagged, names or {})
     except (LookupError, TypeError, AttributeError, RecursionError, OverflowError, ImportError) as error:
         raise ValueError(f"not an encoded value: {type(error).__name__}") from error
 
@@ -131,7 +142,7 @@ def decode_line(line: bytes, names: Mapping[str, Any] | None = None) -> tuple[st
     except (TypeError, RecursionError) as error:
         raise ValueError("not a line of an answer's process") from error
     if word == "ok" and len(rest) == 2:
-        return "ok", decode(json.dumps(rest[0]), names)
+        return "ok", _value(rest[0], names)
     if word in ("failed", "raised") and len(rest) == 1 and isinstance(rest[0], str):
         return word, rest[0]
     if word == "ready" and not rest:
