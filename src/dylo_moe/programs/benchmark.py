@@ -20,7 +20,7 @@ from dylo_moe.data.prepare_data import encode_prompt
 from dylo_moe.data.registry import resolve
 from dylo_moe.data.rows import Row, asked
 from dylo_moe.data.templates import AUTO, template_of
-from dylo_moe.errors import ConfigError
+from dylo_moe.errors import ConfigError, EvaluationError
 from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.generation import GenerationSettings, Model
 from dylo_moe.evaluation.judge import Judge
@@ -160,7 +160,11 @@ def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:
     rows: list[Row] | None = None
     if "mbpp" in (args.benchmarks or []) and not args.evalplus:
         rows = read_rows(resolve("mbpp", args.data_dir))
-    return {name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []}
+    found = {name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []}
+    for name, problems in found.items():
+        if not problems:
+            raise EvaluationError(f"--benchmarks {name}: its data holds no task to ask; check --data_dir")
+    return found
 
 
 def _each_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:
