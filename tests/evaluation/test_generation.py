@@ -1,10 +1,13 @@
 """Samples are the given model's, whatever the batch, and stop where they should."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from dylo_moe.errors import ConfigError
+from dylo_moe.evaluation import generation
 from dylo_moe.evaluation.generation import (
     GenerationSettings,
     Model,
@@ -45,6 +48,33 @@ def test_greedy_samples_are_what_the_models_own_generate_gives_to_each_prompt_al
         whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         expected = tokenizer.decode(whole[0], skip_special_tokens=True)
         assert text + found[f"task/{number}", 0].completion == expected
+
+
+@pytest.mark.parametrize("routing", ["per_layer", "final"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_that_end_leave_the_batch_and_change_nothing(
+    routing: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_mixture(routing)
+    model.double()
+    settings = GenerationSettings(max_new_tokens=40, temperature=temperature, n_samples=2 if temperature else 1)
+    # single letters: some rows meet one of these early, some late, some never
+    prompts = prompts_of(tokenizer, ("a", "e", "|"))
+    monkeypatch.setattr(generation, "_STRETCH", 40)
+    at_once = sampled(model, tokenizer, prompts, settings)
+    sizes: list[int] = []
+    generate = model.generate
+
+    def noted(**kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", noted)
+    monkeypatch.setattr(generation, "_STRETCH", 3)
+    assert sampled(model, tokenizer, prompts, settings) == at_once
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    monkeypatch.setattr(generation, "_can_drop", lambda cache: False)
+    assert sampled(model, tokenizer, prompts, settings) == at_once
 
 
 def test_a_mixture_its_expert_and_its_base_give_different_samples() -> None:

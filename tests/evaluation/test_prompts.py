@@ -34,7 +34,9 @@ def test_a_conversation_asks_for_a_script_and_opens_the_answer() -> None:
 def test_the_sanitiser_keeps_what_the_function_needs() -> None:
     pytest.importorskip("evalplus")
     sanitised = sanitiser()
-    answer = "import os\nSTEP = 1\n\ndef other():\n    return 2\n\ndef up(n):\n    return n + STEP\n\nprint(up(1))\nand so"
+    answer = (
+        "import os\nSTEP = 1\n\ndef other():\n    return 2\n\ndef up(n):\n    return n + STEP\n\nprint(up(1))\nand so"
+    )
     kept = sanitised(answer, "up")
     assert "return n + STEP" in kept and "STEP = 1" in kept
     assert "print" not in kept and "other" not in kept and "and so" not in kept

@@ -115,7 +115,7 @@ def test_the_digest_follows_everything_that_answers_follow_from() -> None:
 def test_an_interrupted_run_goes_on_by_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_mixture()
     model.double()
-    settings = {"temperature": 0.8, "n_samples": 3, "batch_size": 2}
+    settings = {"temperature": 0.8, "n_samples": 3, "batch_size": 2, "max_new_tokens": 20}
     whole = score(model, tokenizer, tmp_path / "whole", **settings)
     generate, calls = model.generate, []
 
@@ -184,7 +184,7 @@ def test_answers_are_handed_over_while_others_are_still_generated(tmp_path: Path
     handed_over: list[int] = []
     generate = model.generate
     model.generate = lambda **kwargs: (handed_over.append(len(judge.judged)), generate(**kwargs))[1]  # type: ignore
-    score(model, tokenizer, tmp_path, judge=judge, batch_size=1)
+    score(model, tokenizer, tmp_path, judge=judge, batch_size=1, max_new_tokens=20)
     assert handed_over == [0, 1, 2]
 
 

@@ -111,7 +111,12 @@ def test_sampling_gives_pass_at_ten(models: tuple[Path, Path]) -> None:
 
 def test_mbpps_own_problems(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--base_model", models[0], "--benchmarks", "mbpp", "--data_dir", ".", "--max_new_tokens", "4"]
-    row = {"task_id": 11, "text": "Add one.", "code": "def up(n):\n    return n + 1", "test_list": ["assert up(1) == 2"]}
+    row = {
+        "task_id": 11,
+        "text": "Add one.",
+        "code": "def up(n):\n    return n + 1",
+        "test_list": ["assert up(1) == 2"],
+    }
     Path("mbpp.jsonl").write_text(json.dumps(row) + "\n")
     found = run(*arguments)
     assert list(found.benchmarks["mbpp"].verdicts) == ["Mbpp/11"]

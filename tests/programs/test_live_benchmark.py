@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_USER_ERROR, EvaluationError
 from dylo_moe.evaluation.identity import model_digest
 from dylo_moe.evaluation.results import read_result
 from dylo_moe.programs import live_benchmark
-from dylo_moe import DyLoRA_MoE
 from tiny_folder import write_tiny_folder
 
 pytest.importorskip("evalplus")
@@ -43,11 +43,10 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps({"prompt": f"say {n}", "completion": f"print({n})"}) + "\n" for n in range(80)))
     base = write_tiny_folder(tmp_path / "base")
-    return (
-        ["train", "--model_name", str(base), "--datasets", f"mine={mine}", "--max_seq_length", "32", "--lora_r", "2"]
-        + ["--num_epochs", "2", "--gradient_accumulation_steps", "1", "--train_batch_size", "4"]
-        + ["--benchmark_samples", "1", "--benchmark_max_new_tokens", "8", "--output_dir"]
-    )
+    short = "--max_seq_length 32 --lora_r 2 --num_epochs 2 --gradient_accumulation_steps 1 --train_batch_size 4"
+    benchmark = "--benchmark_samples 1 --benchmark_max_new_tokens 8"
+    where = ["train", "--model_name", str(base), "--datasets", f"mine={mine}"]
+    return [*where, *short.split(), *benchmark.split(), "--output_dir"]
 
 
 def scores(output: Path) -> list[dict[str, Any]]:
@@ -78,8 +77,8 @@ def test_each_epoch_is_scored_on_the_live_weights(
     assert all(0 <= entry["eval_benchmark_humaneval_pass_at_1"] <= 1 for entry in logged)
     # the training is what it is without a benchmark
     assert main([*arguments, str(tmp_path / "off")]) == 0
-    on, off = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("on", "off"))
-    assert on["mixture"] == off["mixture"] and on["steps"] == off["steps"]
+    on, off = (model_digest(DyLoRA_MoE.from_pretrained(tmp_path / name / "best_model")) for name in ("on", "off"))
+    assert on == off
     assert not scores(tmp_path / "off")
 
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel
 from torch import LongTensor, Tensor
 from transformers import (
+    Cache,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -24,6 +25,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from dylo_moe.core.model import DyLoRA_MoE
@@ -137,31 +139,70 @@ def generate_samples(
         settings: How to sample.
     """
     for batch in batches:
-        ids, mask = _padded(batch, int(tokenizer.pad_token_id or 0))
-        width = ids.shape[1]
-        processors = LogitsProcessorList()
-        if settings.temperature:
-            processors.append(_OwnDraws(batch, settings, width))
         with _evaluating(model):
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=settings.max_new_tokens,
-                num_beams=settings.num_beams,
-                # what is sampled is drawn by the processor; the likeliest is then what was drawn
-                do_sample=False,
-                logits_processor=processors,
-                stopping_criteria=StoppingCriteriaList([_StopAfterPrompt(tokenizer, batch[0][0].stops, width)]),
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=_end_tokens(model, tokenizer),
-                **_NEUTRAL,
-            )
-        ends = {*_end_tokens(model, tokenizer), tokenizer.pad_token_id}
+            rows = _continued(model, tokenizer, batch, settings)
         yield [
-            _sample(tokenizer, prompt, index, row[width:], ends)
-            for (prompt, index), row in zip(batch, output.tolist(), strict=True)
+            _sample(tokenizer, prompt, index, row, _end_tokens(model, tokenizer))
+            for (prompt, index), row in zip(batch, rows, strict=True)
         ]
 
+
+def _continued(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[tuple[Prompt, int]],
+    settings: GenerationSettings,
+) -> list[list[int]]:
+    """The tokens after each prompt, generated a stretch at a time: rows that have ended leave the batch in between.
+
+    Few answers are as long as the longest, and a row that has ended would cost as much as one that has not.
+    """
+    ids, mask = (tensor.to(model.device) for tensor in _padded(batch, int(tokenizer.pad_token_id or 0)))
+    width, cache = ids.shape[1], None
+    ends = _end_tokens(model, tokenizer)
+    rows, unfinished = list(range(len(batch))), set(range(len(batch)))
+    found: list[list[int]] = [[] for _ in batch]
+    while unfinished and (left := settings.max_new_tokens - (ids.shape[1] - width)):
+        here = [batch[row] for row in rows]
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            # a beam search cannot be continued
+            max_new_tokens=min(_STRETCH, left) if settings.num_beams == 1 else left,
+            num_beams=settings.num_beams,
+            # what is sampled is drawn by the processor; the likeliest is then what was drawn
+            do_sample=False,
+            logits_processor=LogitsProcessorList([_OwnDraws(here, settings, width)] if settings.temperature else []),
+            stopping_criteria=StoppingCriteriaList([_StopAfterPrompt(tokenizer, batch[0][0].stops, width)]),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+            return_dict_in_generate=True,
+            **_NEUTRAL,
+        )
+        for row, tokens in zip(rows, output.sequences[:, width:].tolist(), strict=True):
+            if row in unfinished:
+                found[row] = tokens
+                if _sample(tokenizer, *batch[row], tokens, ends).ended:
+                    unfinished.remove(row)
+        ids, cache = output.sequences, output.past_key_values
+        mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
+        if _can_drop(cache) and len(unfinished) < len(rows):
+            keep = torch.tensor([place for place, row in enumerate(rows) if row in unfinished], device=ids.device)
+            rows = [row for row in rows if row in unfinished]
+            if rows:
+                ids, mask = ids[keep], mask[keep]
+                cache.batch_select_indices(keep)
+    return found
+
+
+def _can_drop(cache: Any) -> bool:
+    """Whether rows can leave a cache: not where a model keeps a state in the place of keys and values."""
+    return isinstance(cache, Cache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+
+
+_STRETCH = 32
+"""Tokens between two looks at which rows have ended."""
 
 _NEUTRAL: dict[str, Any] = {
     "temperature": None,
@@ -195,9 +236,10 @@ def _end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _sample(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int, generated: list[int], ends: set[Any]
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int, generated: list[int], ends: Sequence[int]
 ) -> Sample:
-    length = next((place for place, token in enumerate(generated) if token in ends), len(generated))
+    over = {*ends, tokenizer.pad_token_id}
+    length = next((place for place, token in enumerate(generated) if token in over), len(generated))
     # with the prompt, since a tokenizer may drop the space that a text begins with
     whole = _text(tokenizer, [*prompt.ids, *generated[:length]])
     completion = whole[len(_text(tokenizer, prompt.ids)) :]
