@@ -152,7 +152,7 @@ class Sandbox:
 
 
 def _bubblewrap(program: str, seen: Exposure, root: bool) -> Iterator[str]:
-    """bubblewrap and its arguments: an empty file system that cannot be written, with what is exposed in it."""
+    """Returns bubblewrap and its arguments: an empty file system that cannot be written, with what is exposed in it."""
     yield from (program, "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net")
     yield from ("--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox", "--cap-drop", "ALL")
     if root:  # becomes an ordinary user inside, when everything is in place
