@@ -405,15 +405,15 @@ def total(numbers):
     return Deep().x
 """,
     ),
-    "segmentation_fault": Hostile(
-        "a crash", "import ctypes\n\ndef total(numbers):\n    return ctypes.string_at(1)\n"
-    ),
+    "segmentation_fault": Hostile("a crash", "import ctypes\n\ndef total(numbers):\n    return ctypes.string_at(1)\n"),
     # values that are hard to take
     "nested_value": Hostile(
         "a list in a list, 100,000 deep",
         "def total(numbers):\n    found = []\n    for _ in range(100000):\n        found = [found]\n    return found\n",
     ),
-    "own_member": Hostile("a list that holds itself", "def total(numbers):\n    a = []\n    a.append(a)\n    return a\n"),
+    "own_member": Hostile(
+        "a list that holds itself", "def total(numbers):\n    a = []\n    a.append(a)\n    return a\n"
+    ),
     "endless_generator": Hostile(
         "a generator without end", "def total(numbers):\n    return (number for number in iter(int, 1))\n"
     ),

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import ENTRY_POINT, HOSTILE, INPUTS, REFERENCE, program
 
 from dylo_moe.evaluation import comparer, sandbox, wire
 from dylo_moe.evaluation.canary import leaks_of
 from dylo_moe.evaluation.problems import Problem
 from dylo_moe.evaluation.sandbox import Allowance, Sandbox, candidates
+from hostile import ENTRY_POINT, HOSTILE, INPUTS, REFERENCE, program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandboxes are Linux's")
 pytest.importorskip("evalplus", reason="evalplus is not installed")
@@ -79,10 +79,10 @@ def children() -> set[int]:
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            state, parent, *_ = path.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended between being listed and being read
-        if parent == os.getpid():
+        if int(parent) == os.getpid() and state != "Z":
             found.add(int(path.parent.name))
     return found
 
@@ -111,11 +111,11 @@ def test_a_right_answer_passes(tier: Sandbox) -> None:
     ("name", "status"),
     [
         ("always_equal", "wrong"),
-        ("forged_output", "wrong"),
+        ("forged_output", "error"),
+        ("forged_digests", "wrong"),
         ("swallowing_loop", "timeout"),
         ("deaf_loop", "timeout"),
         ("endless_sleep", "timeout"),
-        ("memory_bomb", "error"),
         ("channel_output", "output"),
         ("segmentation_fault", "killed"),
         ("sys_exit", "error"),
