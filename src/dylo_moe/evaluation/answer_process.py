@@ -71,7 +71,7 @@ def main() -> None:
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     os.close(null)
-    sys.meta_path.append(Packages(request["packages"]))  # type: ignore[arg-type]
+    sys.meta_path.append(Packages(request["packages"]))
 
     def send(*line: Any) -> None:
         channel.write(json.dumps(line) + "\n")

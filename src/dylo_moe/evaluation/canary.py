@@ -84,7 +84,7 @@ def choose_sandbox(unsafe: bool = False) -> Choice:
     Raises:
         EvaluationError: None holds, and ``unsafe`` is false.
     """
-    refused = []
+    refused: list[str] = []
     for sandbox in candidates():
         leaks = leaks_of(sandbox)
         if not leaks:

@@ -105,9 +105,7 @@ def main() -> None:
             connection.send(oracle.record(*arguments) if operation == "record" else compare(*arguments))
 
 
-def compare(
-    problem: Problem, inputs: Sequence[bytes], expected: Sequence[bytes], lines: Sequence[bytes]
-) -> Verdict:
+def compare(problem: Problem, inputs: Sequence[bytes], expected: Sequence[bytes], lines: Sequence[bytes]) -> Verdict:
     """As ``Comparer.compare``, in this process."""
     try:
         said = [wire.decode_line(line) for line in lines]

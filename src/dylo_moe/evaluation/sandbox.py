@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import os
+import select
 import selectors
 import shutil
 import signal
@@ -125,36 +126,50 @@ class Sandbox:
         with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as complaints:
             file.write(b"\n".join([json.dumps(request).encode(), *inputs]))
             file.seek(0)
+            told, tells = os.pipe()
             process = subprocess.Popen(
-                self._command(seen, root),
+                self._command(seen, root, tells),
                 stdin=file,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
                 env=_ENVIRONMENT,
                 cwd="/",
                 start_new_session=True,
+                pass_fds=[tells] if self.program else [],
             )
+            os.close(tells)
+            with os.fdopen(told, "rb") as information:
+                namespace = _namespace(information.read())
             try:
                 run = _collect(process, allowance)
             finally:
-                _end(process)
+                _end(process, namespace)
             if run.status == "died" and not run.lines:  # before it ran any of the answer
                 complaints.seek(0)
                 said = complaints.read().decode(errors="replace").strip().splitlines()
                 run = Run("died", (), said[-1] if said else run.detail)
             return run
 
-    def _command(self, seen: Exposure, root: bool) -> list[str]:
+    def _command(self, seen: Exposure, root: bool, tells: int) -> list[str]:
         package = str(Path(__file__).parents[1])
         python = [seen.interpreter, "-s", "-S", "-P", "-B", "-X", "utf8"]
         python += ["-c", START.format(module="answer_process"), package]
-        return [*_bubblewrap(self.program, seen, root), *python] if self.program else python
+        return [*_bubblewrap(self.program, seen, root, tells), *python] if self.program else python
 
 
-def _bubblewrap(program: str, seen: Exposure, root: bool) -> Iterator[str]:
-    """bubblewrap and its arguments: an empty file system that cannot be written, with what is exposed in it."""
+def _bubblewrap(program: str, seen: Exposure, root: bool, tells: int) -> Iterator[str]:
+    """Returns bubblewrap and its arguments: an empty file system that cannot be written, with what is exposed in it."""
     yield from (program, "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net")
-    yield from ("--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox", "--cap-drop", "ALL")
+    yield from (
+        "--info-fd",
+        str(tells),
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+        "--hostname",
+        "sandbox",
+        "--cap-drop",
+        "ALL",
+    )
     if root:  # becomes an ordinary user inside, when everything is in place
         yield from ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
     else:
@@ -222,26 +237,31 @@ def _ending(code: int | None, lines: tuple[bytes, ...]) -> Run:
     return Run("died", lines, signal.Signals(number).name if known else f"exit code {code}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing of it is left when this returns: bubblewrap takes its namespace with it, elsewhere there is one process.
+def _namespace(information: bytes) -> int | None:
+    """A descriptor of the first process of bubblewrap's namespace, with which all others in it end."""
+    with contextlib.suppress(ProcessLookupError):  # it may have ended already
+        return os.pidfd_open(json.loads(information)["child-pid"]) if information else None
+    return None
+
+
+def _end(process: subprocess.Popen[bytes], namespace: int | None) -> None:
+    """Nothing of it is left when this returns: bubblewrap's namespace is gone, and with Landlock there is one process.
 
     Without a sandbox there may be more, of which those that stayed in their group are ended.
     """
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
+    if namespace is not None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(namespace, signal.SIGKILL)
+        gone = select.poll()
+        gone.register(namespace)
+        gone.poll()  # bubblewrap itself does not wait for that
+        os.close(namespace)
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert process.stdout is not None
-    # bubblewrap's namespace goes a moment after bubblewrap itself; its end of the pipe goes with the last process
-    with process.stdout:
-        while _readable(process.stdout.fileno()) and os.read(process.stdout.fileno(), 1 << 16):
-            pass
-
-
-def _readable(descriptor: int) -> bool:
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        return bool(selector.select(1.0))
+    process.stdout.close()
 
 
 def candidates() -> Iterable[Sandbox]:
