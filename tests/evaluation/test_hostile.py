@@ -32,8 +32,10 @@ def tier(request: pytest.FixtureRequest) -> Sandbox:
     found = {candidate.name: candidate for candidate in candidates()}.get(request.param)
     if found is None:
         pytest.skip(f"no {request.param} on this machine")
-    if leaks := leaks_of(found):
-        pytest.skip(f"{request.param} does not hold here: {', '.join(leaks)}")
+    leaks = leaks_of(found)
+    assert not any(leak.startswith("the canary could") for leak in leaks), leaks
+    if leaks:
+        pytest.skip(f"{request.param} is not to be had here: {', '.join(leaks)}")
     return found
 
 
@@ -111,7 +113,7 @@ def test_a_right_answer_passes(tier: Sandbox) -> None:
     ("name", "status"),
     [
         ("always_equal", "wrong"),
-        ("forged_output", "error"),
+        ("forged_output", "output"),
         ("forged_digests", "wrong"),
         ("swallowing_loop", "timeout"),
         ("deaf_loop", "timeout"),

@@ -215,6 +215,8 @@ def _collect(process: subprocess.Popen[bytes], allowance: Allowance) -> Run:
             last = time.monotonic() if ended else last
             if len(received) > allowance.output:
                 return Run("output", (), f"it wrote more than {allowance.output:,} bytes")
+            if lines > len(allowance.limits):
+                return Run("output", (), "it wrote more lines than it has inputs")
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(WALL_FLOOR)
     return _ending(process.returncode, _lines(received))
