@@ -43,8 +43,7 @@ def tier(request: pytest.FixtureRequest) -> Sandbox:
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What a hostile program could reach if nothing held it."""
     monkeypatch.setenv("HOSTILE_TOKEN", "secret")
-    monkeypatch.setattr(sandbox, "WALL_FLOOR", 1.0)
-    monkeypatch.setattr(sandbox, "WALL_FACTOR", 2.0)
+    monkeypatch.setattr(sandbox, "ASLEEP", 1.0)
     private = Path.home() / f".dylo-moe-private-{os.getpid()}"
     private.write_text("secret")
     private.chmod(0o644)
