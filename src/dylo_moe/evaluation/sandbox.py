@@ -29,6 +29,7 @@ from typing import IO, Literal
 
 from dylo_moe.evaluation import confine
 from dylo_moe.evaluation.answer_process import Request
+from dylo_moe.evaluation.asleep import AsleepClock
 from dylo_moe.evaluation.exposure import Exposure, exposure
 
 MEMORY = 4 << 30
@@ -211,14 +212,14 @@ def _collect(process: subprocess.Popen[bytes], namespace: Namespace | None, allo
     """Reads lines until all are there, or the process ends, is asleep for too long, or has written too much."""
     assert process.stdout is not None
     descriptor, received, lines = process.stdout.fileno(), bytearray(), 0
-    clock = _AsleepClock(process.pid, namespace)
+    clock = AsleepClock(process.pid, namespace.first if namespace else None)
     last = 0.0
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
         while lines < len(allowance.limits):
             if not selector.select(1.0):
                 asleep = clock.seconds()
-                if asleep - last > ASLEEP or asleep > ASLEEP_IN_ALL:
+                if (asleep - last > ASLEEP or asleep > ASLEEP_IN_ALL) and not clock.runnable():
                     return Run("timeout", _lines(received), "it was asleep")
                 continue
             chunk = os.read(descriptor, 1 << 16)
@@ -237,43 +238,6 @@ def _collect(process: subprocess.Popen[bytes], namespace: Namespace | None, allo
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(ASLEEP)
     return _ending(process.returncode, _lines(received))
-
-
-class _AsleepClock:
-    """Seconds in which an answer neither ran nor waited for a processor: those that other load does not add to."""
-
-    def __init__(self, process: int, namespace: Namespace | None) -> None:
-        self._processes, self._first = [process], namespace.first if namespace else None
-        if namespace:
-            self._processes.append(namespace.first)
-        self._start = time.monotonic()
-        self._awake = 0.0
-
-    def seconds(self) -> float:
-        """Since the start."""
-        awake = sum(map(_awake, [*self._processes, *_children(self._first)]))
-        self._awake = max(self._awake, awake)  # what has ended is no longer counted
-        return time.monotonic() - self._start - self._awake
-
-
-def _awake(process: int) -> float:
-    """Seconds in which a process ran, or waited to; where the kernel does not count the waiting, in which it ran."""
-    folder = Path(f"/proc/{process}")
-    try:
-        if (folder / "schedstat").exists():
-            ran, waited, _ = (folder / "schedstat").read_text().split()
-            return (int(ran) + int(waited)) / 1e9
-        user, system = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-    except (FileNotFoundError, ProcessLookupError):  # it has ended
-        return 0.0
-
-
-def _children(process: int | None) -> list[int]:
-    try:
-        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
 
 
 def _lines(received: bytearray) -> tuple[bytes, ...]:
