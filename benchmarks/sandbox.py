@@ -59,6 +59,11 @@ def measure(names: list[str]) -> dict[str, Any]:
     tiers = [tier for tier in candidates() if not leaks_of(tier)]
     # an orphan becomes a child of this process, where it is seen
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    for other in OTHERS:
+        if theirs(other, hostile.RIGHT)["status"] != "passed":
+            raise RuntimeError(
+                f"{other} passes no right answer inside bubblewrap: its other verdicts would mean nothing"
+            )
     programs: dict[str, Any] = {}
     for name in names:
         console.print(name, highlight=False)
@@ -94,6 +99,7 @@ def theirs(other: str, name: str) -> dict[str, Any]:
     request = json.dumps({"judge": other, "name": name, "nonce": nonce, "user": 1_879_000_000})
     command = [program, "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/mnt"]
+    command += ["--perms", "1777", "--tmpfs", "/dev/shm"]
     command += ["--cap-drop", "ALL"]
     if os.geteuid() == 0:
         kept = ("CAP_SETUID", "CAP_SETGID", "CAP_DAC_READ_SEARCH")

@@ -26,8 +26,8 @@ def _harmed(verdict: dict[str, Any]) -> bool:
 
 def _cell(verdict: dict[str, Any]) -> str:
     parts = [verdict["status"]]
-    parts += [f"{verdict['processes']:,} processes stay"] if verdict["processes"] else []
-    parts += [f"wrote {len(verdict['harm'])} files"] if verdict["harm"] else []
+    parts += [f"processes that stay: {verdict['processes']:,}"] if verdict["processes"] else []
+    parts += [f"files changed: {len(verdict['harm'])}"] if verdict["harm"] else []
     said = ", ".join(parts)
     return (f"**{said}**" if _harmed(verdict) else said) + f" ({verdict['seconds']:.1f} s)"
 

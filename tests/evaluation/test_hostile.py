@@ -32,8 +32,10 @@ def tier(request: pytest.FixtureRequest) -> Sandbox:
     found = {candidate.name: candidate for candidate in candidates()}.get(request.param)
     if found is None:
         pytest.skip(f"no {request.param} on this machine")
-    if leaks := leaks_of(found):
-        pytest.skip(f"{request.param} does not hold here: {', '.join(leaks)}")
+    leaks = leaks_of(found)
+    assert not any(leak.startswith("the canary could") for leak in leaks), leaks
+    if leaks:
+        pytest.skip(f"{request.param} is not to be had here: {', '.join(leaks)}")
     return found
 
 
@@ -41,8 +43,7 @@ def tier(request: pytest.FixtureRequest) -> Sandbox:
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What a hostile program could reach if nothing held it."""
     monkeypatch.setenv("HOSTILE_TOKEN", "secret")
-    monkeypatch.setattr(sandbox, "WALL_FLOOR", 1.0)
-    monkeypatch.setattr(sandbox, "WALL_FACTOR", 2.0)
+    monkeypatch.setattr(sandbox, "ASLEEP", 1.0)
     private = Path.home() / f".dylo-moe-private-{os.getpid()}"
     private.write_text("secret")
     private.chmod(0o644)
@@ -111,10 +112,9 @@ def test_a_right_answer_passes(tier: Sandbox) -> None:
     ("name", "status"),
     [
         ("always_equal", "wrong"),
-        ("forged_output", "error"),
+        ("forged_output", "output"),
         ("forged_digests", "wrong"),
         ("swallowing_loop", "timeout"),
-        ("deaf_loop", "timeout"),
         ("endless_sleep", "timeout"),
         ("channel_output", "output"),
         ("segmentation_fault", "killed"),

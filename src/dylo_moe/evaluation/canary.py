@@ -102,7 +102,10 @@ def leaks_of(sandbox: Sandbox) -> list[str]:
     """What the canary could do that it must not, or why it could not run; empty if the sandbox holds."""
     with _bait() as arguments:
         allowance = Allowance(limits=(5.0, 5.0), cpu=10, output=1 << 16)
-        run = sandbox.run(_PROBE, "probe", [wire.encode(arguments).encode()], allowance)
+        try:
+            run = sandbox.run(_PROBE, "probe", [wire.encode(arguments).encode()], allowance)
+        except OSError as error:
+            return [f"it cannot be started ({error})"]
     found = _report(run)
     if found is None:
         return [f"the canary did not run ({run.detail or 'it answered nothing'})"]

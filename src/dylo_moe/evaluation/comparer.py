@@ -4,6 +4,7 @@ One for each thread of a ``Judge``, so that a large comparison holds up neither 
 and that an output made to be compared for ever costs no more than a restart.
 """
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from dylo_moe.evaluation import oracle, wire
 from dylo_moe.evaluation.problems import Problem
 from dylo_moe.evaluation.sandbox import START
 
-PATIENCE = 120.0
-"""Seconds for one comparison: honest ones take milliseconds."""
+PATIENCE = 60.0
+"""Seconds of processor time for one comparison: honest ones take milliseconds."""
 
 Status = Literal["passed", "wrong", "error", "timeout", "killed", "output"]
 
@@ -67,17 +68,18 @@ class Comparer:
 
     def _ask(self, *request: Any) -> Any:
         connection = self._connection or self._start()
-        connection.send(request)
+        connection.send((PATIENCE, *request))
         try:
-            if connection.poll(PATIENCE):
-                return connection.recv()
+            return connection.recv()
         except EOFError as error:
+            assert self._process is not None
+            code = self._process.wait()
             self.close()
-            raise RuntimeError(f"{request[1].task_id}: the comparing process failed, see above") from error
-        self.close()
+            if code != -signal.SIGPROF:
+                raise RuntimeError(f"{request[1].task_id}: the comparing process failed, see above") from error
         if request[0] == "record":
-            raise RuntimeError(f"{request[1].task_id}: its test has not ended on the canonical solution")
-        return Verdict(False, "output", f"its outputs could not be compared within {PATIENCE:.0f} s")
+            raise RuntimeError(f"{request[1].task_id}: its test does not end on the canonical solution")
+        return Verdict(False, "output", f"comparing its outputs takes more than {PATIENCE} s")
 
     def _start(self) -> "Connection[Any, Any]":
         own, other = Pipe()
@@ -99,9 +101,10 @@ def main() -> None:
     with Connection(int(sys.argv[2])) as connection:
         while True:
             try:
-                operation, *arguments = connection.recv()
+                patience, operation, *arguments = connection.recv()
             except EOFError:
                 return
+            signal.setitimer(signal.ITIMER_PROF, patience)  # ends the process; the one that asked sees why
             connection.send(oracle.record(*arguments) if operation == "record" else compare(*arguments))
 
 

@@ -48,6 +48,7 @@ _REFUSED = {
     "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
     "kexec_file_load": (320, 294), "reboot": (169, 142), "swapon": (167, 224), "sethostname": (170, 161),
     "setdomainname": (171, 162), "acct": (163, 89), "quotactl": (179, 60),
+    "syslog": (103, 116),
 }  # fmt: skip
 _CLONE, _CLONE3, _PRLIMIT = (56, 220), (435, 435), (302, 261)
 

@@ -6,7 +6,7 @@ a right answer to HumanEval/32 passes (there, it is never noted down), and value
 exactly, where EvalPlus allows floats to be off by 1e-6.
 """
 
-import copy
+import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -113,7 +113,8 @@ def record(problem: Problem) -> tuple[list[str], list[str]]:
 
         return call
 
-    _run_test(problem, candidate)
+    with contextlib.suppress(*FAILURES):  # a test that fails on a right answer fails again when it is judged
+        _run_test(problem, candidate)
     return calls, sorted(used)
 
 
@@ -157,4 +158,4 @@ def _run_test(
     try:
         exec(problem.test, namespace)
     finally:
-        random.setstate(copy.copy(state))
+        random.setstate(state)

@@ -25,17 +25,18 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from dylo_moe.evaluation import confine
 from dylo_moe.evaluation.answer_process import Request
+from dylo_moe.evaluation.asleep import AsleepClock
 from dylo_moe.evaluation.exposure import Exposure, exposure
 
 MEMORY = 4 << 30
 """Bytes of address space of an answer, as EvalPlus has it."""
 
-WALL_FLOOR, WALL_FACTOR = 10.0, 10.0
-"""Seconds of silence until an answer counts as asleep: the floor, and so many times its processor limit."""
+ASLEEP, ASLEEP_IN_ALL = 10.0, 60.0
+"""Seconds that an answer may spend neither running nor waiting for a processor: on one call, and on all."""
 
 START = (
     "import sys, types; package = types.ModuleType('dylo_moe'); package.__path__ = [sys.argv[1]]; "
@@ -75,6 +76,14 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Namespace:
+    """The first process of bubblewrap's namespace, with which all others in it end: number and descriptor."""
+
+    first: int
+    descriptor: int
+
+
+@dataclass(frozen=True)
 class Sandbox:
     """A tier, and how this machine can have it.
 
@@ -107,9 +116,24 @@ class Sandbox:
             setup: Code run after it, in its namespace.
             names: What ``setup`` makes.
         """
-        seen = exposure()
-        root = sys.platform == "linux" and os.geteuid() == 0
-        request: Request = {
+        request = self._request(code, entry_point, allowance, setup, names)
+        with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as complaints:
+            file.write(b"\n".join([json.dumps(request).encode(), *inputs]))
+            file.seek(0)
+            process, namespace = self._start(file, complaints)
+            try:
+                run = _collect(process, namespace, allowance)
+            finally:
+                _end(process, namespace)
+            if run.status == "died" and not run.lines:  # before it ran any of the answer
+                complaints.seek(0)
+                said = complaints.read().decode(errors="replace").strip().splitlines()
+                run = Run("died", (), said[-1] if said else run.detail)
+            return run
+
+    def _request(self, code: str, entry_point: str, allowance: Allowance, setup: str, names: Sequence[str]) -> Request:
+        root = _is_root()
+        return {
             "code": code.encode("utf-8", "replace").decode(),
             "entry_point": entry_point,
             "setup": setup,
@@ -119,58 +143,50 @@ class Sandbox:
             "cpu": allowance.cpu,
             "count_processes": self.name == "bubblewrap" or (self.name == "landlock" and root),
             "user": _FIRST_USER + next(_users) % _USERS if root and self.name != "none" else None,
-            "landlock": seen.allowed() if self.name == "landlock" else None,
+            "landlock": exposure().allowed() if self.name == "landlock" else None,
             "filter": self.name != "none" and confine.can_filter(),
-            "packages": dict(seen.packages),
+            "packages": dict(exposure().packages),
         }
-        with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as complaints:
-            file.write(b"\n".join([json.dumps(request).encode(), *inputs]))
-            file.seek(0)
-            told, tells = os.pipe()
-            process = subprocess.Popen(
-                self._command(seen, root, tells),
-                stdin=file,
-                stdout=subprocess.PIPE,
-                stderr=complaints,
-                env=_ENVIRONMENT,
-                cwd="/",
-                start_new_session=True,
-                pass_fds=[tells] if self.program else [],
-            )
-            os.close(tells)
-            with os.fdopen(told, "rb") as information:
-                namespace = _namespace(information.read())
-            try:
-                run = _collect(process, allowance)
-            finally:
-                _end(process, namespace)
-            if run.status == "died" and not run.lines:  # before it ran any of the answer
-                complaints.seek(0)
-                said = complaints.read().decode(errors="replace").strip().splitlines()
-                run = Run("died", (), said[-1] if said else run.detail)
-            return run
 
-    def _command(self, seen: Exposure, root: bool, tells: int) -> list[str]:
-        package = str(Path(__file__).parents[1])
+    def _start(self, request: IO[bytes], complaints: IO[bytes]) -> tuple[subprocess.Popen[bytes], Namespace | None]:
+        told, tells = os.pipe()
+        with os.fdopen(told, "rb") as information:
+            try:
+                process = subprocess.Popen(
+                    self._command(tells),
+                    stdin=request,
+                    stdout=subprocess.PIPE,
+                    stderr=complaints,
+                    env=_ENVIRONMENT,
+                    cwd="/",
+                    start_new_session=True,
+                    pass_fds=[tells] if self.program else [],
+                )
+            finally:
+                os.close(tells)
+            text = information.read()
+        with contextlib.suppress(ProcessLookupError):  # it may have ended already
+            first = json.loads(text)["child-pid"] if text else None
+            return process, Namespace(first, os.pidfd_open(first)) if first else None
+        return process, None
+
+    def _command(self, tells: int) -> list[str]:
+        seen, package = exposure(), str(Path(__file__).parents[1])
         python = [seen.interpreter, "-s", "-S", "-P", "-B", "-X", "utf8"]
         python += ["-c", START.format(module="answer_process"), package]
-        return [*_bubblewrap(self.program, seen, root, tells), *python] if self.program else python
+        return [*_bubblewrap(self.program, seen, tells), *python] if self.program else python
 
 
-def _bubblewrap(program: str, seen: Exposure, root: bool, tells: int) -> Iterator[str]:
+def _is_root() -> bool:
+    return sys.platform == "linux" and os.geteuid() == 0
+
+
+def _bubblewrap(program: str, seen: Exposure, tells: int) -> Iterator[str]:
     """Returns bubblewrap and its arguments: an empty file system that cannot be written, with what is exposed in it."""
-    yield from (program, "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net")
-    yield from (
-        "--info-fd",
-        str(tells),
-        "--unshare-uts",
-        "--unshare-cgroup-try",
-        "--hostname",
-        "sandbox",
-        "--cap-drop",
-        "ALL",
-    )
-    if root:  # becomes an ordinary user inside, when everything is in place
+    yield from (program, "--die-with-parent", "--new-session", "--info-fd", str(tells), "--cap-drop", "ALL")
+    yield from ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try")
+    yield from ("--hostname", "sandbox")
+    if _is_root():  # becomes an ordinary user inside, when everything is in place
         yield from ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
     else:
         yield "--unshare-user"
@@ -192,31 +208,35 @@ def _bubblewrap(program: str, seen: Exposure, root: bool, tells: int) -> Iterato
     yield from ("--chdir", "/", "--")
 
 
-def _collect(process: subprocess.Popen[bytes], allowance: Allowance) -> Run:
-    """Reads lines until the process ends, is silent for too long, or has written too much."""
+def _collect(process: subprocess.Popen[bytes], namespace: Namespace | None, allowance: Allowance) -> Run:
+    """Reads lines until all are there, or the process ends, is asleep for too long, or has written too much."""
     assert process.stdout is not None
-    descriptor, received, ended = process.stdout.fileno(), bytearray(), 0
-    lines = 0
-    last = start = time.monotonic()
+    descriptor, received, lines = process.stdout.fileno(), bytearray(), 0
+    clock = AsleepClock(process.pid, namespace.first if namespace else None)
+    last = 0.0
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
-        while True:
-            limit = allowance.limits[min(lines, len(allowance.limits) - 1)]
-            silence = last + WALL_FLOOR + WALL_FACTOR * limit
-            deadline = min(silence, start + WALL_FLOOR + WALL_FACTOR * allowance.cpu)
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                return Run("timeout", _lines(received), "it was still running, or asleep")
+        while lines < len(allowance.limits):
+            if not selector.select(1.0):
+                asleep = clock.seconds()
+                if (asleep - last > ASLEEP or asleep > ASLEEP_IN_ALL) and not clock.runnable():
+                    return Run("timeout", _lines(received), "it was asleep")
+                continue
             chunk = os.read(descriptor, 1 << 16)
             if not chunk:
                 break
             received += chunk
-            ended = chunk.count(b"\n")
-            lines += ended
-            last = time.monotonic() if ended else last
+            if b"\n" in chunk:
+                lines += chunk.count(b"\n")
+                last = clock.seconds()
             if len(received) > allowance.output:
                 return Run("output", (), f"it wrote more than {allowance.output:,} bytes")
+    if lines > len(allowance.limits):
+        return Run("output", (), "it wrote more lines than it has inputs")
+    if lines == len(allowance.limits):
+        return Run("finished", _lines(received), "")
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(WALL_FLOOR)
+        process.wait(ASLEEP)
     return _ending(process.returncode, _lines(received))
 
 
@@ -237,25 +257,18 @@ def _ending(code: int | None, lines: tuple[bytes, ...]) -> Run:
     return Run("died", lines, signal.Signals(number).name if known else f"exit code {code}")
 
 
-def _namespace(information: bytes) -> int | None:
-    """A descriptor of the first process of bubblewrap's namespace, with which all others in it end."""
-    with contextlib.suppress(ProcessLookupError):  # it may have ended already
-        return os.pidfd_open(json.loads(information)["child-pid"]) if information else None
-    return None
-
-
-def _end(process: subprocess.Popen[bytes], namespace: int | None) -> None:
+def _end(process: subprocess.Popen[bytes], namespace: Namespace | None) -> None:
     """Nothing of it is left when this returns: bubblewrap's namespace is gone, and with Landlock there is one process.
 
     Without a sandbox there may be more, of which those that stayed in their group are ended.
     """
     if namespace is not None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(namespace, signal.SIGKILL)
+            signal.pidfd_send_signal(namespace.descriptor, signal.SIGKILL)
         gone = select.poll()
-        gone.register(namespace)
+        gone.register(namespace.descriptor)
         gone.poll()  # bubblewrap itself does not wait for that
-        os.close(namespace)
+        os.close(namespace.descriptor)
     else:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -272,7 +285,7 @@ def candidates() -> Iterable[Sandbox]:
     if program:
         version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout.split()
         yield Sandbox("bubblewrap", program, f"bubblewrap {version[-1] if version else '?'}, seccomp, limits")
-    user = "unprivileged user" if os.geteuid() == 0 else "the user's own account"
+    user = "unprivileged user" if _is_root() else "the user's own account"
     yield Sandbox("landlock", None, f"Landlock, seccomp, limits, {user}")
 
 
