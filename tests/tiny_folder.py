@@ -34,22 +34,26 @@ def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def write_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
-    """Writes a random Llama of four layers, and its tokenizer, into ``folder``."""
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+def tiny_config(vocab_size: int, positions: int = 512) -> LlamaConfig:
+    """Four narrow layers."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
+    """Writes a random Llama of four layers, and its tokenizer, into ``folder``."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    LlamaForCausalLM(tiny_config(len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

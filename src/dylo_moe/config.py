@@ -1,8 +1,8 @@
 """The configuration: every flag of every program, its default, its check and its help text.
 
 A flag comes from the command line, from the file that ``--config`` names, or from its default, in that order;
-``flags.py`` reads them, and those of the model are in ``model_config.py``. Everything a program needs is in these
-dataclasses; nothing below the programs sees them.
+``flags.py`` reads them; those of the model are in ``model_config.py``, of benchmarks in ``benchmark_config.py``.
+Everything a program needs is in these dataclasses; nothing below the programs sees them.
 """
 
 import math
@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from dylo_moe.benchmark_config import BenchmarkArguments, LiveBenchmarkArguments
 from dylo_moe.flags import flag as _flag
 from dylo_moe.flags import names_of, split_names
 from dylo_moe.flags import require as _require
@@ -289,10 +290,18 @@ class DatasetsArguments(SourceArguments):
         return split_names(self.datasets or "")
 
 
-_NAMED = (ModelArguments, ExpertArguments, DataArguments, TrainingArgumentsGroup, WandbArguments, RunArguments)
+_NAMED = (
+    ModelArguments,
+    ExpertArguments,
+    DataArguments,
+    TrainingArgumentsGroup,
+    WandbArguments,
+    LiveBenchmarkArguments,
+    RunArguments,
+)
 _OTHER = other_fields(name for group in _NAMED for name in names_of(group))
 
-TRAIN_GROUPS = (*_NAMED[:-2], _OTHER, *_NAMED[-2:])
+TRAIN_GROUPS = (*_NAMED[:4], _OTHER, *_NAMED[4:])
 
 
 class TrainFlags(NamedTuple):
@@ -304,6 +313,7 @@ class TrainFlags(NamedTuple):
     training: TrainingArgumentsGroup
     passed_on: PassedOn
     wandb: WandbArguments
+    benchmark: LiveBenchmarkArguments
     run: RunArguments
 
     @property
@@ -313,4 +323,5 @@ class TrainFlags(NamedTuple):
 
 
 GENERATE_GROUPS = (GenerateArguments,)
+BENCHMARK_GROUPS = (BenchmarkArguments,)
 DATASETS_GROUPS = (DatasetsArguments,)

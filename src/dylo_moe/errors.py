@@ -50,6 +50,10 @@ class ArtifactError(DyLoRAError):
     """An artifact cannot be fetched or kept, or is not what was put there."""
 
 
+class EvaluationError(DyLoRAError):
+    """A benchmark's data cannot be had, or its answers cannot be run safely."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)

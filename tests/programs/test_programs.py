@@ -249,7 +249,7 @@ def test_a_dry_run_prints_a_configuration_and_touches_nothing(tmp_path: Path) ->
 def test_help_is_there_for_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for program in ("train", "generate", "datasets"):
+    for program in ("train", "benchmark", "generate", "datasets"):
         assert program in overview
         with pytest.raises(SystemExit) as ended:
             main([program, "--help"])

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from dylo_moe.data.files import Located, data_files, digest_of, rows_of
 from dylo_moe.data.local_code import unique_rows
 from dylo_moe.data.registry import OWN_FILES, DatasetEntry, resolve
-from dylo_moe.data.rows import Exchange
+from dylo_moe.data.rows import Exchange, Row
 from dylo_moe.data.templates import PlainTemplate, Template
 from dylo_moe.errors import DatasetError, first_line
 
@@ -150,6 +150,15 @@ def read_examples(entry: DatasetEntry, template: Template, *, skip_bad_rows: boo
         return Examples(entry, rows.remove_columns("problem"), 0, "")
     first = rows[int(bad.argmax())]["problem"]
     return Examples(entry, rows.select(np.flatnonzero(~bad)).remove_columns("problem"), int(bad.sum()), first)
+
+
+def read_rows(entry: DatasetEntry) -> list[Row]:
+    """The rows of a dataset as they are, in the order of their source.
+
+    Raises:
+        DatasetError: The dataset cannot be had or read.
+    """
+    return [row for _, row in _located(_source(entry), entry)]
 
 
 @cache

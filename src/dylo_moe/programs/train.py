@@ -21,6 +21,7 @@ from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.data.prepare_data import PreparedData
 from dylo_moe.flags import parse, to_yaml
 from dylo_moe.programs.building import build_model, build_trainer, check_inputs, check_packing, first_batches, prepare
+from dylo_moe.programs.live_benchmark import LiveBenchmark
 from dylo_moe.programs.resuming import resume_folder
 from dylo_moe.programs.trainer_arguments import trainer_arguments
 from dylo_moe.reports.tables import TrainingReport, training_table
@@ -72,7 +73,9 @@ def train(flags: TrainFlags, console: Console) -> TrainingReport | None:
         wandb_store.check_access()
     resume_from = decided_by_first(partial(resume_folder, flags, console))
     uploads = _start_wandb(flags, console, resumes=resume_from is not None) if first else None
+    live = LiveBenchmark(flags, console)
     trainer, data = _built(flags, arguments, console)
+    live.attach(trainer)
     if flags.experts.init == "eva" and resume_from is None:
         console.print("Beginning the experts from the first training batches", highlight=False)
         trainer.model.initialise_eva(first_batches(trainer))
@@ -90,6 +93,7 @@ def train(flags: TrainFlags, console: Console) -> TrainingReport | None:
         if uploads is not None:
             uploads.finish(Path(report.checkpoint), report.steps)
     _show(report, console)
+    live.score_final()
     trainer.end()  # type: ignore[no-untyped-call]
     return report
 

@@ -1,5 +1,6 @@
 """Going on from a checkpoint that is kept as an artifact: fetched beside, verified, and only then in its place."""
 
+import hashlib
 import json
 import re
 import tempfile
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from dylo_moe.core.checkpoint import sync
+from dylo_moe.core.checkpoint import DESCRIPTION_FILE, sync
 from dylo_moe.errors import ArtifactError, CheckpointError, ConfigError, first_line
 from dylo_moe.training import checkpoints, wandb_store
 from dylo_moe.training.artifacts import ArtifactStore, FolderStore
@@ -19,11 +20,12 @@ _WANDB_REFERENCE = re.compile(r"([\w.-]+/){1,2}[\w.-]+:[\w.-]+")
 _FOLDER_REFERENCE = re.compile(r"(?P<root>.+)/(?P<artifact>[\w.-]+:(v\d+|latest))")
 
 
-def store_of(reference: str) -> tuple[ArtifactStore, str]:
+def store_of(reference: str, flag: str = "--wandb_checkpoint_artifact") -> tuple[ArtifactStore, str]:
     """The store that a reference is of, and the reference as that store takes it.
 
     Args:
         reference: ``entity/project/artifact:version`` of Weights & Biases, or ``folder:PATH/artifact:version``.
+        flag: What it was given by.
 
     Raises:
         ConfigError: It is neither.
@@ -34,10 +36,7 @@ def store_of(reference: str) -> tuple[ArtifactStore, str]:
             return FolderStore(Path(match["root"])), match["artifact"]
     elif _WANDB_REFERENCE.fullmatch(reference):
         return wandb_store.WandbStore(), reference
-    raise ConfigError(
-        f"--wandb_checkpoint_artifact must be like user/project/artifact:v0, or {FOLDER}PATH/artifact:v0, "
-        f"got {reference!r}"
-    )
+    raise ConfigError(f"{flag} must be like user/project/artifact:v0, or {FOLDER}PATH/artifact:v0, got {reference!r}")
 
 
 def went_on_from(reference: str, output: Path) -> bool:
@@ -77,6 +76,26 @@ def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] =
         folder.rename(target)
     sync(output)
     return target
+
+
+def fetched_mixture(reference: str, root: Path) -> Path:
+    """The folder of an artifact that is a mixture, a model's or a checkpoint's; fetched once for each digest.
+
+    Args:
+        reference: As for ``store_of``.
+        root: Where fetched artifacts are kept.
+
+    Raises:
+        ConfigError: The reference is malformed.
+        ArtifactError: The artifact cannot be had, is no mixture, or is not what was put there.
+    """
+    store, name = store_of(reference, "--wandb_artifact")
+    folder = root / hashlib.sha256(store.describe(name).digest.encode()).hexdigest()[:16]
+    if not folder.exists():
+        store.fetch(name, folder)
+    if not (folder / DESCRIPTION_FILE).is_file():
+        raise ArtifactError(f"the artifact {reference!r} is no mixture: it has no {DESCRIPTION_FILE}; name a model's")
+    return folder
 
 
 def _check(folder: Path, reference: str) -> None:

@@ -1,0 +1,181 @@
+"""HumanEval and HumanEval+ of a small model and of the demo's mixture on it, and what batches are worth.
+
+    python benchmarks/humaneval.py FOLDER     measures, writes benchmarks/results/humaneval.json, prints the tables
+    python benchmarks/humaneval.py --show     prints the tables of the committed result
+
+FOLDER holds ``HumanEvalPlus.jsonl.gz``, EvalPlus's data. The mixture is trained by ``recipes/demo.yaml`` unless
+``--mixture`` names its folder. The base and the mixture are asked alike, greedily. Then the base answers each batch of
+tasks twice, together and one task at a time, in turns: tokens per second are compared within a round, and the answers
+word for word.
+
+Covered: float32 on the CPU, SmolLM2-135M-Instruct. Not covered: GPUs, where batches are worth more.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from humaneval_tables import tables
+from result_file import environment, parse_flags
+from rich.console import Console
+from timing import Timed, interleaved, spread
+
+from dylo_moe.config import BenchmarkArguments
+from dylo_moe.core.base_model import load_base_model, load_tokenizer
+from dylo_moe.core.checkpoint import read_description
+from dylo_moe.data.prepare_data import encode_prompt
+from dylo_moe.evaluation.generation import GenerationSettings, Prompt, Sample, batches_of, generate_samples
+from dylo_moe.evaluation.results import BenchmarkResult, compared
+from dylo_moe.evaluation.run import Questions
+from dylo_moe.programs.benchmark import benchmark, chosen_problems, style_of
+
+ROOT = Path(__file__).parents[1]
+RESULT = Path(__file__).parent / "results" / "humaneval.json"
+MODEL, RECIPE, STYLES = "demo", "recipes/demo.yaml", ["chat", "complete"]
+BENCHMARKS = ["humaneval", "humanevalplus"]
+
+
+def main() -> None:
+    """Reads the flags, measures, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="where HumanEvalPlus.jsonl.gz is")
+    parser.add_argument("--mixture", type=Path, help="the demo's mixture, where it is trained already")
+    parser.add_argument("--max_samples", type=int, help="only the first tasks")
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument(
+        "--prompt_styles", nargs="+", default=STYLES, help="ways to ask; batches are timed in the first"
+    )
+    parser.add_argument("--rounds", type=int, help="batches to answer twice; all by default")
+    args = parse_flags(parser, RESULT)
+    if not args.show:
+        if args.folder is None:
+            parser.error("name the folder with HumanEvalPlus.jsonl.gz")
+        # read by EvalPlus when it is imported
+        os.environ["HUMANEVAL_OVERRIDE_PATH"] = str(args.folder / "HumanEvalPlus.jsonl.gz")
+        with tempfile.TemporaryDirectory() as scratch:
+            result = measure(args, Path(scratch))
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    for table in tables(json.loads(args.output.read_text())).values():
+        sys.stdout.write(table + "\n\n")
+
+
+def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """All sections."""
+    console = Console(stderr=True)
+    mixture = args.mixture or trained(scratch / "demo")
+    read_description(mixture)  # what is no mixture should not be found out after the base was measured
+    asked = [
+        BenchmarkArguments(
+            benchmarks=BENCHMARKS,
+            prompt_style=style,
+            max_samples=args.max_samples,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+        )
+        for style in args.prompt_styles
+    ]
+    return {
+        "environment": environment(),
+        "styles": {one.prompt_style: beside(one, mixture, scratch, console) for one in asked},
+        "batching": batching(asked[0], args.rounds, console),
+    }
+
+
+def beside(asked: BenchmarkArguments, mixture: Path, scratch: Path, console: Console) -> dict[str, Any]:
+    """The base and the mixture, asked in one style."""
+    output = scratch / asked.prompt_style
+    base = benchmark(replace(asked, base_model=MODEL, output=f"{output}-base.json"), console)
+    mixed = benchmark(replace(asked, trained_model=str(mixture), output=f"{output}-mixture.json"), console)
+    return {
+        "settings": base.settings.model_dump(),
+        "base": recorded(base),
+        "mixture": recorded(mixed),
+        "differences": {name: found.model_dump() for name, found in compared(base, mixed).items()},
+    }
+
+
+def trained(output: Path) -> Path:
+    """The demo's mixture, trained by its recipe in a process of its own."""
+    arguments = ["train", "--config", RECIPE, "--output_dir", str(output)]
+    subprocess.run([sys.executable, "-m", "dylo_moe", *arguments], cwd=ROOT, check=True)
+    return output / "best_model"
+
+
+def recorded(result: BenchmarkResult) -> dict[str, Any]:
+    """A result without what is true of this machine alone, and with the tasks that passed in the place of verdicts."""
+    found = result.model_dump(exclude={"benchmarks", "settings"})
+    found["model"]["name"] = Path(found["model"]["name"]).name
+    found["benchmarks"] = {
+        name: {
+            **record.model_dump(include={"problems_hash", "pass_at"}),
+            "tasks": len(record.verdicts),
+            "passed": [task for task, share in record.passed().items() if share == 1.0],
+            "statuses": statuses(record.verdicts),
+        }
+        for name, record in result.benchmarks.items()
+    }
+    return found
+
+
+def statuses(verdicts: dict[str, Any]) -> dict[str, int]:
+    """How many answers were found to be what."""
+    every = [verdict.status for found in verdicts.values() for verdict in found]
+    return {status: every.count(status) for status in sorted(set(every))}
+
+
+def batching(asked: BenchmarkArguments, rounds: int | None, console: Console) -> dict[str, Any]:
+    """Tokens per second of a batch and of its tasks one at a time, and how many answers differ."""
+    model, tokenizer = load_base_model(MODEL).eval(), load_tokenizer(MODEL)
+    style = style_of(asked.prompt_style, None, tokenizer)
+    questions = Questions(chosen_problems(asked), style, lambda text: encode_prompt(tokenizer, text))
+    settings = GenerationSettings(max_new_tokens=asked.max_new_tokens, batch_size=asked.batch_size)
+    batches = batches_of(questions.prompts(), settings, set())[:rounds]
+    answers: dict[str, list[list[Sample]]] = {"together": [], "one at a time": []}
+
+    def contender(name: str, split: Callable[[list[tuple[Prompt, int]]], list[list[tuple[Prompt, int]]]]) -> Timed:
+        def next_batch() -> None:
+            batch = split(batches[len(answers[name])])
+            answers[name].append([one for part in generate_samples(model, tokenizer, batch, settings) for one in part])
+
+        short = replace(settings, max_new_tokens=4)
+        return Timed(
+            next_batch, len(batches), warm_up=lambda: list(generate_samples(model, tokenizer, batches[:1], short))
+        )
+
+    entries = {
+        "together": contender("together", lambda batch: [batch]),
+        "one at a time": contender("one at a time", lambda batch: [[one] for one in batch]),
+    }
+    seconds = interleaved(entries, progress=lambda text: console.print(text, highlight=False))
+    speeds = {
+        name: [
+            sum(one.tokens for one in found) / time for found, time in zip(answers[name], seconds[name], strict=True)
+        ]
+        for name in answers
+    }
+    pairs = [
+        (one, other)
+        for batch, alone in zip(answers["together"], answers["one at a time"], strict=True)
+        for one, other in zip(batch, alone, strict=True)
+    ]
+    ratios = [many / few for many, few in zip(speeds["together"], speeds["one at a time"], strict=True)]
+    return {
+        "batch_size": settings.batch_size,
+        "seconds": seconds,
+        "tokens_per_second": speeds,
+        "ratio": spread(ratios),
+        "answers": len(pairs),
+        "different": [one.task_id for one, other in pairs if one != other],
+    }
+
+
+if __name__ == "__main__":
+    main()

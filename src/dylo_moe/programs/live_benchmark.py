@@ -1,0 +1,98 @@
+"""Benchmarks of the mixture while it is trained: its live weights, after each epoch or once at the end."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
+
+from dylo_moe.config import TrainFlags
+from dylo_moe.data.prepare_data import encode_prompt
+from dylo_moe.evaluation.canary import choose_sandbox
+from dylo_moe.evaluation.generation import GenerationSettings
+from dylo_moe.evaluation.judge import Judge
+from dylo_moe.evaluation.problems import Problem, load_problems
+from dylo_moe.evaluation.results import BenchmarkResult, write_result
+from dylo_moe.evaluation.run import BenchmarkRun, Questions
+from dylo_moe.programs.benchmark import style_of
+from dylo_moe.training.trainer import DyLoRATrainer
+
+RESULT_FILE = "benchmark.json"
+
+
+class LiveBenchmark(TrainerCallback):
+    """Scores the model that a Trainer trains, greedily and on a few tasks, and logs the scores.
+
+    The log has ``eval_benchmark_<name>_pass_at_1`` and its ``..._standard_error``, fractions from 0 to 1, and the
+    output folder has the newest result with every verdict, ``benchmark.json``. Neither the weights, nor the mode of
+    any module, nor the random state of the training is changed. Where the model cannot be scored, the training ends
+    with the error. Of several processes the first scores; the others wait for it.
+
+    Args:
+        flags: When, on what, and how much.
+        console: Told the scores.
+
+    Raises:
+        DyLoRAError: Problems are missing, or nothing here can contain the answers: known before the training begins.
+    """
+
+    def __init__(self, flags: TrainFlags, console: Console) -> None:
+        args = flags.benchmark
+        self._args, self._seed, self._console = args, flags.training.seed, console
+        self._problems: dict[str, list[Problem]] = {}
+        if args.benchmark_strategy != "none":
+            self._problems = {name: load_problems(name)[: args.benchmark_samples] for name in args.benchmarks or []}
+            self._sandbox = choose_sandbox().sandbox
+        self._trainer: DyLoRATrainer | None = None
+
+    def attach(self, trainer: DyLoRATrainer) -> None:
+        """Lets a Trainer call this, and gives it the scores."""
+        self._trainer = trainer
+        trainer.add_callback(self)
+
+    @override
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._args.benchmark_strategy == "epoch":
+            self.score()
+
+    def score_final(self) -> None:
+        """Scores the model once it is trained, where that is wanted."""
+        if self._args.benchmark_strategy == "final":
+            self.score()
+
+    def score(self) -> BenchmarkResult | None:
+        """Scores the model as it is now and logs the scores; None in a process that is not the first."""
+        trainer = self._trainer
+        assert trainer is not None
+        if not trainer.is_world_process_zero():
+            trainer.accelerator.wait_for_everyone()
+            return None
+        args, model, tokenizer = self._args, trainer.model, trainer.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        questions = Questions(
+            problems=self._problems,
+            style=style_of("auto", model.prompt_template, tokenizer),
+            encode=lambda text: encode_prompt(tokenizer, text),
+            max_samples=args.benchmark_samples,
+        )
+        sampling = GenerationSettings(
+            max_new_tokens=args.benchmark_max_new_tokens, batch_size=args.benchmark_batch_size, seed=self._seed
+        )
+        run = BenchmarkRun(model, "the mixture in training", tokenizer, questions, sampling)
+        with Judge(self._sandbox) as judge, tempfile.TemporaryDirectory() as folder:
+            result = run.run(judge, Path(folder) / "samples.jsonl", sandbox=self._sandbox.name)
+        scores: dict[str, float] = {}
+        for name, record in result.benchmarks.items():
+            estimate = record.pass_at[1]
+            scores[f"eval_benchmark_{name}_pass_at_1"] = estimate.value
+            scores[f"eval_benchmark_{name}_standard_error"] = estimate.standard_error
+            said = f"{name}: pass@1 {estimate.value:.3f} ± {estimate.standard_error:.3f}"
+            self._console.print(f"{said} on {len(record.verdicts)} tasks", highlight=False)
+        write_result(Path(trainer.args.output_dir or ".") / RESULT_FILE, result)
+        trainer.log(scores)
+        trainer.accelerator.wait_for_everyone()
+        return result

