@@ -16,9 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import data_tables  # noqa: E402 - the benchmarks are scripts, not a package
 import demo  # noqa: E402
-import judge  # noqa: E402
 import quality  # noqa: E402
-import sandbox_table  # noqa: E402
 import speed_profile  # noqa: E402
 import speed_table  # noqa: E402
 
@@ -28,8 +26,6 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "speed targets": ("speed.json", speed_table.targets_table),
     "profile": ("profile.json", speed_profile.tables),
     "quality": ("quality.json", quality.table),
-    "sandbox": ("sandbox.json", sandbox_table.table),
-    "judge": ("judge.json", judge.table),
     "data rows": ("data.json", data_tables.rows_table),
     "data scale": ("data.json", data_tables.scale_table),
     "data throughput": ("data.json", data_tables.throughput_table),
