@@ -79,6 +79,8 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     assert int(whole.name.partition("-")[2]) >= step
     assert main(["train", *wanted]) == 0
     assert f"Going on from {whole}" in capsys.readouterr().out.replace("\n", "")
+    report = json.loads((tmp_path / "stopped" / "report.json").read_text())
+    assert report["steps"] == STEPS, "a run that has taken all its steps takes no other one"
     same(undisturbed / "undisturbed", tmp_path / "stopped")
 
 
