@@ -79,6 +79,8 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     assert int(whole.name.partition("-")[2]) >= step
     assert main(["train", *wanted]) == 0
     assert f"Going on from {whole}" in capsys.readouterr().out.replace("\n", "")
+    report = json.loads((tmp_path / "stopped" / "report.json").read_text())
+    assert report["steps"] == STEPS, "a run that has taken all its steps takes no other one"
     same(undisturbed / "undisturbed", tmp_path / "stopped")
 
 
@@ -205,6 +207,7 @@ def test_a_best_checkpoint_that_is_gone_is_told_and_not_taken_for_one_that_is_th
     state.update(best_global_step=7, best_metric=0.1, best_model_checkpoint="elsewhere/checkpoint-7")
     (partial / "trainer_state.json").write_text(json.dumps(state))
     checkpoints.finish(copied)
-    assert main(["train", *flags(undisturbed, str(tmp_path / "copy"))]) == 0
+    assert main(["train", *flags(undisturbed, str(tmp_path / "copy")), "--max_steps", str(STEPS + 2)]) == 0
     assert f"{tmp_path / 'copy' / 'checkpoint-7'}, the best so far, is gone" in caplog.text
-    same(undisturbed / "undisturbed", tmp_path / "copy")
+    newest = checkpoints.newest_first(tmp_path / "copy")[0]
+    assert json.loads((newest / "trainer_state.json").read_text())["best_global_step"] == STEPS + 2

@@ -268,3 +268,11 @@ def test_the_bias_is_saved_with_the_router(folder: Path, tmp_path: Path) -> None
     again.model.load_weights(tmp_path / "checkpoint-1")
     assert torch.equal(again.model.router.selection_bias, trainer.model.router.selection_bias)
     assert trainer.model.router.selection_bias.abs().sum() > 0
+
+
+def test_evaluating_draws_none_of_the_random_numbers_of_training(folder: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(folder, tmp_path)
+    before = torch.get_rng_state()
+    trainer.evaluate()
+    trainer.evaluate_apart("apart")
+    assert torch.equal(torch.get_rng_state(), before)
