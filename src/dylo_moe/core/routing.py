@@ -139,7 +139,7 @@ def _route_by_base_pass(
     cache = kwargs["past_key_values"]
     base_kwargs = {**kwargs, "past_key_values": cache and cache.base_pass, "use_cache": cache is not None}
     base_kwargs.update(output_hidden_states=False, output_attentions=False)
-    with torch.no_grad(), state.scope(base_only=True), _evaluating(model):
+    with torch.no_grad(), state.scope(base_only=True), evaluating(model):
         features = model(*args, **base_kwargs)[0]
     _route(state, router, experts, features)
     return args, kwargs
@@ -195,7 +195,7 @@ def _two_pass_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> TwoPassCa
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Base features must not depend on dropout: evaluation mode for the pass, then each module as it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:
