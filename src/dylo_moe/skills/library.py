@@ -209,7 +209,9 @@ class SkillLibrary:
         """
         file = folder / DESCRIPTION_FILE
         if not file.is_file():
-            raise CheckpointError(f"{folder} has no skills: it was not made by acquire, which writes {DESCRIPTION_FILE}")
+            raise CheckpointError(
+                f"{folder} has no skills: it was not made by acquire, which writes {DESCRIPTION_FILE}"
+            )
         try:
             description = _Description.model_validate_json(file.read_bytes())
             tensors = load_file(folder / TENSORS_FILE)
