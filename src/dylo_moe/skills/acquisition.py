@@ -4,7 +4,7 @@ What is trained is one expert on the frozen base, with no other one active: a st
 there are, and none of them changes. How to train is the caller's affair. The router learns last, from sums.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dylo_moe.core.features import base_features, check_frozen_features
 from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.core.router import normalised
 from dylo_moe.errors import ExpertError
 from dylo_moe.skills.library import NoveltyReport, SkillEntry, SkillLibrary
 from dylo_moe.skills.novelty import router_entropy
@@ -61,7 +60,6 @@ class Judgement:
     Attributes:
         report: How it stands to the known skills.
         entropy: Mean entropy of the router's weights on its tokens, 0 (sure) to 1 (no opinion); None with no skill.
-        known_entropy: The same share for held-out tokens of what the model knows is not kept; see ``novelty``.
     """
 
     report: NoveltyReport
@@ -108,8 +106,7 @@ def judge(model: DyLoRA_MoE, library: SkillLibrary, seen: Look) -> Judgement:
     """How new the data is, by its distance to the known skills, and by how unsure the router is of it."""
     entropy = None
     if library.skills:
-        weights = (seen.tokens @ library.gate.weight().float().T / model.router.temperature).softmax(dim=-1)
-        entropy = float(router_entropy(weights).mean())
+        entropy = float(router_entropy(routed(model, seen)).mean())
     return Judgement(library.judge(seen.embeddings), entropy)
 
 
@@ -202,12 +199,7 @@ def _training_alone(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
             gate.requires_grad_(requires_grad)
 
 
-def route_accuracy_inputs(model: DyLoRA_MoE, looks: Sequence[Look]) -> tuple[Tensor, Tensor]:
-    """Routing weights ``(tokens, experts)`` of what was looked at, and the example of each token, counted over all."""
+def routed(model: DyLoRA_MoE, seen: Look) -> Tensor:
+    """Soft routing weights of the tokens that were looked at, ``(tokens, experts)``; routing to one takes the largest."""
     gate = model.router.gates[0].detach().cpu()
-    weights, example, seen = list[Tensor](), list[Tensor](), 0
-    for one in looks:
-        weights.append((normalised(one.tokens) @ gate.T / model.router.temperature).softmax(dim=-1))
-        example.append(one.example + seen)
-        seen += len(one.embeddings)
-    return torch.cat(weights), torch.cat(example)
+    return (seen.tokens @ gate.T / model.router.temperature).softmax(dim=-1)

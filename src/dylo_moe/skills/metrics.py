@@ -30,10 +30,10 @@ def backward_transfer(matrix: ArrayLike, *, lower_is_better: bool = False) -> fl
 
 
 def forgetting(matrix: ArrayLike, *, lower_is_better: bool = False) -> float:
-    """How much worse the older skills are at the end than they ever were before; negative where they only got better.
+    """How much worse the older skills are at the end than at their best before; negative where they only got better.
 
-    Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", equation 3: the mean, over all skills but the last,
-    of the best from its own stage to the last but one, less the end.
+    Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", equation 3: the mean, over all skills but the
+    last, of the best from its own stage to the last but one, less the end.
     """
     values = _sign(lower_is_better) * _square(matrix, at_least=2)
     last = len(values) - 1
@@ -42,7 +42,7 @@ def forgetting(matrix: ArrayLike, *, lower_is_better: bool = False) -> float:
 
 
 def relative_forgetting(matrix: ArrayLike, *, lower_is_better: bool = False) -> list[float]:
-    """For each skill but the last, how much worse it is at the end than right after it was learned, as a fraction of that.
+    """For each skill but the last, how much worse it is at the end than when it was learned, as a fraction of that.
 
     Raises:
         ValueError: A skill measured 0 after it was learned, or the matrix is no matrix.
