@@ -21,7 +21,10 @@ def batch_ridge(bodies: list[tuple[Tensor, int]], experts: int, ridge: float) ->
     """All tokens of all bodies in one least-squares problem, each body weighing 1: solved by QR, not by sums."""
     rows = torch.cat([tokens.double() / len(tokens) ** 0.5 for tokens, _ in bodies])
     targets = torch.cat(
-        [torch.eye(experts, dtype=torch.float64)[[expert] * len(tokens)] / len(tokens) ** 0.5 for tokens, expert in bodies]
+        [
+            torch.eye(experts, dtype=torch.float64)[[expert] * len(tokens)] / len(tokens) ** 0.5
+            for tokens, expert in bodies
+        ]
     )
     penalty = ridge * rows.square().sum() / WIDTH
     wide = torch.cat([rows, penalty.sqrt() * torch.eye(WIDTH, dtype=torch.float64)])
