@@ -91,9 +91,11 @@ class Stream:
         """What an earlier run has left, or a new model with one expert that no skill has claimed."""
         if (self.folder / DESCRIPTION_FILE).is_file():
             model = DyLoRA_MoE.from_pretrained(self.folder)
+            _to_device(model)
             return model, SkillLibrary.load(self.folder, model.experts.names)
         set_seed(self.flags.training.seed)
         model = build_model(self.flags)
+        _to_device(model)
         return model, SkillLibrary(model.router.hidden_size)
 
     def _acquire(self, number: int, name: str, wanted: str) -> bool:
@@ -173,6 +175,11 @@ class Stream:
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _to_device(model: torch.nn.Module) -> None:
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
 
 
 def _check(flags: TrainFlags) -> None:

@@ -200,6 +200,6 @@ def _training_alone(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
 
 
 def routed(model: DyLoRA_MoE, seen: Look) -> Tensor:
-    """Soft routing weights of the tokens that were looked at, ``(tokens, experts)``; routing to one takes the largest."""
+    """Soft routing weights of what was looked at, ``(tokens, experts)``; routing to one expert takes the largest."""
     gate = model.router.gates[0].detach().cpu()
     return (seen.tokens @ gate.T / model.router.temperature).softmax(dim=-1)

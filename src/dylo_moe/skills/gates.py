@@ -15,7 +15,7 @@ from typing_extensions import override
 
 DEFAULT_RIDGE = 1e-3
 CONFIDENCE = 0.95
-"""The weight that a skill's mean feature gives its own expert against the next one, on average, once routing is soft."""
+"""The weight that a skill's mean feature gives its own expert against the next one, on average, in soft routing."""
 
 
 class Gate(ABC):
@@ -68,8 +68,8 @@ class RidgeGate(Gate):
     After Any-SSR ("Analytic Subspace Routing: How Recursive Least Squares Works in Continual Learning of Large Language
     Models", 2025), without its random expansion of the features, so that the result is an ordinary gate. Each body
     of data counts alike, however long it is: its sums are divided by its tokens. Recursive least squares updates the
-    inverse of the Gram matrix; here the matrix itself is updated, and solved when the gate is wanted. The solution is the
-    same, with less rounding, and its cost does not depend on how much was seen.
+    inverse of the Gram matrix; here the matrix itself is updated, and solved when the gate is wanted. The solution is
+    the same, with less rounding, and its cost does not depend on how much was seen.
 
     Args:
         hidden_size: Width of the features.

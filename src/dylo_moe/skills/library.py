@@ -77,8 +77,8 @@ class NoveltyReport:
         nearest: The nearest known skill; None where none is known.
         measure: ``cosine`` or ``mahalanobis``.
         similarity: To each known skill, the cosine between mean embeddings.
-        distance: To each known skill, the median over examples of their distance, in thresholds of that skill: above 1 is
-            farther than nearly all of its own held-out examples.
+        distance: To each known skill, the median over examples of their distance, in thresholds of that skill: above 1
+            is farther than nearly all of its own held-out examples.
         beyond: Share of the examples that lie beyond the threshold of every known skill.
     """
 

@@ -1,7 +1,7 @@
 """What a stream of skills left behind, as pure functions of a matrix.
 
-``matrix[i, j]`` is what was measured on skill j after learning skill i, skills counted in the order of the stream; it is
-square. Entries that a function does not read may be NaN: above the diagonal only ``forward_transfer`` reads any.
+``matrix[i, j]`` is what was measured on skill j after learning skill i, skills counted in the order of the stream; it
+is square. Entries that a function does not read may be NaN: above the diagonal only ``forward_transfer`` reads any.
 Measures are accuracies, where more is better, or with ``lower_is_better`` losses. Results keep the sense of their
 name either way: more transfer is good, more forgetting is bad.
 """

@@ -1,0 +1,96 @@
+"""``acquire`` and ``experts`` as people run them, on a tiny base model and this machine's own files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dylo_moe import DyLoRA_MoE
+from dylo_moe.cli import main
+from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.programs import acquire
+from dylo_moe.training.interruption import EXIT_STOPPED
+from tiny_folder import write_tiny_folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_folder(tmp_path_factory.mktemp("base"))
+
+
+def rows(path: Path, word: str) -> str:
+    lines = [{"prompt": f"{word} {number}\n", "response": f"{word * 3} {number % 7}"} for number in range(120)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"{path.stem}={path}"
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    return [rows(folder / "letters.jsonl", "abab"), rows(folder / "signs.jsonl", "#!?#")]
+
+
+def arguments(base: Path, skills: list[str], output: Path, *more: str) -> list[str]:
+    return [
+        *("acquire", "--model_name", str(base), "--skill", *skills, "--output_dir", str(output)),
+        *("--max_seq_length", "64", "--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--lora_r", "4"),
+        *("--max_steps", "6", "--learning_rate", "5e-3", "--report_to", "none", "--sample_rows", "32", *more),
+    ]
+
+
+def test_a_stream_is_learned_and_a_longer_one_goes_on(base: Path, stream: list[str], tmp_path: Path) -> None:
+    assert main(arguments(base, stream[:1], tmp_path)) == 0
+    first = (tmp_path / "model" / "experts" / "expert_0" / "adapter_model.safetensors").read_bytes()
+    assert main(arguments(base, stream, tmp_path)) == 0
+    said = json.loads((tmp_path / "model" / "skills.json").read_text())["skills"]
+    assert [(one["name"], one["expert"]) for one in said] == [("letters", "expert_0"), ("signs", "expert_1")]
+    assert (tmp_path / "model" / "experts" / "expert_0" / "adapter_model.safetensors").read_bytes() == first
+    assert set(said[1]["losses"]) == {"letters", "signs"}
+    assert said[1]["losses"]["letters"] == pytest.approx(said[0]["losses"]["letters"], rel=0.05)
+    assert said[1]["usage"]["signs"]["expert_1"] > 0.8
+    assert DyLoRA_MoE.from_pretrained(tmp_path / "model").router.maturity == [1, 1]
+    assert not list((tmp_path / "stages").glob("*/checkpoint-*"))
+
+
+def test_interrupted_in_the_second_skill_it_goes_on(
+    base: Path, stream: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    more = ("--save_steps", "2")
+    assert main(arguments(base, stream, whole, *more)) == 0
+    real, calls = acquire.runs_to_the_end, []
+
+    def killed(*given: object) -> bool:
+        calls.append(given)
+        finished = real(*given)  # type: ignore[arg-type]
+        return finished and len(calls) < 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(acquire, "runs_to_the_end", killed)
+        assert main(arguments(base, stream, torn, *more)) == EXIT_STOPPED
+    assert [one["name"] for one in json.loads((torn / "model" / "skills.json").read_text())["skills"]] == ["letters"]
+    assert main(arguments(base, stream, torn, *more)) == 0
+    for file in ("router.safetensors", "experts/expert_1/adapter_model.safetensors", "skills.json"):
+        assert (torn / "model" / file).read_bytes() == (whole / "model" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--routing", "per_layer"], "--routing"),
+        (["--num_experts", "3"], "--num_experts"),
+        (["--extend", "perhaps"], "--extend"),
+        (["--overwrite_output_dir"], "--overwrite_output_dir"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(
+    base: Path, stream: list[str], tmp_path: Path, more: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(base, stream, tmp_path, *more)) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+
+
+def test_a_stream_without_skills_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["acquire", "--model_name", str(base)]) == EXIT_USER_ERROR
+    assert "--skills" in capsys.readouterr().err
