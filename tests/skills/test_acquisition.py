@@ -98,7 +98,11 @@ def test_what_routes_to_old_experts_is_unchanged_by_a_new_one() -> None:
         before = model(**batch)
         learn(model, library, skill("middle", 22, 38))
         after = model.eval()(**batch)
-    assert all(torch.equal(one, other) for name in old for one, other in zip(old[name], model.experts.parameters(name)))
+    assert all(
+        torch.equal(one, other)
+        for name in old
+        for one, other in zip(old[name], model.experts.parameters(name), strict=True)
+    )
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
     same = (after.routing_weights[0].argmax(-1) == before.routing_weights[0].argmax(-1)).all(dim=1)
     assert same.float().mean() > 0.5, "this test needs rows that still go to the old experts"

@@ -114,6 +114,18 @@ class RidgeGate(Gate):
         self._gram, self._cross, self._bodies = (state[name].clone() for name in ("gram", "cross", "bodies"))
         self.num_experts = len(self._cross)
 
+    def forget(self, expert: int) -> None:
+        """Drops an expert; its tokens go on to count as such that are none of the others'."""
+        kept = [index for index in range(self.num_experts) if index != expert]
+        self._cross, self._bodies = self._cross[kept], self._bodies[kept]
+        self.num_experts -= 1
+
+    def merge(self, expert: int, other: int) -> None:
+        """Makes the tokens of two experts those of the first: what it would be, had they been taught so."""
+        self._cross[expert] += self._cross[other]
+        self._bodies[expert] += self._bodies[other]
+        self.forget(other)
+
     @override
     def _grow(self) -> None:
         self._cross = F.pad(self._cross, (0, 0, 0, 1))

@@ -187,6 +187,27 @@ class SkillLibrary:
         cosine, mahalanobis = (self.pair_aurocs(name).nanmean() for name in ("cosine", "mahalanobis"))
         return "mahalanobis" if mahalanobis > cosine else "cosine"
 
+    def remove_expert(self, name: str, column: int) -> None:
+        """Forgets an expert, the router's ``column``, and the skills that it learned."""
+        kept = [index for index, skill in enumerate(self.skills) if skill.expert != name]
+        gone = {skill.name for skill in self.skills if skill.expert == name}
+        self.skills = [self.skills[index] for index in kept]
+        self._references = [self._references[index] for index in kept]
+        self._held_out = [self._held_out[index] for index in kept]
+        for skill in self.skills:
+            skill.losses = {one: loss for one, loss in skill.losses.items() if one not in gone}
+            skill.usage = {one: shares for one, shares in skill.usage.items() if one not in gone}
+        self.gate.forget(column)
+
+    def merge_experts(self, name: str, other: str, column: int, other_column: int) -> None:
+        """Gives the skills of one expert, and its column of the router, to another one."""
+        for skill in self.skills:
+            skill.expert = name if skill.expert == other else skill.expert
+            for shares in skill.usage.values():
+                if other in shares:
+                    shares[name] = shares.get(name, 0.0) + shares.pop(other)
+        self.gate.merge(column, other_column)
+
     def write_files(self, folder: Path) -> None:
         """Writes the library's files into a folder that is the caller's to make whole."""
         tensors = {f"gate.{name}": tensor for name, tensor in self.gate.state().items()}
