@@ -18,7 +18,7 @@ ROUTINGS = ("prefix:1", "final")
 
 def batches(low: int, high: int, count: int = 24, seed: int = 0) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1000 * seed + low)
-    rows = [torch.randint(low, high, (6 + index % 5,), generator=generator) for index in range(count)]
+    rows = [torch.randint(low, high, (24 + index % 5,), generator=generator) for index in range(count)]
     made = [padded(rows[start : start + 8], "right") for start in range(0, count, 8)]
     return [{"input_ids": ids, "attention_mask": mask} for ids, mask in made]
 
@@ -27,7 +27,7 @@ def skill(name: str, low: int, high: int) -> SkillData:
     return SkillData(name, batches(low, high), batches(low, high, seed=1), rows=24)
 
 
-LOW, HIGH = (2, 20), (40, VOCABULARY)
+LOW, MIDDLE, HIGH = (2, 8), (24, 30), (50, VOCABULARY)
 
 
 def grown(routing: str = "prefix:1") -> tuple[DyLoRA_MoE, SkillLibrary]:
@@ -96,7 +96,7 @@ def test_what_routes_to_old_experts_is_unchanged_by_a_new_one() -> None:
     (batch, *_) = batches(*LOW, count=8, seed=6)
     with torch.no_grad():
         before = model(**batch)
-        learn(model, library, skill("middle", 22, 38))
+        learn(model, library, skill("middle", *MIDDLE))
         after = model.eval()(**batch)
     assert all(
         torch.equal(one, other)

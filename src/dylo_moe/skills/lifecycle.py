@@ -20,6 +20,7 @@ from torch import Tensor
 from dylo_moe.core import checkpoint
 from dylo_moe.core.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_weights
 from dylo_moe.core.checkpoint import Description
+from dylo_moe.core.expert import check_new_name
 from dylo_moe.errors import ExpertError, did_you_mean
 from dylo_moe.skills.library import DESCRIPTION_FILE, SkillLibrary
 
@@ -71,10 +72,8 @@ def rename_expert(path: Path, old: str, new: str) -> None:
         ExpertError: There is no such expert, or the new name is taken or not usable.
     """
     description, library = _opened(path, old)
-    if not new.replace("-", "_").isidentifier():
-        raise ExpertError(f"an expert's name has letters, digits, _ and - only and begins with a letter, got {new!r}")
-    if new in _names(description):
-        raise ExpertError(f"there is an expert {new!r} already; choose another name")
+    # of the base's modules, those that an expert adapts are in its keys; loading refuses the names of the others
+    check_new_name(new, _names(description), read_weights(_expert(path, old)))
     for expert in description.experts:
         expert.name = new if expert.name == old else expert.name
     for skill in library.skills if library else []:
@@ -103,7 +102,7 @@ def merge_experts(path: Path, one: str, other: str) -> None:
     """Makes one expert, under the first one's name, that adds to the base what both of them add: exactly their sum.
 
     ``B1 A1 + B2 A2`` is ``[B1 B2] [A1; A2]``: the ranks add up, and the scalings go into ``B``. The router sends it what
-    it sent either of them.
+    it sent either.
 
     Raises:
         ExpertError: There is no such expert, or the two adapt different modules.
@@ -173,9 +172,8 @@ def _rewritten(
 
 def _without(tensor: Tensor, key: str, column: int) -> Tensor:
     dim = 0 if key.startswith("gates.") else 1
-    return torch.cat(
-        [tensor.narrow(dim, 0, column), tensor.narrow(dim, column + 1, tensor.shape[dim] - column - 1)], dim
-    )
+    kept = [index for index in range(tensor.shape[dim]) if index != column]
+    return tensor.index_select(dim, torch.tensor(kept))
 
 
 def _drop_column(description: Description, column: int) -> None:
