@@ -133,8 +133,8 @@ class SkillLibrary:
         if not len(reference) or not len(held_out):
             raise ValueError(f"the skill {skill.name!r} has no example to know it by")
         self.skills.append(skill)
-        self._references.append(reference.detach().cpu().float())
-        self._held_out.append(held_out.detach().cpu().float())
+        self._references.append(reference.detach().cpu().float().clone())
+        self._held_out.append(held_out.detach().cpu().float().clone())
 
     def judge(self, embeddings: Tensor, measure: str | None = None) -> NoveltyReport:
         """Whether a body of data is a new skill: most of its examples lie beyond the threshold of each known one.
