@@ -1,8 +1,8 @@
 """Skills that a machine has without the Hub: files of one kind, cut into a beginning and what follows it.
 
-Five kinds come from the files of this machine, as far as it has them: Python functions and C++ declarations, which the
-package reads itself, and Perl modules, shell scripts and manual pages, which are written here as files of rows. MBPP and
-Code Alpaca join them where a folder with their files is named.
+They are, as far as the machine has them: Python functions and C++ declarations, which the package reads itself, and
+Perl modules, shell scripts, manual pages and reStructuredText, which are written here as files of rows. MBPP and Code
+Alpaca join them where a folder with their files is named.
 """
 
 import gzip

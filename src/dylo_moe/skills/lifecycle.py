@@ -99,10 +99,10 @@ def remove_expert(path: Path, name: str) -> None:
 
 
 def merge_experts(path: Path, one: str, other: str) -> None:
-    """Makes one expert, under the first one's name, that adds to the base what both of them add: exactly their sum.
+    """Makes one expert, under the first one's name, that adds to the base exactly what both of them add.
 
-    ``B1 A1 + B2 A2`` is ``[B1 B2] [A1; A2]``: the ranks add up, and the scalings go into ``B``. The router sends it what
-    it sent either.
+    ``B1 A1 + B2 A2`` is ``[B1 B2] [A1; A2]``: the ranks add up, and the scalings go into ``B``. The router sends it
+    what it sent either.
 
     Raises:
         ExpertError: There is no such expert, or the two adapt different modules.
