@@ -134,7 +134,7 @@ class Stream:
 
     def _sample(self, rows: TokenRows) -> list[dict[str, torch.Tensor]]:
         order = np.random.default_rng(self.flags.training.seed).permutation(len(rows))
-        chosen: Subset[object] = Subset(rows, order[: self.own.sample_rows].tolist())  # type: ignore[arg-type]
+        chosen: Subset[object] = Subset(rows, order[: self.own.sample_rows].tolist())
         collate = TokenCollator(self.tokenizer.pad_token_id)
         return list(DataLoader(chosen, batch_size=self.flags.training.eval_batch_size, collate_fn=collate))
 

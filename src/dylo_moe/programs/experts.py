@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dylo_moe.config import EXPERTS_GROUPS, ExpertsArguments
+from dylo_moe.acquire_config import ExpertsArguments
+from dylo_moe.config import EXPERTS_GROUPS
 from dylo_moe.flags import parse
 from dylo_moe.reports.skill_tables import experts_table, loss_table
 from dylo_moe.skills.lifecycle import library_of, list_experts, merge_experts, remove_expert, rename_expert

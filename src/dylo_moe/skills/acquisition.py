@@ -202,4 +202,5 @@ def _training_alone(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
 def routed(model: DyLoRA_MoE, seen: Look) -> Tensor:
     """Soft routing weights of what was looked at, ``(tokens, experts)``; routing to one expert takes the largest."""
     gate = model.router.gates[0].detach().cpu()
-    return (seen.tokens @ gate.T / model.router.temperature).softmax(dim=-1)
+    logits: Tensor = seen.tokens @ gate.T / model.router.temperature
+    return logits.softmax(dim=-1)

@@ -6,6 +6,7 @@ Out-of-Distribution Samples"), by Mahalanobis with one covariance that all skill
 examples, so that the covariance is shrunk as Ledoit and Wolf 2004 do.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,7 +30,8 @@ def cosine_distances(embeddings: Tensor, skills: Sequence[Tensor]) -> Tensor:
         ``(n, k)`` float64, from 0 to 2.
     """
     means = F.normalize(_means(skills), dim=-1)
-    return 1 - F.normalize(embeddings.double(), dim=-1) @ means.T
+    cosines: Tensor = F.normalize(embeddings.double(), dim=-1) @ means.T
+    return 1 - cosines
 
 
 def mahalanobis_distances(embeddings: Tensor, skills: Sequence[Tensor]) -> Tensor:
@@ -86,7 +88,8 @@ def router_entropy(weights: Tensor) -> Tensor:
     if weights.shape[-1] == 1:
         return torch.zeros_like(weights[..., 0])
     wide = weights.double()
-    return torch.special.entr(wide).sum(dim=-1) / np.log(weights.shape[-1])
+    entropy: Tensor = torch.special.entr(wide).sum(dim=-1)
+    return entropy / math.log(weights.shape[-1])
 
 
 def _means(skills: Sequence[Tensor]) -> Tensor:
