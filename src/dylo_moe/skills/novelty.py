@@ -41,7 +41,8 @@ def mahalanobis_distances(embeddings: Tensor, skills: Sequence[Tensor]) -> Tenso
     factor = torch.linalg.cholesky(shrunk_covariance(within))
     apart = embeddings.double()[:, None] - means
     whitened = torch.linalg.solve_triangular(factor, apart.flatten(0, 1).T, upper=False)
-    return whitened.norm(dim=0).view(apart.shape[:2])
+    distances: Tensor = torch.linalg.vector_norm(whitened, dim=0)
+    return distances.view(apart.shape[:2])
 
 
 def shrunk_covariance(centred: Tensor) -> Tensor:
