@@ -12,6 +12,7 @@ from dylo_moe.flags import split_names
 from dylo_moe.model_config import ExpertArguments
 
 EXTEND = ("auto", "never", "always")
+NOVELTY = ("auto", "cosine", "mahalanobis", "entropy")
 
 
 @dataclass
@@ -28,6 +29,14 @@ class AcquireArguments:
         default="auto",
         help="Train the nearest expert further and make no new one: for skills that are not new (auto), never, always.",
     )
+    novelty: str = _flag(
+        default="auto",
+        help="What tells a new skill: distance in the base's hidden states (cosine or mahalanobis; auto takes the one "
+        "that tells the known skills apart better), or how unsure the router is (entropy).",
+    )
+    rank_from_data: bool = _flag(
+        default=False, help="Give each new expert the rank that its tokens call for, and --lora_r at most."
+    )
     sample_rows: int = _flag(default=128, help="Rows of a skill to judge it and to teach the router by.")
 
     def __post_init__(self) -> None:
@@ -38,6 +47,7 @@ class AcquireArguments:
         for given in self.skill or []:
             _require("=" in given and "," not in given, "skill", "name=path, without a comma", repr(given))
         _require(self.extend in EXTEND, "extend", f"one of {', '.join(EXTEND)}", repr(self.extend))
+        _require(self.novelty in NOVELTY, "novelty", f"one of {', '.join(NOVELTY)}", repr(self.novelty))
         _require(self.sample_rows >= 2, "sample_rows", "at least 2", self.sample_rows)
 
     @property
@@ -49,6 +59,11 @@ class AcquireArguments:
     def plain_names(self) -> list[str]:
         """The same without their paths."""
         return [name.partition("=")[0] for name in self.names]
+
+    @property
+    def measure(self) -> str | None:
+        """What novelty is judged by; None for the better distance."""
+        return None if self.novelty == "auto" else self.novelty
 
     @property
     def forced(self) -> bool | None:
@@ -83,11 +98,13 @@ class ExpertsArguments:
 
     checkpoint: str = _flag(default="./results/model", help="Checkpoint folder; it may also be named without the flag.")
     rename: str | None = _flag(default=None, help="OLD=NEW: give an expert another name.")
+    freeze: str | None = _flag(default=None, help="Let no later skill train this expert any further.")
+    unfreeze: str | None = _flag(default=None, help="Lift --freeze.")
     remove: str | None = _flag(default=None, help="Remove this expert, and the skills that it alone learned.")
     merge: str | None = _flag(default=None, help="ONE,OTHER: make one expert that adds what both of them do.")
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rename", "remove", "merge") if getattr(self, name) is not None]
+        given = [name for name in ("rename", "freeze", "unfreeze", "remove", "merge") if getattr(self, name) is not None]
         _require(len(given) <= 1, given[-1] if given else "rename", "left out where another change is given", given)
         for name, sign in (("rename", "="), ("merge", ",")):
             value = getattr(self, name)

@@ -1,6 +1,10 @@
 """``acquire`` and ``experts`` as people run them, on a tiny base model and this machine's own files."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,7 @@ import pytest
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_USER_ERROR
-from dylo_moe.programs import acquire
+from dylo_moe.skills.lifecycle import list_experts
 from dylo_moe.training.interruption import EXIT_STOPPED
 from tiny_folder import write_tiny_folder
 
@@ -52,26 +56,49 @@ def test_a_stream_is_learned_and_a_longer_one_goes_on(base: Path, stream: list[s
     assert not list((tmp_path / "stages").glob("*/checkpoint-*"))
 
 
-def test_interrupted_in_the_second_skill_it_goes_on(
-    base: Path, stream: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def process(words: list[str]) -> "subprocess.Popen[str]":
+    code = "import sys; from dylo_moe.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def when_there(pattern: str, folder: Path, running: "subprocess.Popen[str]") -> None:
+    while not list(folder.glob(pattern)):
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_stopped_and_killed_in_the_second_skill_it_goes_on(base: Path, stream: list[str], tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    more = ("--save_steps", "2")
+    more = ("--save_steps", "2", "--max_steps", "300", "--save_total_limit", "2")
     assert main(arguments(base, stream, whole, *more)) == 0
-    real, calls = acquire.runs_to_the_end, []
-
-    def killed(*given: object) -> bool:
-        calls.append(given)
-        finished = real(*given)  # type: ignore[arg-type]
-        return finished and len(calls) < 2
-
-    with monkeypatch.context() as patch:
-        patch.setattr(acquire, "runs_to_the_end", killed)
-        assert main(arguments(base, stream, torn, *more)) == EXIT_STOPPED
-    assert [one["name"] for one in json.loads((torn / "model" / "skills.json").read_text())["skills"]] == ["letters"]
-    assert main(arguments(base, stream, torn, *more)) == 0
+    words = arguments(base, stream, torn, *more)
+    for signal_, code in ((signal.SIGTERM, EXIT_STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
+        running = process(words)
+        when_there("stages/signs/checkpoint-*[2-9]", torn, running)
+        running.send_signal(signal_)
+        output, _ = running.communicate(timeout=120)
+        assert running.returncode == code, output
+        skills = json.loads((torn / "model" / "skills.json").read_text())["skills"]
+        assert [one["name"] for one in skills] == ["letters"]
+    assert main(words) == 0
     for file in ("router.safetensors", "experts/expert_1/adapter_model.safetensors", "skills.json"):
         assert (torn / "model" / file).read_bytes() == (whole / "model" / file).read_bytes(), file
+
+
+def test_a_rank_by_the_data_and_novelty_by_the_router(
+    base: Path, stream: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--rank_from_data", "--lora_r", "32", "--novelty", "entropy", "--skill", *stream, rows_again(stream))
+    assert main(arguments(base, stream, tmp_path, *more)) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "tokens to learn call for rank" in said and "by cosine" in said and "by entropy" in said
+    ranks = {one.name: one.rank for one in list_experts(tmp_path / "model")}
+    assert set(ranks.values()) < {4, 8, 16, 32} and len(set(ranks.values())) < 3
+
+
+def rows_again(stream: list[str]) -> str:
+    return "again=" + stream[0].partition("=")[2]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +107,7 @@ def test_interrupted_in_the_second_skill_it_goes_on(
         (["--routing", "per_layer"], "--routing"),
         (["--num_experts", "3"], "--num_experts"),
         (["--extend", "perhaps"], "--extend"),
+        (["--novelty", "0.75"], "--novelty"),
         (["--overwrite_output_dir"], "--overwrite_output_dir"),
     ],
 )

@@ -9,8 +9,9 @@ from torch import Tensor
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.features import base_features
 from dylo_moe.errors import CheckpointError, ExpertError, RoutingError
-from dylo_moe.skills.acquisition import SkillData, acquire_skill, look, routed
+from dylo_moe.skills.acquisition import SkillData, acquire_skill, look
 from dylo_moe.skills.library import SkillLibrary, save_with_skills
+from dylo_moe.skills.lifecycle import merge_experts, remove_expert
 from families import HIDDEN, VOCABULARY, mixture, padded, stir, tiny
 
 ROUTINGS = ("prefix:1", "final")
@@ -83,8 +84,8 @@ def test_a_new_skill_gets_an_expert_and_a_known_one_extends_it(routing: str) -> 
     assert [entry.extended for entry in library.skills] == [False, False, True]
     assert model.experts.names == ["expert_0", "expert_1"] and model.router.maturity == [1, 1]
     for data, expert in ((LOW, 0), (HIGH, 1)):
-        weights = routed(model, look(model, batches(*data, seed=4)))
-        assert (weights.argmax(dim=1) == expert).float().mean() > 0.8
+        logits = look(model, batches(*data, seed=4)).tokens @ model.router.gates[0].T
+        assert (logits.argmax(dim=1) == expert).float().mean() > 0.8
 
 
 def test_what_routes_to_old_experts_is_unchanged_by_a_new_one() -> None:
@@ -126,7 +127,45 @@ def test_model_and_skills_are_saved_as_one_and_go_on(tmp_path: Path) -> None:
     (batch, *_) = batches(*HIGH, count=8)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, again(**batch).logits)
-    assert library.judge(look(model, batches(*HIGH, seed=8)).embeddings).nearest == "high"
+    seen = look(model, batches(*HIGH, seed=8))
+    assert library.judge(seen.embeddings, seen.routed).nearest == "high"
+
+
+def test_a_frozen_expert_is_not_extended() -> None:
+    model, library = grown()
+    learn(model, library, skill("low", *LOW))
+    model.experts.freeze("expert_0")
+    again = SkillData("low too", batches(*LOW, seed=2), batches(*LOW, seed=3))
+    with pytest.raises(ExpertError, match="--extend always would train 'expert_0'"):
+        acquire_skill(model, library, again, lambda expert: True, extend=True)
+    assert learn(model, library, again) == "expert_1"
+    assert model.experts.frozen == {"expert_0"}
+    model.experts.unfreeze("expert_0")
+    third = SkillData("low three", batches(*LOW, seed=6), batches(*LOW, seed=7))
+    assert learn(model, library, third) in ("expert_0", "expert_1")
+
+
+@pytest.mark.parametrize("change", ["remove", "merge"])
+def test_after_a_removal_and_after_a_merge_the_stream_goes_on(change: str, tmp_path: Path) -> None:
+    model, library = grown()
+    for name, (low, high) in {"low": LOW, "middle": MIDDLE, "high": HIGH}.items():
+        learn(model, library, skill(name, low, high))
+    save_with_skills(model, library, tmp_path / "model")
+    if change == "remove":
+        remove_expert(tmp_path / "model", "expert_1")
+    else:
+        merge_experts(tmp_path / "model", "expert_0", "expert_1")
+    model = DyLoRA_MoE.from_pretrained(tmp_path / "model", tiny(dtype=torch.float32))
+    library = SkillLibrary.load(tmp_path / "model", model.experts.names)
+    assert model.experts.names == ["expert_0", "expert_2"] and library.gate.num_experts == 2
+    assert learn(model, library, skill("next", 10, 16)) == "expert_3"
+    save_with_skills(model, library, tmp_path / "model")
+    again = SkillLibrary.load(tmp_path / "model", ["expert_0", "expert_2", "expert_3"])
+    kept = ["low", "high"] if change == "remove" else ["low", "middle", "high"]
+    assert again.names == [*kept, "next"] and again.expert_of("next") == "expert_3"
+    for data, column in ((HIGH, 1), ((10, 16), 2)):
+        logits = look(model, batches(*data, seed=4)).tokens @ model.router.gates[0].T
+        assert (logits.argmax(dim=1) == column).float().mean() > 0.8
 
 
 def test_training_that_was_stopped_leaves_the_library_alone() -> None:

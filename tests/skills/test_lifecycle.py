@@ -11,6 +11,7 @@ from dylo_moe.errors import ExpertError
 from dylo_moe.skills.library import SkillEntry, SkillLibrary, save_with_skills
 from dylo_moe.skills.lifecycle import library_of, list_experts, merge_experts, remove_expert, rename_expert
 from families import HIDDEN, mixture, tiny, token_ids
+from tiny_folder import write_tiny_folder
 
 IDS = token_ids(2, 9)
 
@@ -34,7 +35,8 @@ def path(tmp_path: Path) -> Path:
         rows = torch.randn(20, HIDDEN, generator=generator)
         library.gate.learn(rows, expert)
         usage = {name: {one: 1 / 3 for one in model.experts.names}}
-        library.add(SkillEntry(name=name, expert=f"expert_{expert}", losses={"a": 1.0}, usage=usage), rows, rows[:5])
+        entry = SkillEntry(name=name, expert=f"expert_{expert}", losses={"a": 1.0}, usage=usage)
+        library.add(entry, rows, rows[:5], rows[:5])
     with torch.no_grad():
         model.router.gates[0].copy_(library.gate.weight())
     save_with_skills(model, library, tmp_path / "model")
@@ -70,6 +72,30 @@ def test_a_renamed_expert_is_the_same_expert(path: Path) -> None:
         assert torch.equal(after(IDS).logits, before)
     library = library_of(path)
     assert library is not None and library.skills[1].expert == "cpp" and "cpp" in library.skills[0].usage["a"]
+
+
+def test_a_frozen_expert_stays_so_until_it_is_not(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experts", str(path), "--freeze", "expert_1"]) == 0
+    assert "mature, frozen" in capsys.readouterr().out
+    frozen = loaded(path)
+    assert frozen.experts.frozen == {"expert_1"}
+    assert not any(parameter.requires_grad for parameter in frozen.experts.parameters("expert_1"))
+    frozen.save_pretrained(path.parent / "again")
+    assert loaded(path.parent / "again").experts.frozen == {"expert_1"}
+    assert main(["experts", str(path), "--unfreeze", "expert_1"]) == 0
+    assert "frozen" not in capsys.readouterr().out and not loaded(path).experts.frozen
+
+
+def test_an_expert_is_not_called_as_a_module_of_the_base(tmp_path: Path) -> None:
+    base = write_tiny_folder(tmp_path / "base")
+    DyLoRA_MoE(str(base), 2, rank=2, routing="prefix:1").save_pretrained(tmp_path / "model")
+    before = (tmp_path / "model" / "dylo_moe.json").read_bytes()
+    for name in ("lm_head", "embed_tokens"):  # no expert is on these, and PEFT would still take one for the other
+        with pytest.raises(ExpertError, match="a module has that name"):
+            rename_expert(tmp_path / "model", "expert_1", name)
+    assert (tmp_path / "model" / "dylo_moe.json").read_bytes() == before
+    rename_expert(tmp_path / "model", "expert_1", "cpp")
+    assert DyLoRA_MoE.from_pretrained(tmp_path / "model").experts.names == ["expert_0", "cpp"]
 
 
 def test_without_a_removed_expert_the_others_are_as_they_were(path: Path) -> None:

@@ -48,10 +48,11 @@ class BaseModelEntry(_Entry):
 
 
 class ExpertEntry(_Entry):
-    """One expert, in the order of the router's columns."""
+    """One expert, in the order of the router's columns; a frozen one is not trained any further."""
 
     name: str
     maturity: Literal[0, 1]
+    frozen: bool = False
 
 
 class RoutingEntry(_Entry):

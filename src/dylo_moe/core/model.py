@@ -426,6 +426,7 @@ class DyLoRA_MoE(nn.Module):
         self._assemble(name, revision, mode, experts, router, description.losses, description.prompt_template)
         self.router.load_state_dict(checkpoint.read_router(path, router.state_dict()))
         self.router.maturity = [expert.maturity for expert in description.experts]
+        self.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
         return self.eval()
 
     def load_weights(self, path: str | Path) -> None:
@@ -459,7 +460,10 @@ class DyLoRA_MoE(nn.Module):
 
     def _describe(self) -> checkpoint.Description:
         router = self.router
-        maturity = zip(self.experts.names, router.maturity, strict=True)
+        entries = [
+            checkpoint.ExpertEntry(name=name, maturity=maturity, frozen=name in self.experts.frozen)
+            for name, maturity in zip(self.experts.names, router.maturity, strict=True)
+        ]
         return checkpoint.Description(
             dylo_moe_version=version("dylora-moe"),
             base_model=checkpoint.BaseModelEntry(
@@ -468,7 +472,7 @@ class DyLoRA_MoE(nn.Module):
                 dtype=str(self.dtype).removeprefix("torch."),
                 fingerprint=self._fingerprint,
             ),
-            experts=[checkpoint.ExpertEntry(name=name, maturity=value) for name, value in maturity],
+            experts=entries,
             routing=checkpoint.RoutingEntry(
                 mode=self.routing,
                 top_k=router.top_k,

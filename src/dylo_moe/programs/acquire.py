@@ -24,15 +24,18 @@ from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.packing import TokenCollator, TokenRows
+from dylo_moe.data.prepare_data import PreparedData
 from dylo_moe.errors import ConfigError
 from dylo_moe.flags import parse, to_yaml
 from dylo_moe.programs.building import build_model, build_trainer, check_inputs, check_packing, prepare
 from dylo_moe.programs.resuming import resume_folder
 from dylo_moe.programs.train import runs_to_the_end
 from dylo_moe.programs.trainer_arguments import trainer_arguments
-from dylo_moe.reports.skill_tables import loss_table, novelty_line, skills_table
+from dylo_moe.reports.skill_tables import experts_table, loss_table, novelty_line
 from dylo_moe.skills.acquisition import SkillData, acquire_skill
 from dylo_moe.skills.library import SkillEntry, SkillLibrary, save_with_skills
+from dylo_moe.skills.lifecycle import list_experts
+from dylo_moe.skills.ranks import rank_for
 from dylo_moe.training import checkpoints
 from dylo_moe.training.interruption import EXIT_STOPPED
 
@@ -73,8 +76,9 @@ class Stream:
         transformers.logging.disable_progress_bar()
         self.output = Path(self.flags.training.output_dir)
         self.folder = self.output / MODEL
+        wanted = self.flags.model
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(wanted.model_name, revision=wanted.revision)
         self.model, self.library = self._model()
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model.base_name, revision=self.model.revision)
 
     def run(self) -> bool:
         """Learns what is not known yet; False where it was asked to stop, with all that is done on the disk."""
@@ -83,7 +87,7 @@ class Stream:
                 self._say(f"{name}: learned already")
             elif not self._acquire(number, name, wanted):
                 return False
-        self.console.print(skills_table(self.model, self.library), loss_table(self.library))
+        self.console.print(experts_table(list_experts(self.folder), self.library), loss_table(self.library))
         self._say(f"Mixture and skills: {self.folder}")
         return True
 
@@ -95,6 +99,10 @@ class Stream:
             return model, SkillLibrary.load(self.folder, model.experts.names)
         set_seed(self.flags.training.seed)
         model = build_model(self.flags)
+        rank = self._rank(model, self.own.names[0])
+        if rank != self.flags.experts.lora_r:
+            set_seed(self.flags.training.seed)
+            model = build_model(self.flags._replace(experts=replace(self.flags.experts, lora_r=rank)))
         _to_device(model)
         return model, SkillLibrary(model.router.hidden_size)
 
@@ -108,8 +116,9 @@ class Stream:
             self._data(name, wanted),
             lambda expert: self._train(name, wanted),
             extend=self.own.forced,
-            told=lambda judgement, expert: self._say(novelty_line(name, judgement, expert)),
-            rank=args.lora_r,
+            measure=self.own.measure,
+            told=lambda report, expert: self._say(novelty_line(name, report, expert)),
+            rank=self._rank(self.model, wanted),
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             target_modules=args.targets,
@@ -123,10 +132,26 @@ class Stream:
             checkpoints.remove(folder)
         return True
 
+    def _rank(self, model: DyLoRA_MoE, wanted: str) -> int:
+        """Of an expert that is made for a dataset."""
+        largest = self.flags.experts.lora_r
+        if not self.own.rank_from_data:
+            return largest
+        tokens = sum(summary.labelled_tokens for summary in self._rows(wanted).summaries)
+        first = model.experts.names[0]
+        per_rank = model.experts.num_parameters(first) / model.experts.peft_model.peft_config[first].r
+        rank = rank_for(tokens, per_rank, largest)
+        self._say(f"{wanted.partition('=')[0]}: {tokens:,} tokens to learn call for rank {rank}")
+        return rank
+
+    def _rows(self, wanted: str) -> PreparedData:
+        """A dataset as single examples."""
+        alone = replace(self.flags.data, datasets=wanted, packing=False)
+        return prepare(alone, self.tokenizer, self.flags.training.seed)
+
     def _data(self, name: str, wanted: str) -> SkillData:
         """Samples of single examples, chosen by the seed."""
-        seed = self.flags.training.seed
-        data = prepare(replace(self.flags.data, datasets=wanted, packing=False), self.tokenizer, seed)
+        data = self._rows(wanted)
         for note in data.notes:
             self._say(note)
         self.model.prompt_template = data.template.name

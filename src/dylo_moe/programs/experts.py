@@ -1,4 +1,4 @@
-"""``experts``: the experts of a checkpoint and their skills; renames, removes or merges them. Loads no base model."""
+"""``experts``: the experts of a checkpoint and their skills; renames, freezes, removes or merges them. Loads no base model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,14 @@ from dylo_moe.acquire_config import ExpertsArguments
 from dylo_moe.config import EXPERTS_GROUPS
 from dylo_moe.flags import parse
 from dylo_moe.reports.skill_tables import experts_table, loss_table
-from dylo_moe.skills.lifecycle import library_of, list_experts, merge_experts, remove_expert, rename_expert
+from dylo_moe.skills.lifecycle import (
+    freeze_expert,
+    library_of,
+    list_experts,
+    merge_experts,
+    remove_expert,
+    rename_expert,
+)
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
@@ -27,13 +34,16 @@ def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
     path, console = Path(args.checkpoint), Console()
     if args.rename is not None:
         rename_expert(path, *(part.strip() for part in args.rename.split("=")))
+    if args.freeze is not None:
+        freeze_expert(path, args.freeze)
+    if args.unfreeze is not None:
+        freeze_expert(path, args.unfreeze, frozen=False)
     if args.remove is not None:
         remove_expert(path, args.remove)
     if args.merge is not None:
         merge_experts(path, *(part.strip() for part in args.merge.split(",")))
     library = library_of(path)
-    rows = {one.name: (str(one.rank), f"{one.parameters:,}", one.maturity) for one in list_experts(path)}
-    console.print(experts_table(rows, library))
+    console.print(experts_table(list_experts(path), library))
     if library is not None:
         console.print(loss_table(library))
     return 0

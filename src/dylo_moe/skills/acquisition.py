@@ -16,7 +16,6 @@ from dylo_moe.core.features import base_features, check_frozen_features
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.errors import ExpertError
 from dylo_moe.skills.library import NoveltyReport, SkillEntry, SkillLibrary
-from dylo_moe.skills.novelty import router_entropy
 
 Batches = Iterable[Mapping[str, Tensor]]
 """Each with ``input_ids`` and ``attention_mask``, ``(batch, seq)``: one example a row."""
@@ -43,27 +42,16 @@ class Look(NamedTuple):
     """What the frozen base makes of some examples.
 
     Attributes:
-        embeddings: ``(examples, hidden_size)`` float32, the mean over each example's tokens.
-        tokens: ``(tokens, hidden_size)`` float32, what the router reads at each.
+        embeddings: ``(examples, hidden_size)`` float32, the mean of the last hidden states over each example's tokens.
+        routed: ``(examples, hidden_size)`` float32, the mean of what the router reads.
+        tokens: ``(tokens, hidden_size)`` float32, what the router reads at each token.
         example: ``(tokens,)``, the example that a token belongs to.
     """
 
     embeddings: Tensor
+    routed: Tensor
     tokens: Tensor
     example: Tensor
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What is known of a skill before it is learned.
-
-    Attributes:
-        report: How it stands to the known skills.
-        entropy: Mean entropy of the router's weights on its tokens, 0 (sure) to 1 (no opinion); None with no skill.
-    """
-
-    report: NoveltyReport
-    entropy: float | None
 
 
 @dataclass(frozen=True)
@@ -72,13 +60,11 @@ class Acquisition:
 
     Attributes:
         entry: As it stands in the library.
-        judgement: What was known before.
-        created: Whether an expert was made for it.
+        report: How it stood to what was known before.
     """
 
     entry: SkillEntry
-    judgement: Judgement
-    created: bool
+    report: NoveltyReport
 
 
 def look(model: DyLoRA_MoE, batches: Batches) -> Look:
@@ -87,27 +73,24 @@ def look(model: DyLoRA_MoE, batches: Batches) -> Look:
     Raises:
         RoutingError: The router of the model does not read frozen features.
     """
-    embeddings, tokens, example = list[Tensor](), list[Tensor](), list[Tensor]()
+    embeddings, routed, tokens, example = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     seen = 0
     for batch in batches:
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         features = base_features(model, ids, mask)
         real = mask.bool()
-        sums = (features.last * real[..., None]).sum(dim=1)
-        embeddings.append((sums / real.sum(dim=1, keepdim=True)).float().cpu())
+        embeddings.append(_means(features.last, real))
+        routed.append(_means(features.routed, real))
         tokens.append(features.routed[real].float().cpu())
         row = torch.arange(len(ids), device=real.device)[:, None].expand_as(real)
         example.append(row[real].cpu() + seen)
         seen += len(ids)
-    return Look(torch.cat(embeddings), torch.cat(tokens), torch.cat(example))
+    return Look(torch.cat(embeddings), torch.cat(routed), torch.cat(tokens), torch.cat(example))
 
 
-def judge(model: DyLoRA_MoE, library: SkillLibrary, seen: Look) -> Judgement:
-    """How new the data is, by its distance to the known skills, and by how unsure the router is of it."""
-    entropy = None
-    if library.skills:
-        entropy = float(router_entropy(routed(model, seen)).mean())
-    return Judgement(library.judge(seen.embeddings), entropy)
+def _means(features: Tensor, real: Tensor) -> Tensor:
+    """Means over real tokens, from ``(batch, seq, hidden_size)`` to ``(batch, hidden_size)``, on the CPU."""
+    return ((features * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)).float().cpu()
 
 
 def acquire_skill(
@@ -117,7 +100,8 @@ def acquire_skill(
     train: Callable[[str], bool],
     *,
     extend: bool | None = None,
-    told: Callable[[Judgement, str], object] = lambda judgement, expert: None,
+    measure: str | None = None,
+    told: Callable[[NoveltyReport, str], object] = lambda report, expert: None,
     **expert_options: Any,
 ) -> Acquisition | None:
     """Lets a model learn one more skill.
@@ -130,7 +114,8 @@ def acquire_skill(
         library: The skills it knows; gets the new one.
         data: What to judge and to route by.
         train: Called with the expert's name, which alone is active and trains; False where it was stopped.
-        extend: Whether to extend the nearest expert; by default where the skill is not new.
+        extend: Whether to extend the nearest expert; by default where the skill is not new and that expert not frozen.
+        measure: What novelty is judged by; see ``SkillLibrary.judge``.
         told: Called before training, with what was judged and the expert.
         **expert_options: For ``ExpertManager.create``.
 
@@ -139,18 +124,16 @@ def acquire_skill(
 
     Raises:
         RoutingError: The router of the model does not read frozen features.
-        ExpertError: The skill is known by that name, or the experts are not those of the library.
+        ExpertError: The skill is known by that name, the experts are not those of the library, or the one that is to be
+            extended is frozen.
     """
     check_frozen_features(model.routing)
     _check_library(model, library, data.name)
     sample, held_out = look(model, data.sample), look(model, data.held_out)
-    judgement = judge(model, library, sample)
-    nearest = next((skill.expert for skill in library.skills if skill.name == judgement.report.nearest), None)
-    if (not judgement.report.novel if extend is None else extend) and nearest is not None:
-        expert, created = nearest, False
-    else:
-        expert, created = _new_expert(model, library, expert_options), True
-    told(judgement, expert)
+    report = library.judge(sample.embeddings, sample.routed, measure)
+    nearest = _to_extend(model, library, report, extend)
+    expert = nearest or _new_expert(model, library, expert_options)
+    told(report, expert)
     with _training_alone(model, expert):
         if not train(expert):
             return None
@@ -158,9 +141,27 @@ def acquire_skill(
     with torch.no_grad():
         model.router.gates[0].copy_(library.gate.weight())
     model.set_maturity()
-    entry = SkillEntry(name=data.name, expert=expert, extended=not created, rows=data.rows)
-    library.add(entry, sample.embeddings, held_out.embeddings)
-    return Acquisition(entry, judgement, created)
+    entry = SkillEntry(name=data.name, expert=expert, extended=nearest is not None, rows=data.rows)
+    library.add(entry, sample.embeddings, held_out.embeddings, held_out.routed)
+    return Acquisition(entry, report)
+
+
+def _to_extend(
+    model: DyLoRA_MoE, library: SkillLibrary, report: NoveltyReport, extend: bool | None
+) -> str | None:
+    """The expert that learns the skill on top of what it knows; None for a new one."""
+    wanted = not report.novel if extend is None else extend
+    if not wanted or report.nearest is None:
+        return None
+    expert = library.expert_of(report.nearest)
+    if expert not in model.experts.frozen:
+        return expert
+    if extend:
+        raise ExpertError(
+            f"--extend always would train {expert!r}, the nearest expert, which is frozen; unfreeze it by "
+            f"dylora-moe experts --unfreeze {expert}, or leave --extend out"
+        )
+    return None
 
 
 def _check_library(model: DyLoRA_MoE, library: SkillLibrary, name: str) -> None:
@@ -184,23 +185,16 @@ def _new_expert(model: DyLoRA_MoE, library: SkillLibrary, options: dict[str, Any
 
 @contextmanager
 def _training_alone(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
-    """One expert active and training in the block; afterwards all are active, and none trains."""
+    """One expert active and training in the block; afterwards all are active, and frozen as they were."""
     experts, router = model.experts, model.router
-    trained = [gate.requires_grad for gate in router.gates]
+    trained, frozen = [gate.requires_grad for gate in router.gates], set(experts.frozen)
     router.requires_grad_(False)
-    experts.unfreeze(expert)
+    experts.freeze(*(name for name in experts.names if name != expert))
     experts.set_active(expert)
     try:
         yield
     finally:
-        experts.freeze(*experts.names)
+        experts.unfreeze(*(name for name in experts.names if name not in frozen))
         experts.activate_all()
         for gate, requires_grad in zip(router.gates, trained, strict=True):
             gate.requires_grad_(requires_grad)
-
-
-def routed(model: DyLoRA_MoE, seen: Look) -> Tensor:
-    """Soft routing weights of what was looked at, ``(tokens, experts)``; routing to one expert takes the largest."""
-    gate = model.router.gates[0].detach().cpu()
-    logits: Tensor = seen.tokens @ gate.T / model.router.temperature
-    return logits.softmax(dim=-1)

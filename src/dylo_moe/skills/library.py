@@ -3,7 +3,7 @@
 Kept with the model, in the folder of its checkpoint and written with it as one:
 
     skills.json           names, experts, and what was measured after each
-    skills.safetensors    embeddings of a sample of each skill, and the sums from which the router is solved
+    skills.safetensors    embeddings of samples of each skill, and the sums from which the router is solved
 
 No text is kept. An embedding is the mean of an example's hidden states: ``(hidden_size,)``.
 """
@@ -11,7 +11,7 @@ No text is kept. An embedding is the mean of an example's hidden states: ``(hidd
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +29,7 @@ from dylo_moe.skills.novelty import (
     calibrated_threshold,
     cosine_distances,
     mahalanobis_distances,
+    router_entropy,
 )
 
 DESCRIPTION_FILE, TENSORS_FILE = "skills.json", "skills.safetensors"
@@ -36,6 +37,7 @@ KNOWN_SHARE = 0.95
 """Of a known skill's own held-out examples, so many lie within its threshold."""
 
 MEASURES: dict[str, Distances] = {"cosine": cosine_distances, "mahalanobis": mahalanobis_distances}
+ENTROPY = "entropy"
 
 
 class SkillEntry(BaseModel):
@@ -75,11 +77,13 @@ class NoveltyReport:
     Attributes:
         novel: Whether it is none of them.
         nearest: The nearest known skill; None where none is known.
-        measure: ``cosine`` or ``mahalanobis``.
+        measure: What decided: ``cosine``, ``mahalanobis`` or ``entropy``.
         similarity: To each known skill, the cosine between mean embeddings.
         distance: To each known skill, the median over examples of their distance, in thresholds of that skill: above 1
             is farther than nearly all of its own held-out examples.
         beyond: Share of the examples that lie beyond the threshold of every known skill.
+        unsure: Share of the examples of which the router is less sure than of nearly all held-out examples of known
+            skills; None where it has a single expert.
     """
 
     novel: bool
@@ -88,6 +92,15 @@ class NoveltyReport:
     similarity: dict[str, float]
     distance: dict[str, float]
     beyond: float
+    unsure: float | None
+
+
+class _Looks(NamedTuple):
+    """What is kept of a skill's examples, each ``(examples, hidden_size)`` float32."""
+
+    reference: Tensor
+    held_out: Tensor
+    routed: Tensor
 
 
 class SkillLibrary:
@@ -105,8 +118,7 @@ class SkillLibrary:
     def __init__(self, hidden_size: int, ridge: float = DEFAULT_RIDGE) -> None:
         self.skills: list[SkillEntry] = []
         self.gate = RidgeGate(hidden_size, ridge)
-        self._references: list[Tensor] = []
-        self._held_out: list[Tensor] = []
+        self._looks: list[_Looks] = []
 
     @property
     def names(self) -> list[str]:
@@ -115,15 +127,20 @@ class SkillLibrary:
 
     def embeddings(self) -> Tensor:
         """One for each skill, the mean of its sample: ``(skills, hidden_size)`` float64."""
-        return torch.stack([reference.double().mean(dim=0) for reference in self._references])
+        return torch.stack([looks.reference.double().mean(dim=0) for looks in self._looks])
 
-    def add(self, skill: SkillEntry, reference: Tensor, held_out: Tensor) -> None:
+    def expert_of(self, skill: str) -> str:
+        """The expert that learned a skill."""
+        return self.skills[self.names.index(skill)].expert
+
+    def add(self, skill: SkillEntry, reference: Tensor, held_out: Tensor, routed: Tensor) -> None:
         """Takes in a skill.
 
         Args:
             skill: What to say of it.
             reference: Embeddings of a sample of its training rows, ``(examples, hidden_size)``.
             held_out: The same of held-out rows, to calibrate by.
+            routed: Of the held-out rows, the means of what the router reads, of the same shape.
 
         Raises:
             ValueError: A skill of that name is there, or a sample is empty.
@@ -133,38 +150,55 @@ class SkillLibrary:
         if not len(reference) or not len(held_out):
             raise ValueError(f"the skill {skill.name!r} has no example to know it by")
         self.skills.append(skill)
-        self._references.append(reference.detach().cpu().float().clone())
-        self._held_out.append(held_out.detach().cpu().float().clone())
+        self._looks.append(_Looks(*(rows.detach().cpu().float().clone() for rows in (reference, held_out, routed))))
 
-    def judge(self, embeddings: Tensor, measure: str | None = None) -> NoveltyReport:
+    def judge(self, embeddings: Tensor, routed: Tensor, measure: str | None = None) -> NoveltyReport:
         """Whether a body of data is a new skill: most of its examples lie beyond the threshold of each known one.
 
         Args:
             embeddings: Of a sample of its examples, ``(examples, hidden_size)``.
-            measure: ``cosine`` or ``mahalanobis``; the better one on what is known by default, see ``best_measure``.
+            routed: The means of what the router reads in them, of the same shape.
+            measure: ``cosine``, ``mahalanobis`` or ``entropy``; the better of the two distances on what is known by
+                default, see ``best_measure``. The entropy needs two experts to decide between; below, as by default.
         """
-        measure = measure or self.best_measure()
+        unsure = self._unsure(routed) if self.gate.num_experts > 1 else None
+        if measure is None or (measure == ENTROPY and unsure is None):
+            measure = self.best_measure()
         if not self.skills:
-            return NoveltyReport(True, None, measure, {}, {}, 1.0)
+            return NoveltyReport(True, None, measure, {}, {}, 1.0, unsure)
+        distance = self.best_measure() if measure == ENTROPY else measure
         embeddings = embeddings.detach().cpu()
-        ratios = MEASURES[measure](embeddings, self._references) / self.thresholds(measure)
+        ratios = MEASURES[distance](embeddings, self._references) / self.thresholds(distance)
         medians = ratios.median(dim=0).values
         cosines = 1 - cosine_distances(embeddings.double().mean(dim=0, keepdim=True), self._references)[0]
         beyond = float((ratios.min(dim=1).values > 1).double().mean())
         return NoveltyReport(
-            novel=beyond > 0.5,
+            novel=(unsure if measure == ENTROPY and unsure is not None else beyond) > 0.5,
             nearest=self.names[int(medians.argmin())],
             measure=measure,
             similarity=dict(zip(self.names, cosines.tolist(), strict=True)),
             distance=dict(zip(self.names, medians.tolist(), strict=True)),
             beyond=beyond,
+            unsure=unsure,
         )
+
+    def _unsure(self, routed: Tensor) -> float:
+        weight = self.gate.weight()
+        known, new = (
+            router_entropy((rows.detach().cpu().double() @ weight.T).softmax(dim=-1))
+            for rows in (torch.cat([looks.routed for looks in self._looks]), routed)
+        )
+        return float((new > calibrated_threshold(known, KNOWN_SHARE)).double().mean())
+
+    @property
+    def _references(self) -> list[Tensor]:
+        return [looks.reference for looks in self._looks]
 
     def thresholds(self, measure: str) -> Tensor:
         """For each skill the distance within which ``KNOWN_SHARE`` of its held-out examples lie: ``(skills,)``."""
         found = []
-        for index, held_out in enumerate(self._held_out):
-            own = MEASURES[measure](held_out, self._references)[:, index]
+        for index, looks in enumerate(self._looks):
+            own = MEASURES[measure](looks.held_out, self._references)[:, index]
             found.append(calibrated_threshold(own, KNOWN_SHARE))
         # where all held-out examples are the mean itself, anything else is beyond
         return torch.tensor(found, dtype=torch.float64).clamp(min=torch.finfo(torch.float64).eps)
@@ -174,7 +208,7 @@ class SkillLibrary:
         count = len(self.skills)
         table = torch.full((count, count), torch.nan, dtype=torch.float64)
         for known in range(count):
-            scores = [MEASURES[measure](rows, [self._references[known]])[:, 0] for rows in self._held_out]
+            scores = [MEASURES[measure](looks.held_out, [self._references[known]])[:, 0] for looks in self._looks]
             for other in range(count):
                 if other != known:
                     table[known, other] = auroc(scores[known].numpy(), scores[other].numpy())
@@ -192,8 +226,7 @@ class SkillLibrary:
         kept = [index for index, skill in enumerate(self.skills) if skill.expert != name]
         gone = {skill.name for skill in self.skills if skill.expert == name}
         self.skills = [self.skills[index] for index in kept]
-        self._references = [self._references[index] for index in kept]
-        self._held_out = [self._held_out[index] for index in kept]
+        self._looks = [self._looks[index] for index in kept]
         for skill in self.skills:
             skill.losses = {one: loss for one, loss in skill.losses.items() if one not in gone}
             skill.usage = {one: shares for one, shares in skill.usage.items() if one not in gone}
@@ -211,8 +244,8 @@ class SkillLibrary:
     def write_files(self, folder: Path) -> None:
         """Writes the library's files into a folder that is the caller's to make whole."""
         tensors = {f"gate.{name}": tensor for name, tensor in self.gate.state().items()}
-        for index, pair in enumerate(zip(self._references, self._held_out, strict=True)):
-            tensors |= {f"{kind}.{index}": rows for kind, rows in zip(("reference", "held_out"), pair, strict=True)}
+        for index, looks in enumerate(self._looks):
+            tensors |= {f"{kind}.{index}": rows for kind, rows in looks._asdict().items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
         description = _Description(ridge=self.gate.ridge, skills=self.skills)
         (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n")
@@ -239,7 +272,7 @@ class SkillLibrary:
             self = cls(tensors["gate.gram"].shape[0], description.ridge)
             self.gate.load({name: tensors[f"gate.{name}"] for name in self.gate.state()})
             for index, skill in enumerate(description.skills):
-                self.add(skill, tensors[f"reference.{index}"], tensors[f"held_out.{index}"])
+                self.add(skill, *(tensors[f"{kind}.{index}"] for kind in _Looks._fields))
         except (OSError, SafetensorError, ValidationError, KeyError, ValueError) as error:
             raise CheckpointError(f"the skills in {folder} cannot be read: {first_line(error)}") from error
         for skill in self.skills:

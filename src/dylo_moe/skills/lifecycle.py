@@ -1,4 +1,4 @@
-"""Looking after the experts of a checkpoint: list, rename, remove, merge; all on the disk, without the base model.
+"""Looking after the experts of a checkpoint: list, rename, freeze, remove, merge; on the disk, without base weights.
 
 Each change writes the whole folder anew and puts it in the place of the old one, so that no reader sees half of it.
 What the router knew is kept column by column; with skills, it is solved from their sums.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dylo_moe.core import checkpoint
 from dylo_moe.core.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_weights
+from dylo_moe.core.base_model import module_names
 from dylo_moe.core.checkpoint import Description
 from dylo_moe.core.expert import check_new_name
 from dylo_moe.errors import ExpertError, did_you_mean
@@ -36,12 +37,14 @@ class ExpertFacts:
         rank: Its rank.
         parameters: How many it has, counted.
         maturity: 0 (young) or 1 (mature).
+        frozen: Whether it is not trained any further.
     """
 
     name: str
     rank: int
     parameters: int
     maturity: int
+    frozen: bool
 
 
 def list_experts(path: Path) -> list[ExpertFacts]:
@@ -54,7 +57,7 @@ def list_experts(path: Path) -> list[ExpertFacts]:
     for expert in checkpoint.read_description(path).experts:
         folder = path / checkpoint.EXPERTS_FOLDER / expert.name
         size = sum(tensor.numel() for tensor in read_weights(folder).values())
-        found.append(ExpertFacts(expert.name, _config(folder)["r"], size, expert.maturity))
+        found.append(ExpertFacts(expert.name, _config(folder)["r"], size, expert.maturity, expert.frozen))
     return found
 
 
@@ -70,10 +73,13 @@ def rename_expert(path: Path, old: str, new: str) -> None:
 
     Raises:
         ExpertError: There is no such expert, or the new name is taken or not usable.
+        ModelError: The base model's configuration cannot be had.
     """
     description, library = _opened(path, old)
-    # of the base's modules, those that an expert adapts are in its keys; loading refuses the names of the others
-    check_new_name(new, _names(description), read_weights(_expert(path, old)))
+    base = description.base_model
+    # a base that was made in memory has no name: what is known of its modules stands in the experts' keys
+    modules = module_names(base.name, revision=base.revision) if base.name else read_weights(_expert(path, old))
+    check_new_name(new, _names(description), modules)
     for expert in description.experts:
         expert.name = new if expert.name == old else expert.name
     for skill in library.skills if library else []:
@@ -81,6 +87,19 @@ def rename_expert(path: Path, old: str, new: str) -> None:
         skill.usage = {one: {new if e == old else e: v for e, v in u.items()} for one, u in skill.usage.items()}
     with _rewritten(path, description, library) as folder:
         shutil.copytree(_expert(path, old), _expert(folder, new))
+
+
+def freeze_expert(path: Path, name: str, frozen: bool = True) -> None:
+    """Sees to it that no later skill trains an expert any further, or lifts that.
+
+    Raises:
+        ExpertError: There is no such expert.
+    """
+    description, library = _opened(path, name)
+    for expert in description.experts:
+        expert.frozen = frozen if expert.name == name else expert.frozen
+    with _rewritten(path, description, library):
+        pass
 
 
 def remove_expert(path: Path, name: str) -> None:
