@@ -134,7 +134,7 @@ def acquire_skill(
     nearest = _to_extend(model, library, report, extend)
     expert = nearest or _new_expert(model, library, expert_options)
     told(report, expert)
-    with _training_alone(model, expert):
+    with training_alone(model, expert):
         if not train(expert):
             return None
     library.gate.learn(sample.tokens, model.experts.names.index(expert))
@@ -184,7 +184,7 @@ def _new_expert(model: DyLoRA_MoE, library: SkillLibrary, options: dict[str, Any
 
 
 @contextmanager
-def _training_alone(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
+def training_alone(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
     """One expert active and training in the block; afterwards all are active, and frozen as they were."""
     experts, router = model.experts, model.router
     trained, frozen = [gate.requires_grad for gate in router.gates], set(experts.frozen)
