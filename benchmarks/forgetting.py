@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from forgetting_gates import gates, novelty
+from forgetting_gates import closed_form, gates, novelty
 from forgetting_report import draw, tables
 from forgetting_skills import stream
 from result_file import environment, parse_flags
@@ -38,15 +38,17 @@ from transformers import set_seed
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.losses import IGNORE_INDEX
 from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core.routing import decoder_layers, resolve_routing
 from dylo_moe.data.packing import TokenCollator, TokenRows
 from dylo_moe.data.prepare_data import PreparedData, prepare_data
-from dylo_moe.skills.acquisition import SkillData, acquire_skill, look
+from dylo_moe.skills.acquisition import Look, SkillData, acquire_skill, look
 from dylo_moe.skills.library import SkillLibrary
 
 RESULT = Path(__file__).parent / "results" / "forgetting.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "forgetting.png"
+ROUTING = "context"
 ARMS = ("ours", "sequential", "replay", "joint")
-MODEL, RANK, RATE, REPLAYED, SAMPLE = "demo", 16, 2e-3, 0.01, 128
+MODEL, RANK, RATE, REPLAYED, SAMPLE = "demo", 16, 2e-3, 0.01, 256
 MAX_LENGTH, BATCH_SIZE = 192, 8
 
 Batch = dict[str, Tensor]
@@ -183,9 +185,6 @@ def new_model(seed: int) -> DyLoRA_MoE:
     return DyLoRA_MoE(base, 1, rank=RANK, routing=ROUTING, balance_coefficient=0.0)
 
 
-ROUTING = "final"
-
-
 def train(model: DyLoRA_MoE, batches: Iterator[Batch]) -> bool:
     """AdamW on what trains, the rate falling to nothing."""
     every = list(batches)
@@ -234,13 +233,15 @@ def ours(rows: Rows, steps: int, seed: int) -> dict[str, Any]:
         model.experts.set_active(expert)
         oracle.append(loss_of(model, rows.held_out(skill)))
     model.experts.activate_all()
-    seen = [look(model, rows.sample(skill)) for skill in range(len(rows.names))]
-    held_out = [look(model, rows.held_out(skill)) for skill in range(len(rows.names))]
+    seen, held_out = looks(model, rows)
     found = gates(seen, held_out, seed)
     for name, weight in found.weights.items():
         with torch.no_grad():
             model.router.gates[0].copy_(weight)
         found.figures[name]["losses"] = losses_of(model, rows, len(rows.names))
+    for routing in ("prefix", "final"):
+        model.routing = resolve_routing(routing, len(decoder_layers(model.experts.base_model)))
+        found.figures[f"closed form, `{routing}`"] = closed_form(*looks(model, rows))
     return {
         "base": base,
         "losses": losses,
@@ -248,6 +249,14 @@ def ours(rows: Rows, steps: int, seed: int) -> dict[str, Any]:
         "gates": found.figures,
         "auroc": novelty(library, seen, held_out),
     }
+
+
+def looks(model: DyLoRA_MoE, rows: Rows) -> tuple[list[Look], list[Look]]:
+    """What the base makes of training rows and of held-out rows of each skill."""
+    skills = range(len(rows.names))
+    return [look(model, rows.sample(skill)) for skill in skills], [
+        look(model, rows.held_out(skill)) for skill in skills
+    ]
 
 
 if __name__ == "__main__":

@@ -52,6 +52,15 @@ def gates(seen: Sequence[Look], held_out: Sequence[Look], seed: int) -> Taught:
     return found
 
 
+def closed_form(seen: Sequence[Look], held_out: Sequence[Look]) -> dict[str, Any]:
+    """Routing accuracy of the closed form alone, on features that no router of the study reads."""
+    gate = RidgeGate(seen[0].tokens.shape[1])
+    for skill, one in enumerate(seen):
+        gate.learn(one.tokens, skill)
+    tokens, examples = accuracy(gate.weight().float(), held_out)
+    return {"tokens": tokens, "examples": examples}
+
+
 def accuracy(weight: Tensor, held_out: Sequence[Look]) -> tuple[float, float]:
     """The share of tokens, and of examples, that a gate sends to the expert of their skill."""
     first = np.cumsum([0, *(len(one.embeddings) for one in held_out)])
@@ -66,7 +75,9 @@ def novelty(library: SkillLibrary, seen: Sequence[Look], held_out: Sequence[Look
     found: dict[str, Any] = {}
     for measure in MEASURES:
         table = library.pair_aurocs(measure).tolist()
-        found[measure] = [[None if one == other else value for other, value in enumerate(row)] for one, row in enumerate(table)]
+        found[measure] = [
+            [None if one == other else value for other, value in enumerate(row)] for one, row in enumerate(table)
+        ]
     found[ENTROPY] = [_entropy_auroc(new, seen, held_out) for new in range(len(seen))]
     return found
 
@@ -78,5 +89,7 @@ def _entropy_auroc(new: int, seen: Sequence[Look], held_out: Sequence[Look]) -> 
     for column, skill in enumerate(others):
         gate.learn(seen[skill].tokens, column)
     known = torch.cat([held_out[skill].routed for skill in others])
-    scores = [router_entropy((rows.double() @ gate.weight().T).softmax(dim=-1)) for rows in (known, held_out[new].routed)]
+    scores = [
+        router_entropy((rows.double() @ gate.weight().T).softmax(dim=-1)) for rows in (known, held_out[new].routed)
+    ]
     return auroc(scores[0].numpy(), scores[1].numpy())

@@ -51,10 +51,10 @@ def gates_table(result: dict[str, Any]) -> str:
     lines = ["| gate | tokens | examples | mean loss | against the oracle |", "| --- " * 5 + "|"]
     for gate in run(result, "ours", seeds[0])["gates"]:
         found = [run(result, "ours", seed)["gates"][gate] for seed in seeds]
-        losses = [statistics.fmean(one["losses"]) for one in found]
+        losses = [statistics.fmean(one["losses"]) for one in found if "losses" in one]
         shares = [spread([one[what] for one in found], ".1%") for what in ("tokens", "examples")]
-        relative = _percent([loss / best - 1 for loss, best in zip(losses, oracle, strict=True)])
-        lines.append(f"| {gate} | {shares[0]} | {shares[1]} | {spread(losses, '.4f')} | {relative} |")
+        cells = [spread(losses, ".4f"), _percent([loss / best - 1 for loss, best in zip(losses, oracle, strict=True)])]
+        lines.append(f"| {gate} | {shares[0]} | {shares[1]} | {' | '.join(cells if losses else ['', ''])} |")
     return "\n".join(lines)
 
 
@@ -89,7 +89,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, (along, end) = pyplot.subplots(1, 2, figsize=(13, 4.4), layout="constrained")
     for arm, title in STREAMS.items():
         matrix = np.mean([square(run(result, arm, seed)["losses"]) for seed in seeds], axis=0)
-        worse = [float((matrix[stage, :stage] / matrix.diagonal()[:stage] - 1).mean()) for stage in range(1, len(skills))]
+        worse = [
+            float((matrix[stage, :stage] / matrix.diagonal()[:stage] - 1).mean()) for stage in range(1, len(skills))
+        ]
         along.plot(range(2, len(skills) + 1), [100 * one for one in worse], label=title, marker="o")
     along.set_title("Loss of the older skills against when they were learned, %", fontsize=10)
     along.set_xlabel("skills learned")

@@ -79,13 +79,19 @@ class GrowingExpertArguments(ExpertArguments):
 
     num_experts: int = _flag(default=1, help="What to begin with: 1, as each skill adds its own.")
     routing: str = _flag(
-        default="prefix",
-        help="Where the router reads what no expert changes: prefix:K, prefix (K = layers / 4), final.",
+        default="context",
+        help="Where the router reads what no expert changes: the mean over the tokens so far of what enters layer K "
+        "(context:K, or context for K = layers / 4), what enters it at each token (prefix:K, prefix), or final.",
     )
 
     def __post_init__(self) -> None:
         _require(self.num_experts == 1, "num_experts", "1 where skills are acquired", self.num_experts)
-        _require(self.routing != "per_layer", "routing", "final or prefix:K where skills are acquired", "per_layer")
+        _require(
+            self.routing != "per_layer",
+            "routing",
+            "context:K, prefix:K or final where skills are acquired",
+            "per_layer",
+        )
         _require(self.init != "eva", "init", "another one where skills are acquired", "eva")
         super().__post_init__()
 
@@ -104,7 +110,9 @@ class ExpertsArguments:
     merge: str | None = _flag(default=None, help="ONE,OTHER: make one expert that adds what both of them do.")
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rename", "freeze", "unfreeze", "remove", "merge") if getattr(self, name) is not None]
+        given = [
+            name for name in ("rename", "freeze", "unfreeze", "remove", "merge") if getattr(self, name) is not None
+        ]
         _require(len(given) <= 1, given[-1] if given else "rename", "left out where another change is given", given)
         for name, sign in (("rename", "="), ("merge", ",")):
             value = getattr(self, name)

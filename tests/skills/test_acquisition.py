@@ -14,7 +14,7 @@ from dylo_moe.skills.library import SkillLibrary, save_with_skills
 from dylo_moe.skills.lifecycle import merge_experts, remove_expert
 from families import HIDDEN, VOCABULARY, mixture, padded, stir, tiny
 
-ROUTINGS = ("prefix:1", "final")
+ROUTINGS = ("context:1", "prefix:1", "final")
 
 
 def batches(low: int, high: int, count: int = 24, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -31,12 +31,12 @@ def skill(name: str, low: int, high: int) -> SkillData:
 LOW, MIDDLE, HIGH = (2, 8), (24, 30), (50, VOCABULARY)
 
 
-def grown(routing: str = "prefix:1") -> tuple[DyLoRA_MoE, SkillLibrary]:
+def grown(routing: str = "context:1") -> tuple[DyLoRA_MoE, SkillLibrary]:
     model = mixture(routing=routing, dtype=torch.float32, num_experts=1)
     return model, SkillLibrary(HIDDEN)
 
 
-def learn(model: DyLoRA_MoE, library: SkillLibrary, data: SkillData, seed: int = 5) -> str:
+def learn(model: DyLoRA_MoE, library: SkillLibrary, data: SkillData, seed: int = 5, extend: bool | None = None) -> str:
     def train(expert: str) -> bool:
         assert model.experts.active == [expert]
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -47,7 +47,7 @@ def learn(model: DyLoRA_MoE, library: SkillLibrary, data: SkillData, seed: int =
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         return True
 
-    learned = acquire_skill(model, library, data, train, rank=4)
+    learned = acquire_skill(model, library, data, train, extend=extend, rank=4)
     assert learned is not None
     return learned.entry.expert
 
@@ -85,7 +85,8 @@ def test_a_new_skill_gets_an_expert_and_a_known_one_extends_it(routing: str) -> 
     assert model.experts.names == ["expert_0", "expert_1"] and model.router.maturity == [1, 1]
     for data, expert in ((LOW, 0), (HIGH, 1)):
         logits = look(model, batches(*data, seed=4)).tokens @ model.router.gates[0].T
-        assert (logits.argmax(dim=1) == expert).float().mean() > 0.8
+        # a random model's single tokens say little of their skill; what went before them says more
+        assert (logits.argmax(dim=1) == expert).float().mean() > (0.95 if routing == "context:1" else 0.8)
 
 
 def test_what_routes_to_old_experts_is_unchanged_by_a_new_one() -> None:
@@ -106,7 +107,7 @@ def test_what_routes_to_old_experts_is_unchanged_by_a_new_one() -> None:
     )
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
     same = (after.routing_weights[0].argmax(-1) == before.routing_weights[0].argmax(-1)).all(dim=1)
-    assert same.sum() >= 2, "this test needs rows that still go to the old experts"
+    assert same.sum() >= 6, "this test needs rows that still go to the old experts"
     real = batch["attention_mask"].bool() & same[:, None]
     # the weight is one-hot, so that nothing of another expert is added
     assert set(after.routing_weights.unique().tolist()) == {0.0, 1.0}
@@ -149,7 +150,7 @@ def test_a_frozen_expert_is_not_extended() -> None:
 def test_after_a_removal_and_after_a_merge_the_stream_goes_on(change: str, tmp_path: Path) -> None:
     model, library = grown()
     for name, (low, high) in {"low": LOW, "middle": MIDDLE, "high": HIGH}.items():
-        learn(model, library, skill(name, low, high))
+        learn(model, library, skill(name, low, high), extend=False)
     save_with_skills(model, library, tmp_path / "model")
     if change == "remove":
         remove_expert(tmp_path / "model", "expert_1")
@@ -158,14 +159,14 @@ def test_after_a_removal_and_after_a_merge_the_stream_goes_on(change: str, tmp_p
     model = DyLoRA_MoE.from_pretrained(tmp_path / "model", tiny(dtype=torch.float32))
     library = SkillLibrary.load(tmp_path / "model", model.experts.names)
     assert model.experts.names == ["expert_0", "expert_2"] and library.gate.num_experts == 2
-    assert learn(model, library, skill("next", 10, 16)) == "expert_3"
+    assert learn(model, library, skill("next", 10, 16), extend=False) == "expert_3"
     save_with_skills(model, library, tmp_path / "model")
     again = SkillLibrary.load(tmp_path / "model", ["expert_0", "expert_2", "expert_3"])
     kept = ["low", "high"] if change == "remove" else ["low", "middle", "high"]
     assert again.names == [*kept, "next"] and again.expert_of("next") == "expert_3"
     for data, column in ((HIGH, 1), ((10, 16), 2)):
         logits = look(model, batches(*data, seed=4)).tokens @ model.router.gates[0].T
-        assert (logits.argmax(dim=1) == column).float().mean() > 0.8
+        assert (logits.argmax(dim=1) == column).float().mean() > 0.95
 
 
 def test_training_that_was_stopped_leaves_the_library_alone() -> None:

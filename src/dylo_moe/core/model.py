@@ -77,8 +77,8 @@ class DyLoRA_MoE(nn.Module):
             ``initialise.initialise_pissa``. For EVA, which needs data, call ``initialise_eva`` afterwards.
         experts_per_layer: How many of the experts each block of layers carries, lowest first; see
             ``expert.carried_by_layers``. Needs ``per_layer``, where each layer has a gate for its own experts.
-        routing: ``per_layer``, ``prefix:K``, ``prefix`` (K a quarter of the layers) or ``final``; the default is what
-            ``benchmarks/quality.py`` found best.
+        routing: ``per_layer``, ``prefix:K``, ``context:K`` (both also without ``:K``, for a quarter of the layers) or
+            ``final``; the default is what ``benchmarks/quality.py`` found best.
         top_k: Experts per token when routing is sparse; 2 by default, or 1 where there is one expert.
         temperature: Divides the router's logits.
         balance_coefficient: Weight of the balance loss; 0 leaves it out.

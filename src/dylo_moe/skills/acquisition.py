@@ -146,9 +146,7 @@ def acquire_skill(
     return Acquisition(entry, report)
 
 
-def _to_extend(
-    model: DyLoRA_MoE, library: SkillLibrary, report: NoveltyReport, extend: bool | None
-) -> str | None:
+def _to_extend(model: DyLoRA_MoE, library: SkillLibrary, report: NoveltyReport, extend: bool | None) -> str | None:
     """The expert that learns the skill on top of what it knows; None for a new one."""
     wanted = not report.novel if extend is None else extend
     if not wanted or report.nearest is None:
