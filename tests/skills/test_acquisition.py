@@ -166,7 +166,7 @@ def test_after_a_removal_and_after_a_merge_the_stream_goes_on(change: str, tmp_p
     assert again.names == [*kept, "next"] and again.expert_of("next") == "expert_3"
     for data, column in ((HIGH, 1), ((10, 16), 2)):
         logits = look(model, batches(*data, seed=4)).tokens @ model.router.gates[0].T
-        assert (logits.argmax(dim=1) == column).float().mean() > 0.95
+        assert (logits.argmax(dim=1) == column).float().mean() > 0.9
 
 
 def test_training_that_was_stopped_leaves_the_library_alone() -> None:

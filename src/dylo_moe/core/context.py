@@ -147,8 +147,8 @@ def context_of(model: PreTrainedModel, kwargs: dict[str, Any]) -> Context:
     if given is not None and not isinstance(given, ContextCache):
         if not isinstance(given, DynamicCache) or given.get_seq_length() > 0:
             raise RoutingError(
-                f"routing 'context' needs a cache that carries the context: got a {type(given).__name__} that does not; "
-                "pass no past_key_values, or the one that an earlier forward of this model returned"
+                f"routing 'context' needs a cache that carries the context: got a {type(given).__name__} that does "
+                "not; pass no past_key_values, or the one that an earlier forward of this model returned"
             )
         given = None
         wanted = True

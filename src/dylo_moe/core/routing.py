@@ -39,7 +39,7 @@ Experts = Callable[[], Sequence[int]]
 
 
 def resolve_routing(routing: str, num_layers: int) -> str:
-    """Checks a routing mode; writes ``prefix`` out as ``prefix:K``, and ``context`` alike, with K a quarter of the layers.
+    """Checks a routing mode; ``prefix`` and ``context`` get a K of a quarter of the layers.
 
     Raises:
         RoutingError: The mode is unknown, or K is no decoder layer.

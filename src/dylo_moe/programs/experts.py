@@ -1,4 +1,4 @@
-"""``experts``: the experts of a checkpoint and their skills; renames, freezes, removes or merges them. Loads no base model."""
+"""``experts``: shows the experts of a checkpoint and their skills, renames, freezes, removes or merges them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -66,10 +66,10 @@ class RidgeGate(Gate):
     """Ridge regression from features to experts, in closed form and in float64.
 
     After Any-SSR (Tong et al. 2025, "Analytic Subspace Routing: How Recursive Least Squares Works in Continual Learning
-    of Large Language Model"), without its random expansion of the features, so that the result is an ordinary gate. Each body
-    of data counts alike, however long it is: its sums are divided by its tokens. Recursive least squares updates the
-    inverse of the Gram matrix; here the matrix itself is updated, and solved when the gate is wanted. The solution is
-    the same, with less rounding, and its cost does not depend on how much was seen.
+    of Large Language Model"), without its random expansion of the features, so that the result is an ordinary gate.
+    Each body of data counts alike, however long it is: its sums are divided by its tokens. Recursive least squares
+    updates the inverse of the Gram matrix; here the matrix itself is updated, and solved when the gate is wanted. The
+    solution is the same, with less rounding, and its cost does not depend on how much was seen.
 
     Args:
         hidden_size: Width of the features.
