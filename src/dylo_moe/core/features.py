@@ -32,8 +32,8 @@ def check_frozen_features(routing: str) -> None:
     """Raises ``RoutingError`` unless the router of a resolved mode reads what no expert can change."""
     if routing == "per_layer":
         raise RoutingError(
-            "--routing must be context:K, prefix:K or final where skills are added one by one: under per_layer the router "
-            "reads what the experts of the layers below have changed, got per_layer"
+            "--routing must be context:K, prefix:K or final where skills are added one by one: under per_layer the "
+            "router reads what the experts of the layers below have changed, got per_layer"
         )
 
 
