@@ -1,44 +1,50 @@
 """Skills that a machine has without the Hub: files of one kind, cut into a beginning and what follows it.
 
-They are, as far as the machine has them: Python functions and C++ declarations, which the package reads itself, and
-Perl modules, shell scripts, manual pages and reStructuredText, which are written here as files of rows. MBPP and Code
-Alpaca join them where a folder with their files is named.
+They are Python functions and C++ declarations, which the package reads itself, and Perl modules and manual pages, which
+are written here as files of rows. MBPP and Code Alpaca come from a folder that is named. The first two skills and MBPP
+have a language in common with others, Perl's modules have manual pages in them: they are not chosen to be far apart.
 """
 
 import gzip
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 KINDS = {
     "perl": ("/usr/share", ("*.pm",)),
-    "shell": ("/usr", ("*.sh",)),
     "manual": ("/usr/share/man", ("man[1-8]/*.gz",)),
-    "rst": ("/usr", ("*.rst",)),
 }
 LINES, HEAD_LINES, MOST_ROWS, FEWEST_ROWS = 24, 4, 3000, 200
 SMALLEST_CHARS, LARGEST_CHARS = 200, 3000
 
 
-def stream(folder: Path, data_dir: Path | None) -> dict[str, str]:
+def stream(folder: Path, data_dir: Path) -> dict[str, str]:
     """The skills by name, in order, each as a dataset that the programs know: a name, or ``name=path``.
 
     Args:
         folder: Where the rows of this machine's files are written.
-        data_dir: Where ``mbpp.jsonl`` and ``code_alpaca.json`` may be.
+        data_dir: Where ``mbpp*`` and ``code_alpaca*`` are.
+
+    Raises:
+        SystemExit: One of them is missing, here or on this machine.
     """
     skills = {"python_stdlib": "python_stdlib", "cpp_headers": "cpp_headers"}
     for name, (root, patterns) in KINDS.items():
         rows = _rows(Path(root), patterns)
-        if len(rows) >= FEWEST_ROWS:
-            path = folder / f"{name}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            skills[name] = f"{name}={path}"
+        if len(rows) < FEWEST_ROWS:
+            sys.exit(
+                f"{root} has {len(rows)} rows of {' and '.join(patterns)}, and {FEWEST_ROWS} are needed for {name}"
+            )
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        skills[name] = f"{name}={path}"
     for name in ("mbpp", "code_alpaca"):
-        found = [] if data_dir is None else [path for path in sorted(data_dir.glob(f"{name}.*")) if path.is_file()]
-        if found:
-            skills[name] = f"{name}={found[0]}"
+        found = sorted(path for path in data_dir.glob(f"{name}*") if path.is_file())
+        if not found:
+            sys.exit(f"{data_dir} has no file {name}*; name the folder that has mbpp.jsonl and code_alpaca.json")
+        skills[name] = f"{name}={found[0]}"
     return skills
 
 

@@ -26,7 +26,12 @@ def test_the_flags_page_is_what_the_code_says() -> None:
 def test_every_command_of_the_readme_parses() -> None:
     assert len(commands("train")) >= 5 and len(commands("generate")) >= 2 and len(commands("benchmark")) >= 4
     assert len(commands("acquire")) >= 2
-    every = {"train": TRAIN_GROUPS, "generate": GENERATE_GROUPS, "benchmark": BENCHMARK_GROUPS, "acquire": ACQUIRE_GROUPS}
+    every = {
+        "train": TRAIN_GROUPS,
+        "generate": GENERATE_GROUPS,
+        "benchmark": BENCHMARK_GROUPS,
+        "acquire": ACQUIRE_GROUPS,
+    }
     for program, groups in every.items():
         for arguments in commands(program):
             assert parse(groups, program, "", [argument.strip('"') for argument in arguments])
