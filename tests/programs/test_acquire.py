@@ -108,6 +108,7 @@ def rows_again(stream: list[str]) -> str:
         (["--num_experts", "3"], "--num_experts"),
         (["--extend", "perhaps"], "--extend"),
         (["--novelty", "0.75"], "--novelty"),
+        (["--datasets", "mbpp"], "--datasets must be left out"),
         (["--overwrite_output_dir"], "--overwrite_output_dir"),
     ],
 )

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from dylo_moe.config import ACQUIRE_GROUPS, AUTO_RESUME, AcquireFlags, TrainFlags
+from dylo_moe.config import ACQUIRE_GROUPS, AUTO_RESUME, AcquireFlags, DataArguments, TrainFlags
 from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE
 from dylo_moe.core.model import DyLoRA_MoE
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str], program: str = "dylora-moe acquire") -> int:
     description = "Learn skills one after the other; the flags of train say how each is trained."
     own, *groups = parse(ACQUIRE_GROUPS, program, description, arguments)
     train = TrainFlags(*groups)
+    if train.data.datasets != DataArguments.datasets:
+        raise ConfigError(f"--datasets must be left out: --skills names what is learned, got {train.data.datasets!r}")
     names = ",".join(own.names)
     flags = AcquireFlags(own, train._replace(data=replace(train.data, datasets=names)))
     if train.run.dry_run:
