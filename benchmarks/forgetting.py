@@ -35,6 +35,7 @@ from result_file import environment, parse_flags
 from torch import Tensor
 from transformers import set_seed
 
+from dylo_moe.acquire_config import AcquireArguments
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.losses import IGNORE_INDEX
 from dylo_moe.core.model import DyLoRA_MoE
@@ -48,7 +49,7 @@ RESULT = Path(__file__).parent / "results" / "forgetting.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "forgetting.png"
 ROUTING = "context"
 ARMS = ("ours", "sequential", "replay", "joint")
-MODEL, RANK, RATE, REPLAYED, SAMPLE = "demo", 16, 2e-3, 0.01, 256
+MODEL, RANK, RATE, REPLAYED = "demo", 16, 2e-3, 0.01
 MAX_LENGTH, BATCH_SIZE = 192, 8
 
 Batch = dict[str, Tensor]
@@ -84,7 +85,7 @@ class Rows:
 
     def sample(self, skill: int) -> list[Batch]:
         """Training rows to judge a skill and to teach a gate by."""
-        return self._first(self.data[skill].train, SAMPLE)
+        return self._first(self.data[skill].train, AcquireArguments.sample_rows)
 
     def held_out(self, skill: int) -> list[Batch]:
         """Held-out rows of a skill."""
