@@ -353,6 +353,8 @@ class DyLoRA_MoE(nn.Module):
     ) -> None:
         """Trades time for memory in training; the recomputation routes as the first run did.
 
+        Under routing ``context:K`` each backward has to come before the next forward, as in the Trainer.
+
         Args:
             activation_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``.
             **options: Passed to the base model's method of the same name.
