@@ -51,6 +51,8 @@ ROUTING = "context"
 ARMS = ("ours", "sequential", "replay", "joint")
 MODEL, RANK, RATE, REPLAYED = "demo", 16, 2e-3, 0.01
 MAX_LENGTH, BATCH_SIZE = 192, 8
+GATE_ROWS = 64
+"""Of each skill, to compare gates by; ``acquire_skill`` has ``--sample_rows``."""
 
 Batch = dict[str, Tensor]
 
@@ -83,9 +85,9 @@ class Rows:
         for step in range(steps):
             yield self._of(random.integers(len(self.data), size=BATCH_SIZE).tolist(), step)
 
-    def sample(self, skill: int) -> list[Batch]:
+    def sample(self, skill: int, count: int = AcquireArguments.sample_rows) -> list[Batch]:
         """Training rows to judge a skill and to teach a gate by."""
-        return self._first(self.data[skill].train, AcquireArguments.sample_rows)
+        return self._first(self.data[skill].train, count)
 
     def held_out(self, skill: int) -> list[Batch]:
         """Held-out rows of a skill."""

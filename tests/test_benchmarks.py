@@ -70,7 +70,12 @@ def test_the_tables_of_a_stream_worked_by_hand() -> None:
     result = {
         "environment": {"versions": {"torch": "0"}},
         "settings": settings,
-        "runs": {"ours 0": ours, "sequential 0": sequential, "replay 0": sequential, "joint 0": {"losses": [[1.0, 1.2]]}},
+        "runs": {
+            "ours 0": ours,
+            "sequential 0": sequential,
+            "replay 0": sequential,
+            "joint 0": {"losses": [[1.0, 1.2]]},
+        },
     }
     found = forgetting_report.tables(result)
     assert "| ours, one expert a skill | 1.0050 | +0.50% | +1.00% | +1.00% (a) | -0.0100 |" in found["arms"]

@@ -37,7 +37,7 @@ class AcquireArguments:
     rank_from_data: bool = _flag(
         default=False, help="Give each new expert the rank that its tokens call for, and --lora_r at most."
     )
-    sample_rows: int = _flag(default=256, help="Rows of a skill to judge it and to teach the router by.")
+    sample_rows: int = _flag(default=128, help="Rows of a skill to judge it and to teach the router by.")
 
     def __post_init__(self) -> None:
         _require(bool(self.names), "skills", "at least one dataset, or --skill name=path", repr(self.skills))
