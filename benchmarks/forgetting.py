@@ -257,9 +257,8 @@ def ours(rows: Rows, steps: int, seed: int) -> dict[str, Any]:
 def looks(model: DyLoRA_MoE, rows: Rows) -> tuple[list[Look], list[Look]]:
     """What the base makes of training rows and of held-out rows of each skill."""
     skills = range(len(rows.names))
-    return [look(model, rows.sample(skill)) for skill in skills], [
-        look(model, rows.held_out(skill)) for skill in skills
-    ]
+    seen = [look(model, rows.sample(skill, GATE_ROWS)) for skill in skills]
+    return seen, [look(model, rows.held_out(skill)) for skill in skills]
 
 
 if __name__ == "__main__":
