@@ -111,8 +111,8 @@ def attach_router(
         return
     if reads_context(routing):
         backbone(causal_lm).register_forward_pre_hook(partial(_note_context, state), with_kwargs=True)
-        hook = partial(_route_by_context, state, router, experts)
-        layers[prefix_layer(routing)].register_forward_pre_hook(hook, with_kwargs=True)
+        read = partial(_route_by_context, state, router, experts)
+        layers[prefix_layer(routing)].register_forward_pre_hook(read, with_kwargs=True)
         return
     chosen = enumerate(layers) if routing == "per_layer" else [(0, layers[prefix_layer(routing)])]
     for gate, layer in chosen:

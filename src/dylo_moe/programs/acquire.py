@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,8 @@ class Stream:
             return largest
         tokens = sum(summary.labelled_tokens for summary in self._rows(wanted).summaries)
         first = model.experts.names[0]
-        per_rank = model.experts.num_parameters(first) / model.experts.peft_model.peft_config[first].r
+        config: Any = model.experts.peft_model.peft_config[first]
+        per_rank = model.experts.num_parameters(first) / config.r
         rank = rank_for(tokens, per_rank, largest)
         self._say(f"{wanted.partition('=')[0]}: {tokens:,} tokens to learn call for rank {rank}")
         return rank
