@@ -53,8 +53,11 @@ def gates_table(result: dict[str, Any]) -> str:
         found = [run(result, "ours", seed)["gates"][gate] for seed in seeds]
         losses = [statistics.fmean(one["losses"]) for one in found if "losses" in one]
         shares = [spread([one[what] for one in found], ".1%") for what in ("tokens", "examples")]
-        cells = [spread(losses, ".4f"), _percent([loss / best - 1 for loss, best in zip(losses, oracle, strict=True)])]
-        lines.append(f"| {gate} | {shares[0]} | {shares[1]} | {' | '.join(cells if losses else ['', ''])} |")
+        cells = ["", ""]  # a gate that no router of the study had
+        if losses:
+            relative = [loss / best - 1 for loss, best in zip(losses, oracle, strict=True)]
+            cells = [spread(losses, ".4f"), _percent(relative)]
+        lines.append(f"| {gate} | {shares[0]} | {shares[1]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
