@@ -117,8 +117,8 @@ def main() -> None:
     """Reads the flags, measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="where mbpp.jsonl and code_alpaca.json are")
-    parser.add_argument("--steps", type=int, default=60, help="optimiser steps for each skill")
-    parser.add_argument("--held_out", type=int, default=48, help="held-out rows of each skill")
+    parser.add_argument("--steps", type=int, default=30, help="optimiser steps for each skill")
+    parser.add_argument("--held_out", type=int, default=40, help="held-out rows of each skill")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--figure", type=Path, default=FIGURE)
