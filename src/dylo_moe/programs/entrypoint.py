@@ -1,0 +1,147 @@
+"""``entrypoint``: what a container runs. Finds out what it runs on, and trains or benchmarks as that wants it.
+
+The flags after ``--train`` or ``--benchmark`` are those of the same programs. One process runs the program itself, so
+signals and exit codes are the program's own. Several processes run under torchrun's launcher; what the first of them
+to fail exited with is then the exit code. Wherever it was stopped, starting the same command again goes on.
+"""
+
+import importlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from dylo_moe.cloud.platform import BARE, Platform, detect
+from dylo_moe.cloud.secrets import load_secrets
+from dylo_moe.errors import EXIT_USER_ERROR, ConfigError
+
+PROGRAMS = ("train", "benchmark")
+_USAGE = """usage: {program} --train [--flag value ...]
+       {program} --benchmark [--flag value ...]
+
+Runs train or benchmark with these flags, as the platform wants it: Vertex AI, Vast.ai, a container, or none of them.
+NPROC_PER_NODE is the number of processes to train with on this machine; as many as it has GPUs if not set.
+"""
+
+
+def main(arguments: Sequence[str], program: str = "dylora-moe entrypoint") -> int:
+    """Runs the program; returns its exit code.
+
+    Raises:
+        DyLoRAError: The user can mend it.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_USAGE.format(program=program))
+        return 0 if arguments else EXIT_USER_ERROR
+    what = arguments[0].removeprefix("--")
+    if what not in PROGRAMS or not arguments[0].startswith("--"):
+        raise ConfigError(f"the first flag must be --train or --benchmark, got {arguments[0]!r}; see {program} --help")
+    platform = detect(os.environ)
+    sys.stdout.write("".join(f"{line}\n" for line in platform.describe()))
+    sys.stdout.flush()
+    os.environ.update(platform.settings)
+    if platform.tensorboard_dir is not None:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(platform.tensorboard_dir))
+    os.environ.update(load_secrets(os.environ))
+    if what == "benchmark":
+        return _benchmark(platform, arguments[1:])
+    signal.signal(signal.SIGTERM, _stopped_outside_of_training)
+    return _train(platform, [*platform_flags(platform, arguments[1:]), *arguments[1:]])
+
+
+def platform_flags(platform: Platform, given: Sequence[str]) -> list[str]:
+    """The flags of ``train`` that the platform decides, but for those that are given."""
+    names = {text.partition("=")[0].lstrip("-").replace("-", "_") for text in given if text.startswith("--")}
+    flags: dict[str, str] = {}
+    if platform.checkpoint_dir is not None:
+        flags["output_dir"] = str(platform.checkpoint_dir)
+    if platform.name != BARE and not names & {"overwrite_output_dir", "wandb_checkpoint_artifact"}:
+        flags["resume_from_checkpoint"] = "auto"  # a container is started again by somebody who cannot be asked
+    if platform.cores is not None:
+        flags["preprocessing_workers"] = str(platform.cores)
+    return [text for name, value in flags.items() if name not in names for text in (f"--{name}", value)]
+
+
+def _benchmark(platform: Platform, flags: Sequence[str]) -> int:
+    """Benchmarks on the first machine; the others have nothing to do."""
+    if platform.cluster is not None and platform.cluster.rank > 0:
+        return 0
+    code: int = importlib.import_module("dylo_moe.programs.benchmark").main(flags, "entrypoint.py --benchmark")
+    return code
+
+
+def _train(platform: Platform, flags: Sequence[str]) -> int:
+    from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+    from dylo_moe.flags import parse
+    from dylo_moe.programs import train
+
+    # read here as well: a mistake is told once, before any process is launched
+    parsed = TrainFlags(*parse(TRAIN_GROUPS, "entrypoint.py --train", "", flags))
+    processes = _processes_here()
+    if (platform.cluster is None and processes == 1) or parsed.run.dry_run:
+        code = train.main(flags, "entrypoint.py --train")
+    else:
+        code = _launched(platform, processes, flags)
+    first = platform.cluster is None or platform.cluster.rank == 0
+    if code == 0 and first and platform.model_dir is not None and not parsed.run.dry_run:
+        _publish(Path(parsed.training.output_dir), platform.model_dir)
+    return code
+
+
+def _processes_here() -> int:
+    import torch
+
+    if "WORLD_SIZE" in os.environ:
+        return 1  # somebody else's launcher has started this process as one of several
+    asked = os.environ.get("NPROC_PER_NODE")
+    if asked is None:
+        return max(1, torch.accelerator.device_count())
+    if not asked.isdecimal() or int(asked) < 1:
+        raise ConfigError(f"NPROC_PER_NODE must be a number of processes, at least 1, got {asked!r}")
+    return int(asked)
+
+
+def _launched(platform: Platform, processes: int, flags: Sequence[str]) -> int:
+    """Trains in several processes, on one machine or on several."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    from dylo_moe.training.interruption import EXIT_STOPPED
+
+    cluster = platform.cluster
+    where = ["--standalone", f"--nproc-per-node={processes}"] if cluster is None else cluster.launch_arguments(processes)
+    config, command, command_arguments = config_from_args(parse_args([*where, "-m", "dylo_moe", "train", *flags]))
+    try:
+        elastic_launch(config=config, entrypoint=command)(*command_arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        code = int(failure.exitcode)
+        return code if code > 0 else 128 - code  # a process that a signal ended, as a shell says it
+    except SignalException as stop:
+        # the launcher has passed it on and waited; what the processes exited with it does not say
+        return EXIT_STOPPED if stop.sigval == signal.SIGTERM else 128 + stop.sigval
+    return 0
+
+
+def _publish(output: Path, model_dir: Path) -> None:
+    """Copies the finished mixture to where the platform looks for it; what describes it comes last."""
+    from dylo_moe.core.checkpoint import DESCRIPTION_FILE
+    from dylo_moe.programs.train import BEST_MODEL
+
+    best = output / BEST_MODEL
+    shutil.copytree(best, model_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(DESCRIPTION_FILE))
+    shutil.copyfile(best / DESCRIPTION_FILE, model_dir / DESCRIPTION_FILE)
+    sys.stdout.write(f"Copied {best} to {model_dir}\n")
+
+
+def _stopped_outside_of_training(number: int, frame: FrameType | None) -> NoReturn:
+    """Before and after the steps there is nothing to save: end at once, and say that starting again goes on."""
+    from dylo_moe.training.interruption import EXIT_STOPPED
+
+    raise SystemExit(EXIT_STOPPED)
