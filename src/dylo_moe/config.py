@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from dylo_moe.benchmark_config import BenchmarkArguments, LiveBenchmarkArguments
+from dylo_moe.cloud_config import SubmitArguments
 from dylo_moe.flags import flag as _flag
 from dylo_moe.flags import names_of, split_names
 from dylo_moe.flags import require as _require
@@ -325,3 +326,4 @@ class TrainFlags(NamedTuple):
 GENERATE_GROUPS = (GenerateArguments,)
 BENCHMARK_GROUPS = (BenchmarkArguments,)
 DATASETS_GROUPS = (DatasetsArguments,)
+SUBMIT_GROUPS = (SubmitArguments,)
