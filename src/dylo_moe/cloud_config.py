@@ -27,8 +27,12 @@ class SubmitArguments:
 
     _argument_group_name: ClassVar[str] = "job"
 
-    project: str | None = _flag(default=None, help="Google Cloud project; GOOGLE_CLOUD_PROJECT or gcloud's if not given.")
-    region: str | None = _flag(default=None, help="Region, like us-central1; GOOGLE_CLOUD_REGION or gcloud's if not given.")
+    project: str | None = _flag(
+        default=None, help="Google Cloud project; GOOGLE_CLOUD_PROJECT or gcloud's if not given."
+    )
+    region: str | None = _flag(
+        default=None, help="Region, like us-central1; GOOGLE_CLOUD_REGION or gcloud's if not given."
+    )
     bucket: str | None = _flag(
         default=None, help="Cloud Storage bucket for checkpoints, model and logs; DYLO_MOE_BUCKET if not given."
     )
@@ -67,7 +71,9 @@ class SubmitArguments:
         _require(bool(ok), "service_account", "NAME@PROJECT.iam.gserviceaccount.com", repr(account))
         self.labels = _entries(self.labels)
         for label in self.labels:
-            _require(bool(_LABEL.fullmatch(label)), "labels", "KEY=VALUE in small letters, digits, - and _", repr(label))
+            _require(
+                bool(_LABEL.fullmatch(label)), "labels", "KEY=VALUE in small letters, digits, - and _", repr(label)
+            )
         self.secrets = _entries(self.secrets)
         for entry in self.secrets:
             # the value is not quoted: it may be the secret itself

@@ -76,7 +76,9 @@ class Platform:
         places = {"Checkpoints": self.checkpoint_dir, "Model": self.model_dir, "TensorBoard": self.tensorboard_dir}
         lines += [f"{what}: {folder}" for what, folder in places.items() if folder is not None]
         if self.cluster is not None:
-            lines.append(f"Machine {self.cluster.rank + 1} of {self.cluster.machines}; the first: {self.cluster.address}")
+            lines.append(
+                f"Machine {self.cluster.rank + 1} of {self.cluster.machines}; the first: {self.cluster.address}"
+            )
         return lines + [f"Set {name}={value}" for name, value in self.settings.items()]
 
 
@@ -120,7 +122,9 @@ def local_folder(name: str, value: str, root: Path = Path("/")) -> Path:
     if scheme != "gs" or not rest.strip("/"):
         raise CloudError(f"{name} must be a folder or gs://BUCKET/FOLDER, got {value!r}")
     if not (root / "gcs").is_dir():
-        raise CloudError(f"{name} is {value}, and {root / 'gcs'} is not mounted; mount the bucket with Cloud Storage FUSE")
+        raise CloudError(
+            f"{name} is {value}, and {root / 'gcs'} is not mounted; mount the bucket with Cloud Storage FUSE"
+        )
     return root / "gcs" / rest.strip("/")
 
 

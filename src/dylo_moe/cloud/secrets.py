@@ -57,8 +57,8 @@ def _fetch(session: Any, name: str, reference: str) -> str:
     answer = session.get(f"{_SERVICE}/{reference}:access", timeout=60)
     if answer.status_code != 200:
         raise CloudError(
-            f"the secret {reference} for {name} cannot be had: HTTP {answer.status_code}; it has to exist, and the job's "
-            "service account needs the role roles/secretmanager.secretAccessor on it"
+            f"the secret {reference} for {name} cannot be had: HTTP {answer.status_code}; it has to exist, and the "
+            "job's service account needs the role roles/secretmanager.secretAccessor on it"
         )
     return base64.b64decode(answer.json()["payload"]["data"]).decode()
 

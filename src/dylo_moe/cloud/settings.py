@@ -53,7 +53,9 @@ def resolve(
         ConfigError: One is found nowhere, or cannot be right.
     """
     ask = ask_gcloud or gcloud_property
-    project = args.project or _first(environment, "GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT") or ask("core/project")
+    project = (
+        args.project or _first(environment, "GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT") or ask("core/project")
+    )
     region = args.region or _first(environment, "GOOGLE_CLOUD_REGION", "CLOUDSDK_AI_REGION", "CLOUDSDK_COMPUTE_REGION")
     region = region or ask("ai/region") or ask("compute/region")
     bucket = args.bucket or _first(environment, "DYLO_MOE_BUCKET")
@@ -72,9 +74,13 @@ def gcloud_property(name: str) -> str | None:
         return None
     command = [gcloud, "config", "get-value", name, "--quiet"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_GCLOUD_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_GCLOUD_SECONDS, stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"gcloud did not tell {name} within {_GCLOUD_SECONDS} seconds; give it by its flag") from error
+        raise ConfigError(
+            f"gcloud did not tell {name} within {_GCLOUD_SECONDS} seconds; give it by its flag"
+        ) from error
     value = done.stdout.strip()
     return value if done.returncode == 0 and value not in ("", "(unset)") else None
 
@@ -98,5 +104,7 @@ def _known_region(region: str | None) -> str:
             "--region is missing: give it, or set GOOGLE_CLOUD_REGION, or gcloud config set compute/region REGION"
         )
     if region not in REGIONS:
-        raise ConfigError(f"--region must be one that Vertex AI trains in, got {region!r}{did_you_mean(region, REGIONS)}")
+        raise ConfigError(
+            f"--region must be one that Vertex AI trains in, got {region!r}{did_you_mean(region, REGIONS)}"
+        )
     return region

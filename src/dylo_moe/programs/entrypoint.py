@@ -117,7 +117,9 @@ def _launched(platform: Platform, processes: int, flags: Sequence[str]) -> int:
     if platform.cores is not None and "OMP_NUM_THREADS" in platform.settings:
         os.environ["OMP_NUM_THREADS"] = str(max(1, platform.cores // processes))
     cluster = platform.cluster
-    where = ["--standalone", f"--nproc-per-node={processes}"] if cluster is None else cluster.launch_arguments(processes)
+    where = (
+        ["--standalone", f"--nproc-per-node={processes}"] if cluster is None else cluster.launch_arguments(processes)
+    )
     config, command, command_arguments = config_from_args(parse_args([*where, "-m", "dylo_moe", "train", *flags]))
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
