@@ -9,17 +9,17 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
-COPY requirements.lock pyproject.toml README.md LICENSE ./
+COPY requirements.lock requirements-cloud.lock pyproject.toml README.md LICENSE ./
 
 FROM build AS build-cpu
-RUN pip install --index-url https://download.pytorch.org/whl/cpu --constraint requirements.lock torch
+RUN pip install --index-url https://download.pytorch.org/whl/cpu --constraint requirements.lock --constraint requirements-cloud.lock torch
 COPY src src
-RUN pip install --constraint requirements.lock ".[tensorboard,wandb,quantisation,vertex]"
+RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock ".[tensorboard,wandb,quantisation,vertex]"
 
 FROM build AS build-cuda
-RUN pip install --constraint requirements.lock torch
+RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock torch
 COPY src src
-RUN pip install --constraint requirements.lock ".[tensorboard,wandb,quantisation,vertex]"
+RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock ".[tensorboard,wandb,quantisation,vertex]"
 
 FROM ${PYTHON} AS runtime
 # tini passes SIGTERM on to training, and a process with number 1 and no handler would not hear it
