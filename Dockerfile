@@ -14,12 +14,12 @@ COPY requirements.lock requirements-cloud.lock pyproject.toml README.md LICENSE 
 FROM build AS build-cpu
 RUN pip install --index-url https://download.pytorch.org/whl/cpu --constraint requirements.lock --constraint requirements-cloud.lock torch
 COPY src src
-RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock ".[tensorboard,wandb,quantisation,vertex]"
+RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock ".[tensorboard,wandb,quantisation,secrets]"
 
 FROM build AS build-cuda
 RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock torch
 COPY src src
-RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock ".[tensorboard,wandb,quantisation,vertex]"
+RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock ".[tensorboard,wandb,quantisation,secrets]"
 
 FROM ${PYTHON} AS runtime
 # tini passes SIGTERM on to training, and a process with number 1 and no handler would not hear it
@@ -38,8 +38,8 @@ CMD ["--help"]
 
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/venv /opt/venv
-USER trainer
+USER 1000
 
 FROM runtime AS cuda
 COPY --from=build-cuda /opt/venv /opt/venv
-USER trainer
+USER 1000

@@ -69,7 +69,7 @@ def _own_session() -> Any:
         from google.auth.exceptions import DefaultCredentialsError
         from google.auth.transport.requests import AuthorizedSession
     except ImportError as error:
-        raise CloudError(f"{VARIABLE} needs google-auth; run: pip install 'dylora-moe[vertex]'") from error
+        raise CloudError(f"{VARIABLE} needs google-auth; run: pip install 'dylora-moe[secrets]'") from error
     try:
         credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     except DefaultCredentialsError as error:
