@@ -1,4 +1,4 @@
-"""The entrypoint under platforms that are made up: what it runs, where that writes, and that preemptions cost nothing."""
+"""The entrypoint under platforms that are made up: what runs, where it writes, and that preemptions cost nothing."""
 
 import json
 import os
