@@ -27,10 +27,10 @@ FROM ${PYTHON} AS runtime
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends tini && \
     rm -rf /var/lib/apt/lists/*
-RUN useradd --uid 1000 --create-home trainer && mkdir /work && chown trainer /work
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/work/.cache/huggingface \
+RUN useradd --uid 1000 --create-home trainer && mkdir /data && chown trainer /data
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/data/.cache/huggingface \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-WORKDIR /work
+WORKDIR /data
 COPY entrypoint.py /app/entrypoint.py
 COPY recipes /app/recipes
 ENTRYPOINT ["/usr/bin/tini", "--", "python", "/app/entrypoint.py"]
