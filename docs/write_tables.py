@@ -19,6 +19,7 @@ import demo  # noqa: E402
 import quality  # noqa: E402
 import speed_profile  # noqa: E402
 import speed_table  # noqa: E402
+import training_run  # noqa: E402
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo.table),
@@ -26,6 +27,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "speed targets": ("speed.json", speed_table.targets_table),
     "profile": ("profile.json", speed_profile.tables),
     "quality": ("quality.json", quality.table),
+    "training": ("training.json", training_run.table),
     "data rows": ("data.json", data_tables.rows_table),
     "data scale": ("data.json", data_tables.scale_table),
     "data throughput": ("data.json", data_tables.throughput_table),

@@ -38,7 +38,7 @@ def torchrun(*arguments: str, **environment: str) -> "subprocess.CompletedProces
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100", **environment},
-        timeout=300,
+        timeout=1200,
     )
 
 

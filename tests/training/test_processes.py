@@ -34,7 +34,7 @@ def launch(processes: int, base: Path, output: Path, cases: dict[str, Any], **en
         [sys.executable, *launcher, str(TESTS / "training_worker.py"), str(base), str(output), json.dumps(cases)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         env={
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -120,6 +120,8 @@ def test_a_sharded_model_trains_as_a_whole_one(runs: dict[int, Path], base: Path
         assert two["base"] == pytest.approx(one["base"], rel=1e-9)
         assert two["mixture"] == pytest.approx(one["mixture"], rel=1e-6)
         assert_same_weights(runs[1] / name, tmp_path / case)
+    names = {path.name for path in (tmp_path / "unpacked" / "checkpoint-3").iterdir()}
+    assert "optimizer.bin" in names and not any(name.startswith("pytorch_model") for name in names), "the base is in it"
     loaded = DyLoRA_MoE.from_pretrained(tmp_path / "unpacked" / "saved").state_dict()
     for name, value in load_file(runs[1] / "unpacked" / "weights.safetensors").items():
         torch.testing.assert_close(loaded[name].double(), value, rtol=1e-6, atol=1e-8, msg=name)
