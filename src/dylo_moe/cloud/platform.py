@@ -59,6 +59,7 @@ class Platform:
         cluster: The machines of the job; None for one machine.
         settings: Environment variables to set, where they are not set yet.
         cores: Cores that are ours, where the operating system shows more; None where it shows the truth.
+        buckets: Where object storage is mounted; folders below cannot be renamed.
     """
 
     name: str
@@ -69,6 +70,11 @@ class Platform:
     cluster: Cluster | None = None
     settings: dict[str, str] = field(default_factory=dict)
     cores: int | None = None
+    buckets: tuple[Path, ...] = ()
+
+    def is_bucket(self, folder: Path) -> bool:
+        """Whether a folder is on object storage."""
+        return any(folder.is_relative_to(bucket) for bucket in self.buckets)
 
     def describe(self) -> list[str]:
         """What was found and what it changes, in lines."""
@@ -93,13 +99,15 @@ def detect(environment: Mapping[str, str], root: Path = Path("/")) -> Platform:
         CloudError: A variable of the platform's cannot be understood.
     """
     if environment.get("CLOUD_ML_JOB_ID"):
+        checkpoint_dir = _folder(environment, "AIP_CHECKPOINT_DIR", root)
         return Platform(
             VERTEX,
             job=f"job {environment['CLOUD_ML_JOB_ID']}",
-            checkpoint_dir=_folder(environment, "AIP_CHECKPOINT_DIR", root),
+            checkpoint_dir=checkpoint_dir,
             model_dir=_folder(environment, "AIP_MODEL_DIR", root),
             tensorboard_dir=_folder(environment, "AIP_TENSORBOARD_LOG_DIR", root),
             cluster=_cluster(environment.get("CLUSTER_SPEC", "")),
+            buckets=(root / "gcs", *([checkpoint_dir] if checkpoint_dir else [])),
         )
     vast = environment.get("VAST_CONTAINERLABEL") or environment.get("CONTAINER_ID")
     if vast:
