@@ -113,7 +113,8 @@ def detect(environment: Mapping[str, str], root: Path = Path("/")) -> Platform:
     if vast:
         cores = _own_cores(root)
         return Platform(VAST, job=f"instance {vast}", settings=_on_a_share(environment, root, cores), cores=cores)
-    if any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv")):
+    marked = any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv"))
+    if marked or environment.get("KUBERNETES_SERVICE_HOST"):
         return Platform(DOCKER, job=environment.get("HOSTNAME"))
     return Platform(BARE)
 

@@ -20,6 +20,8 @@ from dylo_moe.cloud.secrets import load_secrets
 from dylo_moe.errors import EXIT_USER_ERROR, ConfigError
 
 PROGRAMS = ("train", "benchmark")
+SHUTDOWN_SECONDS = 600
+"""How long the launcher waits for a step to end and its checkpoint to be written; whoever stopped us kills us sooner."""
 _USAGE = """usage: {program} --train [--flag value ...]
        {program} --benchmark [--flag value ...]
 
@@ -41,8 +43,8 @@ def main(arguments: Sequence[str], program: str = "dylora-moe entrypoint") -> in
     if what not in PROGRAMS or not arguments[0].startswith("--"):
         raise ConfigError(f"the first flag must be --train or --benchmark, got {arguments[0]!r}; see {program} --help")
     platform = detect(os.environ)
-    sys.stdout.write("".join(f"{line}\n" for line in platform.describe()))
-    sys.stdout.flush()
+    for line in platform.describe():
+        _say(line)
     os.environ.update(platform.settings)
     if platform.tensorboard_dir is not None:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(platform.tensorboard_dir))
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe entrypoint") -> in
 
 def platform_flags(platform: Platform, given: Sequence[str]) -> list[str]:
     """The flags of ``train`` that the platform decides, but for those that are given."""
-    names = {text.partition("=")[0].lstrip("-").replace("-", "_") for text in given if text.startswith("--")}
+    names = _names(given)
     flags: dict[str, str] = {}
     if platform.checkpoint_dir is not None:
         flags["output_dir"] = str(platform.checkpoint_dir)
@@ -64,6 +66,10 @@ def platform_flags(platform: Platform, given: Sequence[str]) -> list[str]:
     if platform.cores is not None:
         flags["preprocessing_workers"] = str(platform.cores)
     return [text for name, value in flags.items() if name not in names for text in (f"--{name}", value)]
+
+
+def _names(flags: Sequence[str]) -> set[str]:
+    return {text.partition("=")[0].lstrip("-").replace("-", "_") for text in flags if text.startswith("--")}
 
 
 def _benchmark(platform: Platform, flags: Sequence[str]) -> int:
@@ -81,6 +87,9 @@ def _train(platform: Platform, flags: Sequence[str]) -> int:
 
     # read here as well: a mistake is told once, before any process is launched
     parsed = TrainFlags(*parse(TRAIN_GROUPS, "entrypoint.py --train", "", flags))
+    if platform.is_bucket(Path(parsed.training.output_dir)) and "save_in_place" not in _names(flags):
+        flags = [*flags, "--save_in_place"]
+        _say(f"{parsed.training.output_dir} is on object storage: --save_in_place")
     processes = _processes_here()
     if (platform.cluster is None and processes == 1) or parsed.run.dry_run:
         code = train.main(flags, "entrypoint.py --train")
@@ -120,6 +129,7 @@ def _launched(platform: Platform, processes: int, flags: Sequence[str]) -> int:
     where = (
         ["--standalone", f"--nproc-per-node={processes}"] if cluster is None else cluster.launch_arguments(processes)
     )
+    where.append(f"--shutdown-timeout={SHUTDOWN_SECONDS}")
     config, command, command_arguments = config_from_args(parse_args([*where, "-m", "dylo_moe", "train", *flags]))
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
@@ -134,14 +144,18 @@ def _launched(platform: Platform, processes: int, flags: Sequence[str]) -> int:
 
 
 def _publish(output: Path, model_dir: Path) -> None:
-    """Copies the finished mixture to where the platform looks for it; what describes it comes last."""
-    from dylo_moe.core.checkpoint import DESCRIPTION_FILE
+    """Copies the finished mixture to where the platform looks for it."""
+    from dylo_moe.core.checkpoint import DESCRIPTION_FILE, atomic_directory
     from dylo_moe.programs.train import BEST_MODEL
 
-    best = output / BEST_MODEL
-    shutil.copytree(best, model_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(DESCRIPTION_FILE))
-    shutil.copyfile(best / DESCRIPTION_FILE, model_dir / DESCRIPTION_FILE)
-    sys.stdout.write(f"Copied {best} to {model_dir}\n")
+    with atomic_directory(model_dir, marker=DESCRIPTION_FILE, in_place=True) as folder:
+        shutil.copytree(output / BEST_MODEL, folder, dirs_exist_ok=True)
+    _say(f"Copied {output / BEST_MODEL} to {model_dir}")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _stopped_outside_of_training(number: int, frame: FrameType | None) -> NoReturn:
