@@ -11,16 +11,22 @@ from pathlib import Path
 
 import pytest
 
+import flat_bucket
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_USER_ERROR
 from dylo_moe.training import checkpoints
 from dylo_moe.training.interruption import EXIT_STOPPED
 from killed_run import STEPS, arguments, same, write_data
+from planted import TOKEN, files_with_it, processes_with_it
 from tiny_folder import write_tiny_folder
 
 ROOT = Path(__file__).parents[2]
-TOKEN = "hf_plantedplantedplantedplanted"
 PREEMPTIONS = 3
+WORKERS = ("workerpool0", "workerpool1")
+SECONDS = 900
+"""After which a process that does not end is a failure, on however busy a machine."""
+
+Process = subprocess.Popen[bytes]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +38,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def flags(folder: Path) -> list[str]:
+def flags(folder: Path, *more: str) -> list[str]:
     """A run's, without those that the platform gives."""
     every = arguments(folder / "base", Path("given-by-the-platform"), folder)
     for name in ("--output_dir", "--resume_from_checkpoint"):
         at = every.index(name)
         del every[at : at + 2]
-    return every
+    return ["--train", *every, *more]
 
 
 def vertex(store: Path, **more: str) -> dict[str, str]:
-    """The environment of a job on Vertex AI that keeps its things in ``store``."""
+    """The environment of a job on Vertex AI that keeps its things in ``store``, a bucket without folders."""
     return {
         **os.environ,
+        **flat_bucket.environment(store, store.with_name(f"{store.name}-python")),
         "CLOUD_ML_JOB_ID": "42",
         "AIP_CHECKPOINT_DIR": str(store / "checkpoints"),
         "AIP_MODEL_DIR": str(store / "model"),
@@ -56,7 +63,7 @@ def vertex(store: Path, **more: str) -> dict[str, str]:
     }
 
 
-def started(environment: dict[str, str], log: Path, arguments: list[str]) -> "subprocess.Popen[bytes]":
+def started(environment: dict[str, str], log: Path, arguments: list[str]) -> Process:
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "entrypoint.py"), *arguments],
@@ -71,60 +78,108 @@ def steps_of(store: Path) -> int:
     return int(newest[0].name.partition("-")[2]) if newest else 0
 
 
-def planted(places: list[Path]) -> list[Path]:
-    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*"))]
-    return [file for file in files if file.is_file() and TOKEN.encode() in file.read_bytes()]
+def wait_for_a_checkpoint_after(step: int, store: Path, process: Process, log: Path) -> None:
+    while steps_of(store) <= step:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+
+
+def supervised(store: Path, log: Path, arguments: list[str]) -> list[int]:
+    """Takes the machine back some times, and starts the same command again until it ends well, as Vertex AI does."""
+    codes: list[int] = []
+    while 0 not in codes:
+        assert len(codes) <= PREEMPTIONS, log.read_text()
+        process, before = started(vertex(store), log, arguments), steps_of(store)
+        if len(codes) < PREEMPTIONS:
+            wait_for_a_checkpoint_after(before, store, process, log)
+            assert processes_with_it() == []
+            process.send_signal(signal.SIGTERM)
+        codes.append(process.wait(timeout=SECONDS))
+        assert codes[-1] == 0 or before < steps_of(store) < STEPS, "the signal came in the middle"
+    return codes
 
 
 def test_preemptions_cost_nothing_and_show_no_token(folder: Path, tmp_path: Path) -> None:
     undisturbed, store, log = tmp_path / "undisturbed", tmp_path / "store", tmp_path / "log"
     assert main(["train", *arguments(folder / "base", undisturbed, folder)]) == 0
-    command = ["--train", *flags(folder)]
-    for _ in range(PREEMPTIONS):
-        before = steps_of(store)
-        process = started(vertex(store), log, command)
-        while steps_of(store) <= before:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.01)
-        assert TOKEN.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=240) == EXIT_STOPPED, log.read_text()
-        assert before < steps_of(store) < STEPS, "the signal came in the middle"
-    assert started(vertex(store), log, command).wait(timeout=240) == 0, log.read_text()
+    codes = supervised(store, log, flags(folder))
     said = log.read_text()
+    assert codes == [EXIT_STOPPED] * PREEMPTIONS + [0], said
     assert said.count("Going on from") == PREEMPTIONS and "Traceback" not in said
-    assert said.count("Running on Vertex AI, job 42") == PREEMPTIONS + 1
+    assert said.count("Running on Vertex AI, job 42") == said.count("on object storage: --save_in_place")
     same(undisturbed, store / "checkpoints")
-    for file in (undisturbed / "best_model").rglob("*.safetensors"):
-        copied = store / "model" / file.relative_to(undisturbed / "best_model")
-        assert copied.read_bytes() == file.read_bytes()
-    assert planted([log, store]) == []
+    mixture = [file.relative_to(undisturbed / "best_model") for file in (undisturbed / "best_model").rglob("*.*")]
+    assert len(mixture) == 11
+    for file in mixture:
+        assert (store / "model" / file).read_bytes() == (undisturbed / "best_model" / file).read_bytes()
+    assert list((store / "logs").rglob("events.out.tfevents.*"))
+    assert files_with_it(log, store) == []
 
 
-def test_two_workers_of_a_cluster_train_to_one_checkpoint(folder: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pools = {"workerpool0": [f"127.0.0.1:{port}"], "workerpool1": ["127.0.0.1:1"]}
-    processes = []
-    for pool in pools:
-        spec = json.dumps({"cluster": pools, "environment": "cloud", "task": {"type": pool, "index": 0}})
-        environment = vertex(tmp_path / "store", CLUSTER_SPEC=spec, NPROC_PER_NODE="1")
-        processes.append(started(environment, tmp_path / pool, ["--train", *flags(folder), "--max_steps", "3"]))
-    codes = [process.wait(timeout=280) for process in processes]
-    said = "".join((tmp_path / pool).read_text() for pool in pools)
-    assert codes == [0, 0], said
+class Cluster:
+    """A job on two workers, which are two processes of this machine."""
+
+    def __init__(self, store: Path, log: Path, arguments: list[str]) -> None:
+        self.store, self.log = store, log
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pools = {WORKERS[0]: [f"127.0.0.1:{port}"], WORKERS[1]: ["127.0.0.1:1"]}
+        self.processes: list[Process] = []
+        for pool in WORKERS:
+            spec = json.dumps({"cluster": pools, "environment": "cloud", "task": {"type": pool, "index": 0}})
+            environment = vertex(store, CLUSTER_SPEC=spec, NPROC_PER_NODE="1")
+            self.processes.append(started(environment, log, arguments))
+
+    def ended(self) -> list[int]:
+        try:
+            return [process.wait(timeout=SECONDS) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def two_workers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a job on two workers, and its log beside."""
+    made = tmp_path_factory.mktemp("workers")
+    job = Cluster(made / "store", made / "log", flags(folder, "--max_steps", "6"))
+    assert job.ended() == [0, 0], job.log.read_text()
+    return made
+
+
+def test_two_workers_of_a_cluster_train_to_one_checkpoint(two_workers: Path) -> None:
+    said = (two_workers / "log").read_text()
     assert "Machine 2 of 2" in said and said.count("Evaluating the trained mixture") == 1
-    whole, skipped = checkpoints.newest_whole(tmp_path / "store" / "checkpoints")
-    assert whole is not None and whole.name == "checkpoint-3" and not skipped
+    whole, skipped = checkpoints.newest_whole(two_workers / "store" / "checkpoints")
+    assert whole is not None and whole.name == "checkpoint-6" and not skipped
     assert len(list(whole.glob("rng_state_*"))) == 2, "both have trained"
-    assert (tmp_path / "store" / "model" / "dylo_moe.json").is_file()
+    assert (two_workers / "store" / "model" / "dylo_moe.json").is_file()
+    assert files_with_it(two_workers) == []
 
 
-def test_the_program_s_exit_code_passes_through(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_worker_that_is_taken_back_stops_all_and_costs_nothing(
+    two_workers: Path, folder: Path, tmp_path: Path
+) -> None:
+    store, log, command = tmp_path / "store", tmp_path / "log", flags(folder, "--max_steps", "6")
+    job = Cluster(store, log, command)
+    wait_for_a_checkpoint_after(0, store, job.processes[0], log)
+    assert processes_with_it() == []
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.ended() == [EXIT_STOPPED, EXIT_STOPPED], log.read_text()
+    assert 0 < steps_of(store) < 6, "the signal came in the middle"
+    assert Cluster(store, log, command).ended() == [0, 0], log.read_text()
+    assert log.read_text().count("Going on from") == 1
+    trained = [file.relative_to(two_workers) for file in (two_workers / "store/model").rglob("*.safetensors")]
+    assert len(trained) == 5
+    for file in trained:
+        assert (tmp_path / file).read_bytes() == (two_workers / file).read_bytes()
+
+
+def test_the_program_s_exit_code_passes_through(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "entrypoint.py"), "--train", "--lora-r", "-1"],
-        env=vertex(tmp_path),
+        env=vertex(tmp_path / "store"),
         capture_output=True,
         text=True,
     )
