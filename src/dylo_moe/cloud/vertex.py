@@ -14,6 +14,8 @@ from dylo_moe.cloud_config import SubmitArguments
 from dylo_moe.errors import CloudError, first_line
 
 POLL_SECONDS = 30
+PATIENCE_SECONDS = 600
+"""How long a network that is gone is waited for, while a job is followed."""
 ENDED = ("JOB_STATE_SUCCEEDED", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED")
 _SUCCEEDED = ENDED[0]
 
@@ -66,7 +68,8 @@ def connect(region: str) -> Any:
     except ImportError as error:
         raise CloudError("submit needs google-cloud-aiplatform; run: pip install 'dylora-moe[vertex]'") from error
     try:
-        return JobServiceClient(client_options={"api_endpoint": f"{region}-aiplatform.googleapis.com"})
+        endpoint = f"{region}-aiplatform.googleapis.com"
+        return JobServiceClient(transport="rest", client_options={"api_endpoint": endpoint})
     except DefaultCredentialsError as error:
         raise CloudError(
             "there are no credentials for Google Cloud; run: gcloud auth application-default login"
@@ -79,7 +82,6 @@ def send(request: dict[str, Any], client: Any) -> str:
     Raises:
         CloudError: Vertex AI refused, or cannot be reached.
     """
-    from google.api_core.exceptions import GoogleAPIError
     from google.cloud.aiplatform_v1 import CustomJob
     from google.protobuf.json_format import ParseDict
 
@@ -87,7 +89,7 @@ def send(request: dict[str, Any], client: Any) -> str:
     ParseDict(request["customJob"], CustomJob.pb(job))
     try:
         name: str = client.create_custom_job(parent=request["parent"], custom_job=job).name
-    except GoogleAPIError as error:
+    except _refusals() as error:
         raise CloudError(f"Vertex AI did not take the job: {first_line(error)}") from error
     return name
 
@@ -109,13 +111,13 @@ def watch(
     Raises:
         CloudError: Vertex AI cannot be asked any more.
     """
-    from google.api_core.exceptions import GoogleAPIError
+    from google.api_core.retry import Retry
 
     before = None
     while True:
         try:
-            job = client.get_custom_job(name=name)
-        except GoogleAPIError as error:
+            job = client.get_custom_job(name=name, retry=Retry(timeout=PATIENCE_SECONDS))
+        except _refusals() as error:
             raise CloudError(f"the job {name} goes on, and cannot be asked for: {first_line(error)}") from error
         state = job.state.name
         if state != before:
@@ -126,6 +128,14 @@ def watch(
             hours = (job.end_time - job.start_time).total_seconds() / 3600 if job.start_time and job.end_time else 0.0
             return state == _SUCCEEDED, hours
         sleep(POLL_SECONDS)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+    from requests import RequestException
+
+    return GoogleAPIError, GoogleAuthError, RequestException
 
 
 def _pool(args: SubmitArguments, settings: Settings, training: Sequence[str], replicas: int) -> dict[str, Any]:
