@@ -1,5 +1,9 @@
-"""Vertex AI on this machine: takes any job, goes through some states with it, and remembers what it was sent."""
+"""Vertex AI on this machine: takes any job, goes through some states with it, and remembers what it was sent.
 
+It is Secret Manager as well, where every secret is the same.
+"""
+
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -17,12 +21,14 @@ class Vertex(ThreadingHTTPServer):
     Attributes:
         requests: Each with ``method``, ``path``, ``body``, and the bytes of headers and body in ``raw``.
         states: To come; a number is a status of HTTP.
+        secret_status: The status of HTTP that a secret is given with.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[dict[str, Any]] = []
         self.states: list[str | int] = [*STATES]
+        self.secret_status = 200
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -32,6 +38,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"name": NAME, "state": "JOB_STATE_PENDING"})
 
     def do_GET(self) -> None:
+        if self.path.endswith(":access"):
+            self._answer({"payload": {"data": base64.b64encode(b"a secret").decode()}}, self.server.secret_status)
+            return
         state = self.server.states.pop(0)
         times = {"startTime": "2026-01-01T00:00:00Z", "endTime": "2026-01-01T02:30:00Z"}
         if isinstance(state, int):

@@ -74,17 +74,22 @@ def stages_of(text: str) -> dict[str, Stage]:
 
 
 def needed_for(target: str, stages: Mapping[str, Stage]) -> list[Stage]:
-    """The stages that a target is made of, each after those that it is made from."""
-    stage = stages[target]
-    others = [stage.base, *(match[1] for step in stage.steps if (match := re.match(r"--from=(\S+)", step.text)))]
-    before = [one for other in others if other in stages for one in needed_for(other, stages)]
-    return list({one.name: one for one in [*before, stage]}.values())
+    """The stages that a target is made of, in the order of the file."""
+    found: set[str] = set()
+    wanted = [target]
+    while wanted:
+        name = wanted.pop()
+        if name in stages and name not in found:
+            found.add(name)
+            copies = (re.match(r"--from=(\S+)", step.text) for step in stages[name].steps)
+            wanted += [stages[name].base, *(match[1] for match in copies if match)]
+    return [stage for stage in stages.values() if stage.name in found]
 
 
 def runs_of(target: str, text: str) -> list[str]:
     """The RUN steps of a target, in order."""
-    stages = needed_for(target, stages_of(text))
-    return [step.text for stage in stages for step in stage.steps if step.instruction == "RUN"]
+    needed = needed_for(target, stages_of(text))
+    return [step.text for stage in needed for step in stage.steps if step.instruction == "RUN"]
 
 
 @dataclass

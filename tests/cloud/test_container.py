@@ -1,31 +1,28 @@
-"""The container, its build script and the recipes: what their linters say, and what linters miss."""
+"""The container and its build script: what their linters say, what linters miss, and what the steps leave behind."""
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from dylo_moe.cloud_config import LIKE_A_SECRET
-from dylo_moe.config import TRAIN_GROUPS
-from dylo_moe.flags import parse
-from dylo_moe.training.interruption import EXIT_STOPPED
+from planted import TOKEN, files_with_it
+from run_steps import Builder, Image, runs_of, stages_of
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
 LINES = [line for line in DOCKERFILE.splitlines() if line and not line.startswith("#")]
-RECIPES = ROOT / "recipes" / "cloud"
 
 
 @pytest.mark.parametrize("command", [["hadolint", "Dockerfile"], ["shellcheck", "build_and_push.sh"]])
 def test_linters_have_nothing_to_say(command: list[str]) -> None:
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    tool = shutil.which(command[0], path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert tool is not None, "one of the developers' packages"
+    done = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -50,8 +47,10 @@ def test_signals_reach_training() -> None:
 
 
 def test_what_is_installed_is_locked_and_no_secret_is_built_in() -> None:
-    installs = [line for line in LINES if "pip install" in line]
-    assert installs and all("--constraint requirements.lock" in line for line in installs)
+    installs = re.findall(r"pip install[^&\n]*", DOCKERFILE)
+    pinned = [install for install in installs if re.fullmatch(r"pip install --no-deps( [\w-]+==[\w.]+)+", install.strip())]
+    assert len(pinned) == 2
+    assert all("--constraint requirements.lock" in install for install in installs if install not in pinned)
     assert not [line for line in LINES if line.startswith(("ARG", "ENV")) and LIKE_A_SECRET.search(line)]
     assert not [line for line in LINES if re.match(r"(COPY|ADD) (\.|/) ", line)]
 
@@ -109,27 +108,55 @@ def test_the_script_refuses(tmp_path: Path, arguments: list[str], dirty: bool, m
     assert done.returncode == 2 and message in done.stderr and not done.stdout
 
 
-def test_the_kubernetes_job_goes_on_where_it_was_stopped() -> None:
-    claim, job = yaml.safe_load_all((RECIPES / "kubernetes.yaml").read_text())
-    assert (claim["kind"], job["apiVersion"], job["kind"]) == ("PersistentVolumeClaim", "batch/v1", "Job")
-    spec: dict[str, Any] = job["spec"]
-    pod = spec["template"]["spec"]
-    assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other"
-    codes = {rule["action"]: rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][:2]}
-    assert codes == {"FailJob": [2], "Ignore": [EXIT_STOPPED]}
-    (container,) = pod["containers"]
-    assert container["args"][0] == "--train"
-    flags = parse(TRAIN_GROUPS, "train", "", container["args"][1:])
-    assert flags[3].resume_from_checkpoint == "auto"
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert all("value" not in entry for entry in container["env"]), "secrets come by reference"
+def test_every_step_of_the_cpu_target_is_run() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    only_cuda = DOCKERFILE.partition("FROM build AS build-cuda\n")[2].partition("\nFROM ")[0]
+    wanted = [" ".join(line.split()[1:]) for line in LINES if line.startswith("RUN ")]
+    for line in only_cuda.splitlines():
+        if line.startswith("RUN "):
+            wanted.remove(" ".join(line.split()[1:]))
+    assert len(wanted) == 5 and sorted(runs_of("cpu", text)) == sorted(wanted)
+    assert runs_of("cpu", text)[0] == "python -m venv /opt/venv"
+    assert list(stages_of(text)) == ["build", "build-cpu", "build-cuda", "runtime", "cpu", "cuda"]
 
 
-def test_the_sky_task_goes_on_where_it_was_stopped() -> None:
-    task = yaml.safe_load((RECIPES / "sky.yaml").read_text())
-    assert task["resources"]["use_spot"] is True
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_STOPPED]
-    assert task["secrets"] == {"HF_TOKEN": None}
-    command = task["run"].replace("\\\n", "").partition("--train")[2].replace('"', "").split()
-    assert parse(TRAIN_GROUPS, "train", "", command)[3].resume_from_checkpoint == "auto"
-    assert "/checkpoints" in task["file_mounts"]
+# Each tool of the steps says what it was given, and whether pip's configuration was there.
+TOOL = """#!/bin/sh
+{ echo "$(basename "$0") $*"; env; [ ! -s /etc/pip.conf ] || echo "and pip.conf"; } >> /said
+[ "$*" != "-m venv /opt/venv" ] || mkdir -p /opt/venv
+"""
+
+
+def confined() -> bool:
+    command = ["bwrap", "--ro-bind", "/", "/", "true"]
+    return shutil.which("bwrap") is not None and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.skipif(not confined(), reason="bubblewrap cannot be used here")
+def test_no_token_is_left_by_the_steps_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret, base = tmp_path / "pip.conf", tmp_path / "base"
+    secret.write_text(f"[global]\nindex-url = https://user:{TOKEN}@example.org/simple\n")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for folder in ("tools", "opt", "etc", "tmp"):
+        (base / folder).mkdir(parents=True)
+    for tool in ("python", "pip", "apt-get", "useradd", "chown"):
+        (base / "tools" / tool).write_text(TOOL)
+        (base / "tools" / tool).chmod(0o755)
+    shared = [path for path in ("/usr", "/bin", "/lib", "/lib64") if os.path.exists(path)]
+    binds = [text for path in shared for text in ("--ro-bind", path, path)]
+    (tmp_path / "roots").mkdir()
+    builder = Builder(
+        tmp_path / "roots", Image(base, {"PATH": "/tools:/usr/bin:/bin"}), {"pip": secret}, binds
+    )
+    image = builder.build("cpu", (ROOT / "Dockerfile").read_text())
+    assert (image.user, image.command["ENTRYPOINT"][0]) == ("1000", "/usr/bin/tini")
+    said = (tmp_path / "roots" / "build-cpu" / "said").read_text()
+    assert said.startswith("python -m venv /opt/venv\n") and "PIP_NO_CACHE_DIR=1" in said
+    assert said.count("\nand pip.conf") == said.count("\npip install ") == 3, "the secret reaches what needs it"
+    assert (tmp_path / "roots" / "runtime" / "said").read_text().count("\napt-get ") == 1
+    assert not list((tmp_path / "roots").glob("*/etc/pip.conf"))
+    assert files_with_it(tmp_path / "roots") == []
+    shown = capfd.readouterr()
+    assert "RUN pip install" in shown.out and TOKEN not in shown.out + shown.err

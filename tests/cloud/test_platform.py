@@ -9,6 +9,8 @@ from dylo_moe.cloud.platform import BARE, DOCKER, VAST, VERTEX, Cluster, Platfor
 from dylo_moe.cloud.secrets import VARIABLE, load_secrets
 from dylo_moe.errors import CloudError
 from dylo_moe.programs.entrypoint import platform_flags
+from fake_vertex import running
+from planted import TOKEN
 
 
 def spec(kind: str, index: int) -> str:
@@ -103,28 +105,36 @@ def test_given_flags_win_over_the_platforms() -> None:
     assert platform_flags(vertex, ["--overwrite_output_dir"]) == ["--output_dir", "/c"]
 
 
-class FakeManager:
-    def __init__(self, status: int = 200) -> None:
-        self.status_code, self.asked = status, ""
-
-    def get(self, url: str, timeout: float) -> "FakeManager":
-        self.asked = url
-        return self
-
-    def json(self) -> dict[str, dict[str, str]]:
-        return {"payload": {"data": "cGxhbnRlZA=="}}
+REFERENCE = "projects/p/secrets/hf/versions/latest"
 
 
-def test_a_secret_is_fetched_by_its_reference() -> None:
-    manager, reference = FakeManager(), "projects/p/secrets/hf/versions/latest"
-    assert load_secrets({VARIABLE: f"HF_TOKEN={reference}"}, manager) == {"HF_TOKEN": "planted"}
-    assert manager.asked == f"https://secretmanager.googleapis.com/v1/{reference}:access"
-    assert load_secrets({VARIABLE: f"HF_TOKEN={reference}", "HF_TOKEN": "mine"}, manager) == {}
-    with pytest.raises(CloudError, match=r"HTTP 403.*secretAccessor"):
-        load_secrets({VARIABLE: f"HF_TOKEN={reference}"}, FakeManager(403))
+@pytest.mark.filterwarnings("ignore::FutureWarning:google")
+def test_a_secret_is_fetched_by_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    import google.auth
+    from google.auth.credentials import AnonymousCredentials
+
+    monkeypatch.setattr(google.auth, "default", lambda scopes: (AnonymousCredentials(), None))
+    environment = {VARIABLE: f"HF_TOKEN={REFERENCE}"}
+    with running() as server:
+        monkeypatch.setattr("dylo_moe.cloud.secrets.SERVICE", f"http://127.0.0.1:{server.server_port}/v1")
+        assert load_secrets(environment) == {"HF_TOKEN": "a secret"}
+        assert load_secrets({**environment, "HF_TOKEN": "mine"}) == load_secrets({}) == {}
+        assert [one["path"] for one in server.requests] == [f"/v1/{REFERENCE}:access"]
+        server.secret_status = 403
+        with pytest.raises(CloudError, match=r"HTTP 403.*secretAccessor"):
+            load_secrets(environment)
+    with pytest.raises(CloudError, match=f"the secret {REFERENCE} for HF_TOKEN cannot be had: "):
+        load_secrets(environment)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:google")
+def test_without_credentials_a_secret_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(CloudError, match=f"{VARIABLE} is set, and this machine has no credentials"):
+        load_secrets({VARIABLE: f"HF_TOKEN={REFERENCE}"})
 
 
 def test_a_secret_in_the_place_of_its_reference_is_not_repeated() -> None:
     with pytest.raises(CloudError) as caught:
-        load_secrets({VARIABLE: "HF_TOKEN=hf_planted"})
-    assert "planted" not in str(caught.value)
+        load_secrets({VARIABLE: f"HF_TOKEN={TOKEN}"})
+    assert TOKEN not in str(caught.value)

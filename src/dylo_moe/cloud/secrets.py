@@ -13,7 +13,7 @@ from dylo_moe.errors import CloudError, first_line
 
 VARIABLE = "DYLO_MOE_SECRETS"
 REFERENCE = re.compile(r"projects/[a-z0-9:.-]+/secrets/[A-Za-z0-9_-]+/versions/(latest|\d+)")
-_SERVICE = "https://secretmanager.googleapis.com/v1"
+SERVICE = "https://secretmanager.googleapis.com/v1"
 
 
 def parse_references(text: str) -> dict[str, str]:
@@ -32,13 +32,11 @@ def parse_references(text: str) -> dict[str, str]:
     return entries
 
 
-def load_secrets(environment: Mapping[str, str], session: Any = None) -> dict[str, str]:
+def load_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Fetches what ``VARIABLE`` refers to.
 
     Args:
         environment: The process's.
-        session: What asks Secret Manager, with a ``get`` like that of ``requests``; one with the machine's own
-            credentials if not given.
 
     Returns:
         The variables to set; those that are set already stay as they are.
@@ -48,13 +46,20 @@ def load_secrets(environment: Mapping[str, str], session: Any = None) -> dict[st
     """
     wanted = parse_references(environment.get(VARIABLE, ""))
     wanted = {name: reference for name, reference in wanted.items() if not environment.get(name)}
-    if wanted and session is None:
-        session = _own_session()
+    if not wanted:
+        return {}
+    session = _own_session()
     return {name: _fetch(session, name, reference) for name, reference in wanted.items()}
 
 
 def _fetch(session: Any, name: str, reference: str) -> str:
-    answer = session.get(f"{_SERVICE}/{reference}:access", timeout=60)
+    from google.auth.exceptions import GoogleAuthError
+    from requests import RequestException
+
+    try:
+        answer = session.get(f"{SERVICE}/{reference}:access", timeout=60)
+    except (RequestException, GoogleAuthError) as error:
+        raise CloudError(f"the secret {reference} for {name} cannot be had: {first_line(error)}") from error
     if answer.status_code != 200:
         raise CloudError(
             f"the secret {reference} for {name} cannot be had: HTTP {answer.status_code}; it has to exist, and the "
