@@ -12,6 +12,7 @@ usage: ./build_and_push.sh [--flag value ...]
   --repository NAME     in Artifact Registry (DYLO_MOE_REPOSITORY; dylora-moe)
   --dockerhub USER      push to Docker Hub as well, as this user (DOCKERHUB_USER; not)
   --target cuda|cpu     what torch runs on (DYLO_MOE_TARGET; cuda)
+  --pip-conf FILE       pip's configuration for the build, such as a private index (DYLO_MOE_PIP_CONF; none)
   --no-push             build only
   --dry-run             print each command, run none
 END
@@ -27,13 +28,15 @@ region=${GOOGLE_CLOUD_REGION:-}
 repository=${DYLO_MOE_REPOSITORY:-dylora-moe}
 dockerhub=${DOCKERHUB_USER:-}
 target=${DYLO_MOE_TARGET:-cuda}
+pip_conf=${DYLO_MOE_PIP_CONF:-}
 push=yes
 dry=no
 while [ $# -gt 0 ]; do
   case $1 in
-    --project | --region | --repository | --dockerhub | --target)
+    --project | --region | --repository | --dockerhub | --target | --pip-conf | --pip_conf)
       [ $# -ge 2 ] || fail "$1 needs a value"
-      printf -v "${1#--}" %s "$2"
+      name=${1#--}
+      printf -v "${name//-/_}" %s "$2"
       shift
       ;;
     --no-push | --no_push) push=no ;;
@@ -62,6 +65,7 @@ run() {
 }
 
 [ "$target" = cuda ] || [ "$target" = cpu ] || fail "--target must be cuda or cpu, got '$target'"
+[ -z "$pip_conf" ] || [ -f "$pip_conf" ] || fail "--pip-conf: there is no file '$pip_conf'"
 [ -n "$project" ] || project=$(from_gcloud core/project)
 [ -n "$region" ] || region=$(from_gcloud compute/region)
 [ -n "$project" ] || fail "--project is missing: give it, or set GOOGLE_CLOUD_PROJECT, or gcloud config set project PROJECT"
@@ -79,6 +83,7 @@ for name in "${names[@]}"; do
 done
 
 build=(docker build --target "$target" --label "org.opencontainers.image.revision=$commit")
+[ -z "$pip_conf" ] || build+=(--secret "id=pip,src=$pip_conf")
 for tag in "${tags[@]}"; do
   build+=(--tag "$tag")
 done

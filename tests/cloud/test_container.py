@@ -84,8 +84,12 @@ def script(tmp_path: Path, *arguments: str, dirty: bool = False) -> "subprocess.
 
 
 def test_the_script_shows_what_it_would_do(tmp_path: Path) -> None:
-    done = script(tmp_path, "--project", "my-project", "--region", "us-central1", "--dry-run", "--dockerhub", "me")
+    secret = tmp_path.with_name("pip.conf")
+    secret.write_text(TOKEN)
+    places = ["--project", "my-project", "--region", "us-central1"]
+    done = script(tmp_path, *places, "--dry-run", "--dockerhub", "me", "--pip-conf", str(secret))
     assert done.returncode == 0, done.stderr
+    assert f" --secret id=pip,src={secret} " in done.stdout and TOKEN not in done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("env DOCKER_BUILDKIT=1 docker build --target cuda ")
     assert sum(line.startswith("docker push us-central1-docker.pkg.dev/my-project/dylora-moe/") for line in lines) == 2
@@ -101,6 +105,8 @@ def test_the_script_shows_what_it_would_do(tmp_path: Path) -> None:
         (["--project", "p", "--region", "r"], True, "the tree has changes"),
         (["--target", "tpu"], False, "--target must be cuda or cpu"),
         (["--nonsense"], False, "unknown argument '--nonsense'"),
+        (["--project"], False, "--project needs a value"),
+        (["--pip_conf", "none"], False, "--pip-conf: there is no file 'none'"),
     ],
 )
 def test_the_script_refuses(tmp_path: Path, arguments: list[str], dirty: bool, message: str) -> None:

@@ -31,6 +31,8 @@ def test_vertex_writes_below_gcs(tmp_path: Path) -> None:
     assert found.checkpoint_dir == tmp_path / "gcs/bucket/run/checkpoints"
     assert found.model_dir == tmp_path / "gcs/bucket/run/model"
     assert found.tensorboard_dir == tmp_path / "gcs/bucket/run/logs"
+    assert found.is_bucket(found.checkpoint_dir) and found.is_bucket(tmp_path / "gcs/other/run")
+    assert not found.is_bucket(tmp_path / "data") and not detect({}, tmp_path).is_bucket(tmp_path / "gcs")
     assert f"Checkpoints: {found.checkpoint_dir}" in found.describe()
 
 
@@ -83,6 +85,8 @@ def test_little_shared_memory_is_kept_from_nccl(tmp_path: Path, monkeypatch: pyt
 def test_a_container_and_none(tmp_path: Path) -> None:
     assert detect({}, tmp_path) == Platform(BARE)
     assert platform_flags(Platform(BARE), []) == []
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "pod"}
+    assert detect(pod, tmp_path) == Platform(DOCKER, job="pod")
     (tmp_path / ".dockerenv").touch()
     assert detect({"HOSTNAME": "abc"}, tmp_path) == Platform(DOCKER, job="abc")
 

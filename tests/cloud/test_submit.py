@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dylo_moe.cli import main
-from dylo_moe.cloud.settings import Settings, resolve
+from dylo_moe.cloud.settings import Settings, gcloud_property, resolve
 from dylo_moe.cloud.vertex import connect, send, watch
 from dylo_moe.cloud_config import MACHINES, SubmitArguments
 from dylo_moe.errors import EXIT_USER_ERROR, CloudError, ConfigError
@@ -174,6 +174,17 @@ def test_settings_come_from_the_flag_then_the_environment_then_gcloud() -> None:
     del environment["GOOGLE_CLOUD_PROJECT"]
     assert resolve(SubmitArguments(), environment, gcloud).project == "gcloud-project"
     assert resolve(SubmitArguments(project="my-project"), environment, gcloud).project == "my-project"
+
+
+def test_gcloud_is_asked_where_nothing_else_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text('#!/bin/sh\n[ "$3" = core/project ] && echo gcloud-project && exit\necho "(unset)"\n')
+    gcloud.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gcloud_property("core/project") == "gcloud-project"
+    assert gcloud_property("compute/region") is None
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert gcloud_property("core/project") is None
 
 
 def test_importing_the_script_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
