@@ -13,7 +13,7 @@ usage: ./build_and_push.sh [--flag value ...]
   --dockerhub USER      push to Docker Hub as well, as this user (DOCKERHUB_USER; not)
   --target cuda|cpu     what torch runs on (DYLO_MOE_TARGET; cuda)
   --pip-conf FILE       pip's configuration for the build, such as a private index (DYLO_MOE_PIP_CONF; none)
-  --no-push             build only
+  --no-push             build only, as dylora-moe:...; needs no project and no region
   --dry-run             print each command, run none
 END
 }
@@ -34,7 +34,7 @@ dry=no
 while [ $# -gt 0 ]; do
   case $1 in
     --project | --region | --repository | --dockerhub | --target | --pip-conf | --pip_conf)
-      [ $# -ge 2 ] || fail "$1 needs a value"
+      case ${2:---} in --*) fail "$1 needs a value" ;; esac
       name=${1#--}
       printf -v "${name//-/_}" %s "$2"
       shift
@@ -66,16 +66,19 @@ run() {
 
 [ "$target" = cuda ] || [ "$target" = cpu ] || fail "--target must be cuda or cpu, got '$target'"
 [ -z "$pip_conf" ] || [ -f "$pip_conf" ] || fail "--pip-conf: there is no file '$pip_conf'"
-[ -n "$project" ] || project=$(from_gcloud core/project)
-[ -n "$region" ] || region=$(from_gcloud compute/region)
-[ -n "$project" ] || fail "--project is missing: give it, or set GOOGLE_CLOUD_PROJECT, or gcloud config set project PROJECT"
-[ -n "$region" ] || fail "--region is missing: give it, or set GOOGLE_CLOUD_REGION, or gcloud config set compute/region REGION"
+if [ "$push" = yes ]; then
+  [ -n "$project" ] || project=$(from_gcloud core/project)
+  [ -n "$region" ] || region=$(from_gcloud compute/region)
+  [ -n "$project" ] || fail "--project is missing: give it, or set GOOGLE_CLOUD_PROJECT, or gcloud config set project PROJECT"
+  [ -n "$region" ] || fail "--region is missing: give it, or set GOOGLE_CLOUD_REGION, or gcloud config set compute/region REGION"
+fi
 [ -z "$(git status --porcelain)" ] || fail "the tree has changes that no commit holds; commit or stash them first"
 
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
 commit=$(git rev-parse --short=12 HEAD)
 host=$region-docker.pkg.dev
 names=("$host/$project/$repository/dylora-moe")
+[ "$push" = yes ] || names=(dylora-moe)
 [ -z "$dockerhub" ] || names+=("docker.io/$dockerhub/dylora-moe")
 tags=()
 for name in "${names[@]}"; do

@@ -65,7 +65,9 @@ def test_the_context_has_what_is_copied_and_no_more() -> None:
     assert all((ROOT / name).exists() for name in kept)
 
 
-def script(tmp_path: Path, *arguments: str, dirty: bool = False) -> "subprocess.CompletedProcess[str]":
+def script(
+    tmp_path: Path, *arguments: str, dirty: bool = False, environment: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     """Runs the build script in a repository of its own, where no gcloud is installed."""
     for name in ("build_and_push.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -78,7 +80,7 @@ def script(tmp_path: Path, *arguments: str, dirty: bool = False) -> "subprocess.
     tools.mkdir()
     for tool in ("bash", "git", "sed", "grep", "cat", "dirname", "env"):
         (tools / tool).symlink_to(str(shutil.which(tool)))
-    environment = {"PATH": str(tools), "HOME": os.environ.get("HOME", "/")}
+    environment = {"PATH": str(tools), "HOME": os.environ.get("HOME", "/"), **(environment or {})}
     command = ["./build_and_push.sh", *arguments]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
@@ -95,6 +97,29 @@ def test_the_script_shows_what_it_would_do(tmp_path: Path) -> None:
     assert sum(line.startswith("docker push us-central1-docker.pkg.dev/my-project/dylora-moe/") for line in lines) == 2
     assert sum(line.startswith("docker push docker.io/me/dylora-moe:") for line in lines) == 2
     assert lines[-1].startswith("export DYLO_MOE_IMAGE=us-central1-docker.pkg.dev/my-project/")
+
+
+def test_all_of_it_can_be_said_by_the_environment(tmp_path: Path) -> None:
+    environment = {
+        "GOOGLE_CLOUD_PROJECT": "my-project",
+        "GOOGLE_CLOUD_REGION": "europe-west4",
+        "DYLO_MOE_REPOSITORY": "images",
+        "DOCKERHUB_USER": "me",
+        "DYLO_MOE_TARGET": "cpu",
+    }
+    done = script(tmp_path, "--dry-run", environment=environment)
+    assert done.returncode == 0, done.stderr
+    image = "europe-west4-docker.pkg.dev/my-project/images/dylora-moe"
+    for name in (image, "docker.io/me/dylora-moe"):
+        assert re.search(rf"^docker push {name}:[\d.]+-cpu $", done.stdout, flags=re.MULTILINE)
+        assert re.search(rf"^docker push {name}:[\d.]+-[0-9a-f]{{12}}-cpu $", done.stdout, flags=re.MULTILINE)
+
+
+def test_building_alone_needs_no_project(tmp_path: Path) -> None:
+    done = script(tmp_path, "--no-push", "--dry-run", "--target", "cpu")
+    assert done.returncode == 0, done.stderr
+    build, image = done.stdout.splitlines()
+    assert " --target cpu " in build and " --tag dylora-moe:" in build and image.startswith("export DYLO_MOE_IMAGE=dylora-moe:")
 
 
 @pytest.mark.parametrize(
