@@ -16,7 +16,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import data_tables  # noqa: E402 - the benchmarks are scripts, not a package
 import demo  # noqa: E402
+import humaneval_tables  # noqa: E402
+import judge  # noqa: E402
 import quality  # noqa: E402
+import sandbox_table  # noqa: E402
 import speed_profile  # noqa: E402
 import speed_table  # noqa: E402
 import training_run  # noqa: E402
@@ -28,6 +31,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "profile": ("profile.json", speed_profile.tables),
     "quality": ("quality.json", quality.table),
     "training": ("training.json", training_run.table),
+    "sandbox": ("sandbox.json", sandbox_table.table),
+    "judge": ("judge.json", judge.table),
+    "humaneval": ("humaneval.json", humaneval_tables.scores_table),
+    "humaneval batches": ("humaneval.json", humaneval_tables.batches_table),
     "data rows": ("data.json", data_tables.rows_table),
     "data scale": ("data.json", data_tables.scale_table),
     "data throughput": ("data.json", data_tables.throughput_table),

