@@ -8,7 +8,7 @@ import pytest
 from dylo_moe.cloud.platform import BARE, DOCKER, VAST, VERTEX, Cluster, Platform, detect, local_folder
 from dylo_moe.cloud.secrets import VARIABLE, load_secrets
 from dylo_moe.errors import CloudError
-from dylo_moe.programs.entrypoint import platform_flags
+from dylo_moe.programs.entrypoint import benchmark_flags, platform_flags
 from fake_vertex import running
 from planted import TOKEN
 
@@ -107,6 +107,14 @@ def test_given_flags_win_over_the_platforms() -> None:
     assert platform_flags(vertex, []) == ["--output_dir", "/c", "--resume_from_checkpoint", "auto"]
     assert platform_flags(vertex, ["--output-dir=/mine", "--resume-from-checkpoint"]) == []
     assert platform_flags(vertex, ["--overwrite_output_dir"]) == ["--output_dir", "/c"]
+
+
+def test_a_benchmark_scores_what_training_left_and_keeps_its_result() -> None:
+    vertex = Platform(VERTEX, checkpoint_dir=Path("/c"))
+    output = ["--output", "/c/benchmark.json"]
+    assert benchmark_flags(vertex, ["--max-samples", "20"]) == ["--trained_model", "/c/best_model", *output]
+    assert benchmark_flags(vertex, ["--trained-model=/mine"]) == output
+    assert benchmark_flags(vertex, ["--compare", "a.json", "b.json"]) == benchmark_flags(Platform(BARE), []) == []
 
 
 REFERENCE = "projects/p/secrets/hf/versions/latest"

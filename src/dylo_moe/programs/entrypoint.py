@@ -68,6 +68,15 @@ def platform_flags(platform: Platform, given: Sequence[str]) -> list[str]:
     return [text for name, value in flags.items() if name not in names for text in (f"--{name}", value)]
 
 
+def benchmark_flags(platform: Platform, given: Sequence[str]) -> list[str]:
+    """The flags of ``benchmark`` that the platform decides, but for those that are given: what training left is scored."""
+    names, folder = _names(given), platform.checkpoint_dir
+    if folder is None or "compare" in names:
+        return []
+    model = [] if names & {"trained_model", "wandb_artifact"} else ["--trained_model", str(folder / "best_model")]
+    return model + ([] if "output" in names else ["--output", str(folder / "benchmark.json")])
+
+
 def _names(flags: Sequence[str]) -> set[str]:
     return {text.partition("=")[0].lstrip("-").replace("-", "_") for text in flags if text.startswith("--")}
 
@@ -76,6 +85,7 @@ def _benchmark(platform: Platform, flags: Sequence[str]) -> int:
     """Benchmarks on the first machine; the others have nothing to do."""
     if platform.cluster is not None and platform.cluster.rank > 0:
         return 0
+    flags = [*benchmark_flags(platform, flags), *flags]
     code: int = importlib.import_module("dylo_moe.programs.benchmark").main(flags, "entrypoint.py --benchmark")
     return code
 
