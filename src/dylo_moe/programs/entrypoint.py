@@ -73,7 +73,7 @@ def benchmark_flags(platform: Platform, given: Sequence[str]) -> list[str]:
     names, folder = _names(given), platform.checkpoint_dir
     if folder is None or "compare" in names:
         return []
-    model = [] if names & {"trained_model", "wandb_artifact"} else ["--trained_model", str(folder / "best_model")]
+    model = [] if names & {"trained_model", "base_model", "wandb_artifact"} else ["--trained_model", str(folder / "best_model")]
     return model + ([] if "output" in names else ["--output", str(folder / "benchmark.json")])
 
 
