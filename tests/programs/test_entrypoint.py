@@ -23,6 +23,7 @@ from tiny_folder import write_tiny_folder
 ROOT = Path(__file__).parents[2]
 PREEMPTIONS = 3
 WORKERS = ("workerpool0", "workerpool1")
+CLUSTER_STEPS = 10
 SECONDS = 900
 """After which a process that does not end is a failure, on however busy a machine."""
 
@@ -92,8 +93,8 @@ def supervised(store: Path, log: Path, arguments: list[str]) -> list[int]:
         process, before = started(vertex(store), log, arguments), steps_of(store)
         if len(codes) < PREEMPTIONS:
             wait_for_a_checkpoint_after(before, store, process, log)
-            assert processes_with_it() == []
             process.send_signal(signal.SIGTERM)
+            assert processes_with_it() == []
         codes.append(process.wait(timeout=SECONDS))
         assert codes[-1] == 0 or before < steps_of(store) < STEPS, "the signal came in the middle"
     return codes
@@ -143,7 +144,7 @@ class Cluster:
 def two_workers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of a job on two workers, and its log beside."""
     made = tmp_path_factory.mktemp("workers")
-    job = Cluster(made / "store", made / "log", flags(folder, "--max_steps", "6"))
+    job = Cluster(made / "store", made / "log", flags(folder, "--max_steps", str(CLUSTER_STEPS)))
     assert job.ended() == [0, 0], job.log.read_text()
     return made
 
@@ -152,7 +153,7 @@ def test_two_workers_of_a_cluster_train_to_one_checkpoint(two_workers: Path) -> 
     said = (two_workers / "log").read_text()
     assert "Machine 2 of 2" in said and said.count("Evaluating the trained mixture") == 1
     whole, skipped = checkpoints.newest_whole(two_workers / "store" / "checkpoints")
-    assert whole is not None and whole.name == "checkpoint-6" and not skipped
+    assert whole is not None and whole.name == f"checkpoint-{CLUSTER_STEPS}" and not skipped
     assert len(list(whole.glob("rng_state_*"))) == 2, "both have trained"
     assert (two_workers / "store" / "model" / "dylo_moe.json").is_file()
     assert files_with_it(two_workers) == []
@@ -161,13 +162,13 @@ def test_two_workers_of_a_cluster_train_to_one_checkpoint(two_workers: Path) -> 
 def test_a_worker_that_is_taken_back_stops_all_and_costs_nothing(
     two_workers: Path, folder: Path, tmp_path: Path
 ) -> None:
-    store, log, command = tmp_path / "store", tmp_path / "log", flags(folder, "--max_steps", "6")
+    store, log, command = tmp_path / "store", tmp_path / "log", flags(folder, "--max_steps", str(CLUSTER_STEPS))
     job = Cluster(store, log, command)
     wait_for_a_checkpoint_after(0, store, job.processes[0], log)
-    assert processes_with_it() == []
     job.processes[1].send_signal(signal.SIGTERM)
+    assert processes_with_it() == []
     assert job.ended() == [EXIT_STOPPED, EXIT_STOPPED], log.read_text()
-    assert 0 < steps_of(store) < 6, "the signal came in the middle"
+    assert 0 < steps_of(store) < CLUSTER_STEPS, "the signal came in the middle"
     assert Cluster(store, log, command).ended() == [0, 0], log.read_text()
     assert log.read_text().count("Going on from") == 1
     trained = [file.relative_to(two_workers) for file in (two_workers / "store/model").rglob("*.safetensors")]
