@@ -131,11 +131,11 @@ class Builder:
             text for item in {**known, "HOME": "/root", **image.environment}.items() for text in ("--setenv", *item)
         ]
         network = [text for file in ("/etc/resolv.conf", "/etc/hosts") for text in ("--ro-bind", file, file)]
-        user = [] if image.user == "0" else ["setpriv", f"--reuid={image.user}", f"--regid={image.user}", "--clear-groups"]
+        user = ["setpriv", f"--reuid={image.user}", f"--regid={image.user}", "--clear-groups"]
         subprocess.run(
             ["bwrap", "--bind", str(image.root), "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", *network]
             + ["--unshare-pid", "--die-with-parent", "--clearenv", *variables, *self.binds, *mounts]
-            + ["--chdir", image.folder, *user, *command],
+            + ["--chdir", image.folder, *([] if image.user == "0" else user), *command],
             check=True,
         )
 
@@ -150,7 +150,7 @@ class Builder:
                 _copy(step.text, image, images)
             case "ENV":
                 words = re.findall(r"(\w+)=(\S+)", step.text)
-                new = {name: re.sub(r"\$\{?(\w+)\}?", lambda m: image.environment[m[1]], value) for name, value in words}
+                new = {name: _expanded(value, image.environment) for name, value in words}
                 return replace(image, environment={**image.environment, **new})
             case "WORKDIR":
                 (image.root / step.text.lstrip("/")).mkdir(parents=True, exist_ok=True)
@@ -205,6 +205,10 @@ def _copy(text: str, image: Image, images: Mapping[str, Image]) -> None:
         (target if path.is_dir() or words[-1].endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
         what = f"{path}/." if path.is_dir() else str(path)
         subprocess.run(["cp", "--archive", "--no-preserve=ownership", what, str(target)], check=True)
+
+
+def _expanded(value: str, environment: Mapping[str, str]) -> str:
+    return re.sub(r"\$\{?(\w+)\}?", lambda match: environment[match[1]], value)
 
 
 def _say(line: str) -> None:

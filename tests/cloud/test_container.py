@@ -48,7 +48,8 @@ def test_signals_reach_training() -> None:
 
 def test_what_is_installed_is_locked_and_no_secret_is_built_in() -> None:
     installs = re.findall(r"pip install[^&\n]*", DOCKERFILE)
-    pinned = [install for install in installs if re.fullmatch(r"pip install --no-deps( [\w-]+==[\w.]+)+", install.strip())]
+    by_name = re.compile(r"pip install --no-deps( [\w-]+==[\w.]+)+")
+    pinned = [install for install in installs if by_name.fullmatch(install.strip())]
     assert len(pinned) == 2
     assert all("--constraint requirements.lock" in install for install in installs if install not in pinned)
     assert not [line for line in LINES if line.startswith(("ARG", "ENV")) and LIKE_A_SECRET.search(line)]
@@ -119,7 +120,8 @@ def test_building_alone_needs_no_project(tmp_path: Path) -> None:
     done = script(tmp_path, "--no-push", "--dry-run", "--target", "cpu")
     assert done.returncode == 0, done.stderr
     build, image = done.stdout.splitlines()
-    assert " --target cpu " in build and " --tag dylora-moe:" in build and image.startswith("export DYLO_MOE_IMAGE=dylora-moe:")
+    assert " --target cpu " in build and " --tag dylora-moe:" in build
+    assert image.startswith("export DYLO_MOE_IMAGE=dylora-moe:")
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_given_flags_win_over_the_platforms() -> None:
 def test_a_benchmark_scores_what_training_left_and_keeps_its_result() -> None:
     vertex = Platform(VERTEX, checkpoint_dir=Path("/c"))
     output = ["--output", "/c/benchmark.json"]
-    assert benchmark_flags(vertex, ["--max-samples", "20"]) == ["--trained_model", "/c/best_model", *output]
+    assert benchmark_flags(vertex, ["--max-samples", "20"]) == [*output, "--trained_model", "/c/best_model"]
     assert benchmark_flags(vertex, ["--trained-model=/mine"]) == output
     assert benchmark_flags(vertex, ["--base-model"]) == output
     assert benchmark_flags(vertex, ["--compare", "a.json", "b.json"]) == benchmark_flags(Platform(BARE), []) == []

@@ -385,7 +385,7 @@ class DyLoRA_MoE(nn.Module):
         Args:
             path: The folder.
             state: Whole tensors of the experts and the router as in ``state_dict``, where this model holds parts.
-            in_place: Rename no folder, as object storage cannot: the old checkpoint is gone while the new one is copied.
+            in_place: Rename no folder, as object storage cannot; the old one is gone while the new one is copied.
 
         Raises:
             CheckpointError: It could not be written.

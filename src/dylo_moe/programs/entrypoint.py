@@ -21,7 +21,7 @@ from dylo_moe.errors import EXIT_USER_ERROR, ConfigError
 
 PROGRAMS = ("train", "benchmark")
 SHUTDOWN_SECONDS = 600
-"""How long the launcher waits for a step to end and its checkpoint to be written; whoever stopped us kills us sooner."""
+"""How long the launcher waits for a step to end and its checkpoint to be written; who stopped us may kill us sooner."""
 _USAGE = """usage: {program} --train [--flag value ...]
        {program} --benchmark [--flag value ...]
 
@@ -69,12 +69,14 @@ def platform_flags(platform: Platform, given: Sequence[str]) -> list[str]:
 
 
 def benchmark_flags(platform: Platform, given: Sequence[str]) -> list[str]:
-    """The flags of ``benchmark`` that the platform decides, but for those that are given: what training left is scored."""
+    """The flags of ``benchmark`` that the platform decides, but for those that are given; training's result is scored."""
     names, folder = _names(given), platform.checkpoint_dir
     if folder is None or "compare" in names:
         return []
-    model = [] if names & {"trained_model", "base_model", "wandb_artifact"} else ["--trained_model", str(folder / "best_model")]
-    return model + ([] if "output" in names else ["--output", str(folder / "benchmark.json")])
+    flags = [] if "output" in names else ["--output", str(folder / "benchmark.json")]
+    if not names & {"trained_model", "base_model", "wandb_artifact"}:
+        flags += ["--trained_model", str(folder / "best_model")]
+    return flags
 
 
 def _names(flags: Sequence[str]) -> set[str]:
