@@ -22,6 +22,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -138,9 +139,11 @@ def generate_samples(
         batches: From ``batches_of``.
         settings: How to sample.
     """
+    # made once: it compares each stop string with the whole vocabulary, which takes seconds
+    known = {stops: StopStringCriteria(tokenizer, list(stops)) for stops in {batch[0][0].stops for batch in batches}}
     for batch in batches:
         with _evaluating(model):
-            rows = _continued(model, tokenizer, batch, settings)
+            rows = _continued(model, tokenizer, batch, settings, known[batch[0][0].stops])
         yield [
             _sample(tokenizer, prompt, index, row, _end_tokens(model, tokenizer))
             for (prompt, index), row in zip(batch, rows, strict=True)
@@ -152,6 +155,7 @@ def _continued(
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[tuple[Prompt, int]],
     settings: GenerationSettings,
+    stops: StopStringCriteria,
 ) -> list[list[int]]:
     """The tokens after each prompt, generated a stretch at a time: rows that have ended leave the batch in between.
 
@@ -174,7 +178,7 @@ def _continued(
             # what is sampled is drawn by the processor; the likeliest is then what was drawn
             do_sample=False,
             logits_processor=LogitsProcessorList([_OwnDraws(here, settings, width)] if settings.temperature else []),
-            stopping_criteria=StoppingCriteriaList([_StopAfterPrompt(tokenizer, batch[0][0].stops, width)]),
+            stopping_criteria=StoppingCriteriaList([_StopAfterPrompt(stops, width)]),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends,
             return_dict_in_generate=True,
@@ -259,16 +263,15 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-class _StopAfterPrompt(StopStringCriteria):
+class _StopAfterPrompt(StoppingCriteria):
     """Looks for stop strings in what was generated alone: the prompt may hold one, or begin one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], width: int) -> None:
-        super().__init__(tokenizer, list(stops))
-        self._width = width
+    def __init__(self, stops: StopStringCriteria, width: int) -> None:
+        self._stops, self._width = stops, width
 
     @override
     def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Any:
-        return super().__call__(input_ids[:, self._width :], scores, **kwargs)
+        return self._stops(input_ids[:, self._width :], scores, **kwargs)
 
 
 class _OwnDraws(LogitsProcessor):
