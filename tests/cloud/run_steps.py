@@ -132,12 +132,22 @@ class Builder:
         ]
         network = [text for file in ("/etc/resolv.conf", "/etc/hosts") for text in ("--ro-bind", file, file)]
         user = ["setpriv", f"--reuid={image.user}", f"--regid={image.user}", "--clear-groups"]
-        subprocess.run(
-            ["bwrap", "--bind", str(image.root), "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", *network]
-            + ["--unshare-pid", "--die-with-parent", "--clearenv", *variables, *self.binds, *mounts]
-            + ["--chdir", image.folder, *([] if image.user == "0" else user), *command],
-            check=True,
-        )
+        line = [
+            "bwrap",
+            "--bind",
+            str(image.root),
+            "/",
+            "--dev",
+            "/dev",
+            "--proc",
+            "/proc",
+            "--tmpfs",
+            "/tmp",
+            *network,
+        ]
+        line += ["--unshare-pid", "--die-with-parent", "--clearenv", *variables, *self.binds, *mounts]
+        line += ["--chdir", image.folder, *([] if image.user == "0" else user), *command]
+        subprocess.run(line, check=True)
 
     def _after(self, step: Step, image: Image, images: Mapping[str, Image]) -> Image:
         match step.instruction:

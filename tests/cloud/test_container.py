@@ -180,9 +180,7 @@ def test_no_token_is_left_by_the_steps_of_the_image(
     shared = [path for path in ("/usr", "/bin", "/lib", "/lib64") if os.path.exists(path)]
     binds = [text for path in shared for text in ("--ro-bind", path, path)]
     (tmp_path / "roots").mkdir()
-    builder = Builder(
-        tmp_path / "roots", Image(base, {"PATH": "/tools:/usr/bin:/bin"}), {"pip": secret}, binds
-    )
+    builder = Builder(tmp_path / "roots", Image(base, {"PATH": "/tools:/usr/bin:/bin"}), {"pip": secret}, binds)
     image = builder.build("cpu", (ROOT / "Dockerfile").read_text())
     assert (image.user, image.command["ENTRYPOINT"][0]) == ("1000", "/usr/bin/tini")
     said = (tmp_path / "roots" / "build-cpu" / "said").read_text()

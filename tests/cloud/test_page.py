@@ -14,6 +14,8 @@ from dylo_moe.flags import parse
 from planted import TOKEN
 
 ROOT = Path(__file__).parents[2]
+
+
 def blocks_of(page: str) -> list[str]:
     return re.findall(r"^```bash\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 

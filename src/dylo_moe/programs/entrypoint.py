@@ -69,7 +69,7 @@ def platform_flags(platform: Platform, given: Sequence[str]) -> list[str]:
 
 
 def benchmark_flags(platform: Platform, given: Sequence[str]) -> list[str]:
-    """The flags of ``benchmark`` that the platform decides, but for those that are given; training's result is scored."""
+    """The flags of ``benchmark`` that the platform decides, but for those that are given."""
     names, folder = _names(given), platform.checkpoint_dir
     if folder is None or "compare" in names:
         return []

@@ -48,9 +48,7 @@ def went_on_from(reference: str, output: Path) -> bool:
     return _record(output) == reference and checkpoints.newest_whole(output)[0] is not None
 
 
-def fetched_checkpoint(
-    reference: str, output: Path, replacing: Sequence[Path] = (), *, in_place: bool = False
-) -> Path:
+def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] = (), *, in_place: bool = False) -> Path:
     """The checkpoint of an artifact, as ``checkpoint-STEP`` of a folder; the run there goes on under its run's id.
 
     Args:
