@@ -1,6 +1,6 @@
 """What is sent to Vertex AI is exactly what the golden files say, and what is wrong is never sent.
 
-A golden file is what Google's own client put on the wire. ``python tests/cloud/test_submit.py`` writes them, to be read
+A golden file is what Google's own client put on the wire. ``PYTHONPATH=tests python tests/cloud/test_submit.py`` writes them, to be read
 before they are committed.
 """
 
