@@ -92,7 +92,7 @@ def test_the_script_shows_what_it_would_do(tmp_path: Path) -> None:
     places = ["--project", "my-project", "--region", "us-central1"]
     done = script(tmp_path, *places, "--dry-run", "--dockerhub", "me", "--pip-conf", str(secret))
     assert done.returncode == 0, done.stderr
-    assert f" --secret id=pip,src={secret} " in done.stdout and TOKEN not in done.stdout + done.stderr
+    assert f" --secret id=pip,src={secret} " in done.stdout.replace("\\", "") and TOKEN not in done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("env DOCKER_BUILDKIT=1 docker build --target cuda ")
     assert sum(line.startswith("docker push us-central1-docker.pkg.dev/my-project/dylora-moe/") for line in lines) == 2

@@ -1,7 +1,7 @@
 """What is sent to Vertex AI is exactly what the golden files say, and what is wrong is never sent.
 
-A golden file is what Google's own client put on the wire. ``PYTHONPATH=tests python tests/cloud/test_submit.py`` writes them, to be read
-before they are committed.
+A golden file is what Google's own client put on the wire. ``PYTHONPATH=tests python tests/cloud/test_submit.py`` writes
+them, to be read before they are committed.
 """
 
 import json
