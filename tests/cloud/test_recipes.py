@@ -57,7 +57,7 @@ def test_kubernetes_would_take_the_manifests() -> None:
     ("path", "value"),
     [
         (("backoffLimits",), 6),
-        (("template", "spec", "restartPolicy"), "Sometimes"),
+        (("template", "spec", "containers", 0, "resources", "limit"), {}),
         (("template", "spec", "containers", 0, "env", 0, "valueFrom", "secretRef"), {}),
         (("podFailurePolicy", "rules", 0, "onExitCodes", "values"), ["75"]),
     ],
