@@ -448,7 +448,13 @@ def test_a_last_step_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeyp
 
 def test_a_folder_is_replaced_where_none_can_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flat_bucket.install(tmp_path, monkeypatch.setattr)
-    path = tmp_path / "saved"
+    path, copied, copy = tmp_path / "saved", list[Path](), shutil.copyfile
+
+    def recorded(source: Path, target: Path, **options: bool) -> Path:
+        copied.append(Path(target))
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", recorded)
     for text in ("old", "new"):
         with atomic_directory(path, marker="file", in_place=True) as folder:
             (folder / text / "file").parent.mkdir()
@@ -461,6 +467,7 @@ def test_a_folder_is_replaced_where_none_can_be_renamed(tmp_path: Path, monkeypa
         "saved/new/file",
     ]
     assert (path / "file").read_text() == "new"
+    assert copied[-2:] == [path / "new" / "file", path / "file"], "the marker comes last"
     with pytest.raises(KeyError), atomic_directory(path, marker="file", in_place=True) as folder:
         (folder / "file").write_text("newer")
         raise KeyError
