@@ -467,6 +467,7 @@ def test_a_folder_is_replaced_where_none_can_be_renamed(tmp_path: Path, monkeypa
         "saved/new/file",
     ]
     assert (path / "file").read_text() == "new"
+    assert copied.count(path / "file") == 2, "once each time"
     assert copied[-2:] == [path / "new" / "file", path / "file"], "the marker comes last"
     with pytest.raises(KeyError), atomic_directory(path, marker="file", in_place=True) as folder:
         (folder / "file").write_text("newer")
