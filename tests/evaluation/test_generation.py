@@ -102,6 +102,14 @@ def test_a_sample_does_not_depend_on_its_batch_or_on_what_came_before() -> None:
     assert all(other[key].completion != together[key].completion for key in together)
 
 
+def test_each_task_draws_numbers_of_its_own() -> None:
+    model, tokenizer = tiny_mixture()
+    first = prompts_of(tokenizer)[0]
+    prompts = [first, first._replace(task_id="another")]
+    found = sampled(model, tokenizer, prompts, GenerationSettings(max_new_tokens=12, temperature=0.8))
+    assert found[first.task_id, 0].completion != found["another", 0].completion
+
+
 def test_draws_have_the_models_distribution() -> None:
     base, tokenizer = tiny_base()
     prompt = prompts_of(tokenizer)[0]

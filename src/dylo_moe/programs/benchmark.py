@@ -1,6 +1,7 @@
 """``benchmark``: pass@k of a mixture or of a base model on HumanEval(+) and MBPP(+), and how two of them compare."""
 
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -209,8 +210,10 @@ def _check_output(args: BenchmarkArguments) -> None:
     folder = Path(args.output).parent if args.output else RESULTS
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise ConfigError(f"--output: {folder} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"--output: {folder} cannot be written: {error.strerror}") from error
 
 
 def _plain(name: str) -> str:
