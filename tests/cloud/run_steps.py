@@ -141,11 +141,13 @@ class Builder:
             "/dev",
             "--proc",
             "/proc",
+            "--perms",
+            "1777",
             "--tmpfs",
             "/tmp",
             *network,
         ]
-        line += ["--unshare-pid", "--die-with-parent", "--clearenv", *variables, *self.binds, *mounts]
+        line += ["--unshare-pid", "--as-pid-1", "--die-with-parent", "--clearenv", *variables, *self.binds, *mounts]
         line += ["--chdir", image.folder, *([] if image.user == "0" else user), *command]
         subprocess.run(line, check=True)
 
