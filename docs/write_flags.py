@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from dylo_moe.config import BENCHMARK_GROUPS, DATASETS_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
+from dylo_moe.config import BENCHMARK_GROUPS, DATASETS_GROUPS, GENERATE_GROUPS, SUBMIT_GROUPS, TRAIN_GROUPS
 from dylo_moe.trainer_fields import REFUSED, PassedOn
 
 PROGRAMS = {
@@ -11,6 +11,7 @@ PROGRAMS = {
     "benchmark": BENCHMARK_GROUPS,
     "generate": GENERATE_GROUPS,
     "datasets": DATASETS_GROUPS,
+    "submit": SUBMIT_GROUPS,
 }
 PAGE = Path(__file__).with_name("flags.md")
 

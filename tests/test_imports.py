@@ -10,7 +10,7 @@ LAYERS = [
     "errors",
     "flags",
     {"trainer_fields", "model_config"},
-    "benchmark_config",
+    {"benchmark_config", "cloud_config"},
     "config",
     "core",
     {"data", "training", "evaluation", "skills", "cloud"},

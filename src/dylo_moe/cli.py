@@ -14,6 +14,8 @@ PROGRAMS = {
     "train": "train a mixture of experts on a frozen base model",
     "benchmark": "score a mixture or a base model on HumanEval(+) and MBPP(+)",
     "generate": "generate text with a trained mixture",
+    "submit": "train on Vertex AI, on spot machines",
+    "entrypoint": "what a container runs: train or benchmark, as the platform that it is on wants it",
     "datasets": "list the datasets, or look into some",
 }
 EXIT_INTERRUPTED = 130
