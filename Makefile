@@ -51,7 +51,7 @@ lock:
 	$(VENV)-lock/bin/pip install --quiet torch==2.13.0
 	$(VENV)-lock/bin/pip install --quiet '.[dev]'
 	{ sed '/^[^#]/,$$d' requirements.lock; \
-	  $(VENV)-lock/bin/pip freeze --exclude dylora-moe | sed 's/+cpu$$//'; } > requirements.lock.new
+	  $(VENV)-lock/bin/pip freeze --all --exclude pip --exclude dylora-moe | sed 's/+cpu$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 	rm -r $(VENV)-lock build
 

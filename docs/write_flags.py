@@ -9,6 +9,7 @@ from dylo_moe.config import (
     DATASETS_GROUPS,
     EXPERTS_GROUPS,
     GENERATE_GROUPS,
+    SUBMIT_GROUPS,
     TRAIN_GROUPS,
 )
 from dylo_moe.trainer_fields import REFUSED, PassedOn
@@ -20,6 +21,7 @@ PROGRAMS = {
     "benchmark": BENCHMARK_GROUPS,
     "generate": GENERATE_GROUPS,
     "datasets": DATASETS_GROUPS,
+    "submit": SUBMIT_GROUPS,
 }
 PAGE = Path(__file__).with_name("flags.md")
 

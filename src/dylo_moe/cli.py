@@ -16,6 +16,8 @@ PROGRAMS = {
     "experts": "show a mixture's experts; rename, freeze, remove or merge them",
     "benchmark": "score a mixture or a base model on HumanEval(+) and MBPP(+)",
     "generate": "generate text with a trained mixture",
+    "submit": "train on Vertex AI, on spot machines",
+    "entrypoint": "what a container runs: train or benchmark, as the platform that it is on wants it",
     "datasets": "list the datasets, or look into some",
 }
 EXIT_INTERRUPTED = 130

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 from dylo_moe.acquire_config import AcquireArguments, ExpertsArguments, GrowingExpertArguments
 from dylo_moe.benchmark_config import BenchmarkArguments, LiveBenchmarkArguments
+from dylo_moe.cloud_config import SubmitArguments
 from dylo_moe.flags import flag as _flag
 from dylo_moe.flags import names_of, split_names
 from dylo_moe.flags import require as _require
@@ -149,6 +150,11 @@ class TrainingArgumentsGroup:
     seed: int = _flag(default=42, help="Seed of everything random but the data splits, which never move.")
     output_dir: str = _flag(default="./results", help="Where checkpoints, logs and best_model go.")
     overwrite_output_dir: bool = _flag(default=False, help="Remove the checkpoints of an earlier run in --output_dir.")
+    save_in_place: bool = _flag(
+        default=False,
+        help="Write checkpoints and the mixture under their own names and rename no folder, for --output_dir on object "
+        "storage.",
+    )
     save_minutes: float | None = _flag(
         default=None, help="Also save a checkpoint whenever so many minutes have passed since the last one."
     )
@@ -338,3 +344,4 @@ EXPERTS_GROUPS = (ExpertsArguments,)
 GENERATE_GROUPS = (GenerateArguments,)
 BENCHMARK_GROUPS = (BenchmarkArguments,)
 DATASETS_GROUPS = (DatasetsArguments,)
+SUBMIT_GROUPS = (SubmitArguments,)

@@ -54,6 +54,10 @@ class EvaluationError(DyLoRAError):
     """A benchmark's data cannot be had, or its answers cannot be run safely."""
 
 
+class CloudError(DyLoRAError):
+    """What a cloud says of itself cannot be used, or a job cannot be sent to one."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import flat_bucket
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.checkpoint import atomic_directory
 from dylo_moe.core.losses import updated_selection_bias
@@ -443,6 +444,60 @@ def test_a_last_step_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeyp
         (folder / "file").write_text("new")
     assert (tmp_path / "old" / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["old"]
+
+
+def test_a_folder_is_replaced_where_none_can_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat_bucket.install(tmp_path, monkeypatch.setattr)
+    path, copied, copy = tmp_path / "saved", list[Path](), shutil.copyfile
+
+    def recorded(source: Path, target: Path, **options: bool) -> Path:
+        copied.append(Path(target))
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", recorded)
+    for text in ("old", "new"):
+        with atomic_directory(path, marker="file", in_place=True) as folder:
+            (folder / text / "file").parent.mkdir()
+            (folder / text / "file").write_text("nested")
+            (folder / "file").write_text(text)
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == [
+        "saved",
+        "saved/file",
+        "saved/new",
+        "saved/new/file",
+    ]
+    assert (path / "file").read_text() == "new"
+    assert copied.count(path / "file") == 2, "once each time"
+    assert copied[-2:] == [path / "new" / "file", path / "file"], "the marker comes last"
+    with pytest.raises(KeyError), atomic_directory(path, marker="file", in_place=True) as folder:
+        (folder / "file").write_text("newer")
+        raise KeyError
+    assert (path / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("step", ["rmtree", "copytree", "copyfile"])
+def test_a_copy_that_was_cut_off_is_taken_for_nothing_and_does_not_block(
+    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "saved"
+    with atomic_directory(path, marker="file", in_place=True) as folder:
+        (folder / "file").write_text("old")
+        (folder / "more").write_text("old")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+        atomic_directory(path, marker="file", in_place=True) as folder,
+    ):
+        (folder / "file").write_text("new")
+        (folder / "more").write_text("new")
+        patch.setattr(shutil, step, killed)
+    assert not (path / "file").exists()
+    with atomic_directory(path, marker="file", in_place=True) as folder:
+        (folder / "file").write_text("newer")
+    assert [file.name for file in path.iterdir()] == ["file"] and os.listdir(tmp_path) == ["saved"]
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -56,29 +56,29 @@ def test_a_stream_is_learned_and_a_longer_one_goes_on(base: Path, stream: list[s
     assert not list((tmp_path / "stages").glob("*/checkpoint-*"))
 
 
-def process(words: list[str]) -> "subprocess.Popen[str]":
+def process(words: list[str], log: Path) -> "subprocess.Popen[bytes]":
     code = "import sys; from dylo_moe.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with log.open("wb") as said:  # a pipe that nobody reads is full some time
+        return subprocess.Popen([sys.executable, "-c", code, *words], stdout=said, stderr=said)
 
 
-def when_there(pattern: str, folder: Path, running: "subprocess.Popen[str]") -> None:
-    while not list(folder.glob(pattern)):
-        assert running.poll() is None, running.communicate()[0]
+def when_one_more(stage: Path, running: "subprocess.Popen[bytes]") -> None:
+    before = set(stage.glob("checkpoint-*"))
+    while set(stage.glob("checkpoint-*")) <= before:
+        assert running.poll() is None, f"ended with {running.returncode} and no further checkpoint"
         time.sleep(0.01)
 
 
 def test_stopped_and_killed_in_the_second_skill_it_goes_on(base: Path, stream: list[str], tmp_path: Path) -> None:
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    more = ("--save_steps", "2", "--max_steps", "300", "--save_total_limit", "2")
+    whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
+    more = ("--save_steps", "2", "--max_steps", "40", "--save_total_limit", "2")
     assert main(arguments(base, stream, whole, *more)) == 0
     words = arguments(base, stream, torn, *more)
     for signal_, code in ((signal.SIGTERM, EXIT_STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
-        running = process(words)
-        when_there("stages/signs/checkpoint-*[2-9]", torn, running)
+        running = process(words, log)
+        when_one_more(torn / "stages" / "signs", running)
         running.send_signal(signal_)
-        output, _ = running.communicate(timeout=120)
-        assert running.returncode == code, output
+        assert running.wait(timeout=120) == code, log.read_text()
         skills = json.loads((torn / "model" / "skills.json").read_text())["skills"]
         assert [one["name"] for one in skills] == ["letters"]
     assert main(words) == 0
@@ -93,8 +93,8 @@ def test_a_rank_by_the_data_and_novelty_by_the_router(
     assert main(arguments(base, stream, tmp_path, *more)) == 0
     said = capsys.readouterr().out.replace("\n", " ")
     assert "tokens to learn call for rank" in said and "by cosine" in said and "by entropy" in said
-    ranks = {one.name: one.rank for one in list_experts(tmp_path / "model")}
-    assert set(ranks.values()) < {4, 8, 16, 32} and len(set(ranks.values())) < 3
+    ranks = [one.rank for one in list_experts(tmp_path / "model")]
+    assert [f"rank {rank} " in said for rank in ranks] == [True] * len(ranks) and set(ranks) == {8}
 
 
 def rows_again(stream: list[str]) -> str:
@@ -110,6 +110,7 @@ def rows_again(stream: list[str]) -> str:
         (["--novelty", "0.75"], "--novelty"),
         (["--datasets", "mbpp"], "--datasets must be left out"),
         (["--overwrite_output_dir"], "--overwrite_output_dir"),
+        (["--save_in_place"], "--save_in_place"),
     ],
 )
 def test_flags_that_cannot_be_are_named(

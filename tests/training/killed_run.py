@@ -1,6 +1,7 @@
 """A training run that is killed again and again, for ``test_killed.py`` and for a longer trial by hand:
 
     python tests/training/killed_run.py 40        kills a run 40 times and compares it with one that nobody disturbed
+    python tests/training/killed_run.py 40 bucket the same where folders cannot be renamed, with --save_in_place
 
 Half of the kills come at a random time, the others right before a random one of the file operations by which
 checkpoints are written, renamed and removed.
@@ -54,13 +55,16 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train(flags: list[str], die_at: int | None, done: Any) -> None:
+def train(flags: list[str], die_at: int | None, bucket: Path | None, done: Any) -> None:
     """Runs the program in this process; with ``die_at`` it kills itself right before its so-manieth file operation."""
     import torch
 
+    import flat_bucket
     from dylo_moe.cli import main
 
     torch.set_num_threads(1)
+    if bucket is not None:
+        flat_bucket.install(bucket)
     if die_at is not None:
         left = [die_at]
 
@@ -77,17 +81,17 @@ def train(flags: list[str], die_at: int | None, done: Any) -> None:
     done.value = code
 
 
-def started(flags: list[str], die_at: int | None = None) -> tuple[BaseProcess, Any]:
+def started(flags: list[str], die_at: int | None = None, bucket: Path | None = None) -> tuple[BaseProcess, Any]:
     """A new process that trains. Its server has the libraries loaded, so that it begins at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "peft", "datasets", "dylo_moe.programs.train"])
     done = context.Value("i", -1)
-    process = context.Process(target=train, args=(flags, die_at, done))
+    process = context.Process(target=train, args=(flags, die_at, bucket, done))
     process.start()
     return process, done
 
 
-def killed_run(kills: int, folder: Path, seed: int = 0) -> dict[str, int]:
+def killed_run(kills: int, folder: Path, seed: int = 0, *, on_bucket: bool = False) -> dict[str, int]:
     """Kills a run ``kills`` times, lets it end, and compares it with an undisturbed one.
 
     Returns:
@@ -105,9 +109,12 @@ def killed_run(kills: int, folder: Path, seed: int = 0) -> dict[str, int]:
     rng = random.Random(seed)
     counts = {"by the clock": 0, "in file operations": 0, "the run was faster": 0}
     flags = arguments(base, folder / "killed", folder)
+    bucket = None
+    if on_bucket:
+        flags, bucket = [*flags, "--save_in_place"], folder / "killed"
     while counts["by the clock"] + counts["in file operations"] < kills:
         inside = rng.random() < 0.5
-        process, done = started(flags, die_at=rng.randrange(60) if inside else None)
+        process, done = started(flags, rng.randrange(60) if inside else None, bucket)
         process.join(None if inside else rng.random() * duration)
         if process.is_alive():
             os.kill(process.pid or 0, signal.SIGKILL)
@@ -120,7 +127,7 @@ def killed_run(kills: int, folder: Path, seed: int = 0) -> dict[str, int]:
             # begin again, so that every kill meets a run that has work to do
             (folder / "killed").rename(folder / f"finished-{counts['the run was faster']}")
             same(folder / "undisturbed", folder / f"finished-{counts['the run was faster']}")
-    process, done = started(flags)
+    process, done = started(flags, bucket=bucket)
     process.join()
     assert done.value == 0
     same(folder / "undisturbed", folder / "killed")
@@ -148,7 +155,7 @@ def main() -> None:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
-        counts = killed_run(kills, Path(folder))
+        counts = killed_run(kills, Path(folder), on_bucket="bucket" in sys.argv[2:])
     sys.stdout.write(f"bit-equal after {kills} kills: {counts}\n")
 
 

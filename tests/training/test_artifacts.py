@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+import flat_bucket
 from dylo_moe.errors import ArtifactError, CheckpointError, ConfigError, DyLoRAError
 from dylo_moe.training import checkpoints
 from dylo_moe.training.artifacts import RETRY_SECONDS, ArtifactCallback, ArtifactStore, FolderStore
@@ -108,6 +109,19 @@ def test_the_checkpoints_of_another_run_go_only_once_the_fetched_one_is_whole(tm
     assert checkpoints.newest_first(output) == [found]
     assert files(found) == files(tmp_path / "before" / "checkpoint-7")
     assert json.loads((output / "wandb_run.json").read_text())["id"] == "r1"
+    assert leftovers(output) == []
+
+
+def test_a_checkpoint_is_fetched_to_where_folders_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, output = stored(FolderStore(tmp_path / "store"), tmp_path), tmp_path / "out"
+    flat_bucket.install(output, monkeypatch.setattr)
+    old = checkpoint(tmp_path / "before", 9)
+    shutil.copytree(old, output / old.name)
+    found = fetched_checkpoint(reference, output, replacing=[output / old.name], in_place=True)
+    assert checkpoints.newest_whole(output) == (found, []) and checkpoints.newest_first(output) == [found]
+    assert files(found) == files(tmp_path / "before" / "checkpoint-7")
     assert leftovers(output) == []
 
 

@@ -1,35 +1,38 @@
 """Whole checkpoints are told from torn ones, and only whole ones have a name."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import flat_bucket
 from dylo_moe.errors import CheckpointError
 from dylo_moe.training import checkpoints
 from dylo_moe.training.checkpoints import MANIFEST, folder_of
 
 
-def written(output: Path, step: int) -> Path:
+def written(output: Path, step: int, in_place: bool = False) -> Path:
     folder = folder_of(output, step)
-    partial = checkpoints.begin(folder)
-    (partial / "experts").mkdir()
-    (partial / "experts" / "weights").write_bytes(bytes(range(256)) * step)
-    (partial / "state.json").write_text(json.dumps({"step": step}))
-    checkpoints.finish(folder)
+    place = checkpoints.begin(folder, in_place=in_place)
+    (place / "experts").mkdir()
+    (place / "experts" / "weights").write_bytes(bytes(range(256)) * step)
+    (place / "state.json").write_text(json.dumps({"step": step}))
+    checkpoints.finish(folder, in_place=in_place)
     return folder
 
 
-def test_a_checkpoint_is_whole_once_it_has_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_checkpoint_is_one_once_it_is_finished(tmp_path: Path, in_place: bool) -> None:
     folder = folder_of(tmp_path / "new" / "run", 3)
-    partial = checkpoints.begin(folder)
-    (partial / "state.json").write_text("{}")
-    assert not folder.exists() and checkpoints.newest_first(folder.parent) == []
-    checkpoints.finish(folder)
-    assert checkpoints.problem(folder) is None
+    place = checkpoints.begin(folder, in_place=in_place)
+    (place / "state.json").write_text("{}")
+    assert folder.exists() == in_place and checkpoints.newest_first(folder.parent) == []
+    assert checkpoints.unfinished(folder.parent) == ([folder] if in_place else [])
+    checkpoints.finish(folder, in_place=in_place)
+    assert checkpoints.problem(folder) is None and checkpoints.newest_first(folder.parent) == [folder]
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-3"]
     listed = json.loads((folder / MANIFEST).read_text())["files"]
     assert list(listed) == ["state.json"] and listed["state.json"]["bytes"] == 2
@@ -87,17 +90,20 @@ def test_the_oldest_go_and_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-100"]
 
 
-def test_leftovers_of_a_killed_run_are_cleared_away(tmp_path: Path) -> None:
-    (checkpoints.begin(folder_of(tmp_path, 4)) / "half").write_text("x")
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("was_in_place", [False, True])
+def test_leftovers_of_a_killed_run_are_cleared_away(tmp_path: Path, was_in_place: bool, in_place: bool) -> None:
+    (checkpoints.begin(folder_of(tmp_path, 4), in_place=was_in_place) / "half").write_text("x")
     assert checkpoints.newest_first(tmp_path) == []
-    written(tmp_path, 5)
+    written(tmp_path, 5, in_place)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
-    folder = written(tmp_path, 5)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, in_place: bool) -> None:
+    folder = written(tmp_path, 5, in_place)
     (folder / "old").write_text("x")
-    written(tmp_path, 5)
+    written(tmp_path, 5, in_place)
     assert checkpoints.problem(folder) is None and not (folder / "old").exists()
 
 
@@ -110,7 +116,7 @@ def test_a_whole_checkpoint_whose_writer_was_killed_before_naming_it_is_found(
     checkpoints.recover(tmp_path)
     assert not folder_of(tmp_path, 7).exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed_at_the_second_rename())
+        patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             written(tmp_path, 5)
     assert checkpoints.newest_whole(tmp_path) == (None, [])
@@ -118,12 +124,64 @@ def test_a_whole_checkpoint_whose_writer_was_killed_before_naming_it_is_found(
     assert checkpoints.newest_whole(tmp_path) == (folder, [])
 
 
-def killed_at_the_second_rename() -> Callable[[Path, Path], Path]:
-    renames, rename = iter((True, False)), Path.rename
+def killed(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt
 
-    def renamed_or_killed(path: Path, target: Path) -> Path:
-        if not next(renames):
-            raise KeyboardInterrupt
-        return rename(path, target)
 
-    return renamed_or_killed
+KILLED_WHILE = {"writing": (Path, "write_text"), "listing": (hashlib, "file_digest"), "removing": (shutil, "rmtree")}
+
+
+@pytest.mark.parametrize("work", KILLED_WHILE)
+def test_what_a_killed_run_left_under_a_name_counts_as_nothing(
+    tmp_path: Path, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, folder = written(tmp_path, 4, in_place=True), folder_of(tmp_path, 5)
+    if work == "removing":
+        written(tmp_path, 5, in_place=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*KILLED_WHILE[work], killed)
+        if work == "removing":
+            checkpoints.remove(folder)
+        else:
+            written(tmp_path, 5, in_place=True)
+    assert folder.exists() and checkpoints.unfinished(tmp_path) == [folder]
+    assert checkpoints.newest_whole(tmp_path) == (older, []) and checkpoints.newest_first(tmp_path) == [older]
+    checkpoints.recover(tmp_path, in_place=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_that_is_whole_stays_whatever_its_mark_says(tmp_path: Path) -> None:
+    """Killed between the manifest and the end of the mark, or before anything was removed."""
+    folder = written(tmp_path, 5, in_place=True)
+    (tmp_path / ".unfinished-checkpoint-5").touch()
+    assert checkpoints.newest_whole(tmp_path) == (folder, []) and checkpoints.unfinished(tmp_path) == []
+    checkpoints.recover(tmp_path, in_place=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_a_manifest_that_is_cut_off_makes_no_checkpoint(tmp_path: Path) -> None:
+    folder = written(tmp_path, 5, in_place=True)
+    (tmp_path / ".unfinished-checkpoint-5").touch()
+    os.truncate(folder / MANIFEST, 20)
+    assert checkpoints.unfinished(tmp_path) == [folder] and checkpoints.newest_whole(tmp_path) == (None, [])
+
+
+def test_where_folders_cannot_be_renamed_the_flag_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat_bucket.install(tmp_path, monkeypatch.setattr)
+    with pytest.raises(CheckpointError, match=r"folders cannot be renamed there \(.*\); give --save_in_place"):
+        written(tmp_path, 5)
+    for step in (5, 6, 6, 7):
+        written(tmp_path, step, in_place=True)
+    checkpoints.rotate(tmp_path, 2, keep=None)
+    assert checkpoints.newest_first(tmp_path) == [folder_of(tmp_path, 7), folder_of(tmp_path, 6)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-7"]
+
+
+def test_what_cannot_be_finished_is_given_up_and_what_is_finished_is_not(tmp_path: Path) -> None:
+    whole = written(tmp_path, 5, in_place=True)
+    checkpoints.abandon(whole, in_place=True)
+    assert checkpoints.problem(whole) is None
+    for in_place in (False, True):
+        place = checkpoints.begin(folder_of(tmp_path, 6), in_place=in_place)
+        checkpoints.abandon(folder_of(tmp_path, 6), in_place=in_place)
+        assert not place.exists()

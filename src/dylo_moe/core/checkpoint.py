@@ -84,7 +84,7 @@ class Description(_Entry):
 
 
 @contextmanager
-def atomic_directory(path: Path, *, marker: str) -> Iterator[Path]:
+def atomic_directory(path: Path, *, marker: str, in_place: bool = False) -> Iterator[Path]:
     """Gives a sibling folder to write into; it takes the place of ``path`` once all of it is on the disk.
 
     Where writing fails, the sibling is removed and ``path`` stays as it was.
@@ -93,32 +93,31 @@ def atomic_directory(path: Path, *, marker: str) -> Iterator[Path]:
         path: The folder to make or replace.
         marker: A file that tells a folder of this kind. One that has other files and not this one is somebody
             else's, and is not replaced.
+        in_place: Rename no folder, as object storage cannot: what was written elsewhere is copied to ``path``, and the
+            marker, without which no reader takes it for one of this kind, goes first and comes last.
 
     Raises:
         CheckpointError: ``path`` holds something else, or the file system refused: full, read-only, no permission.
     """
     path = path.absolute()
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
+    ours = (path / marker).is_file() or unfinished_mark(path).exists()
+    if path.is_dir() and any(path.iterdir()) and not ours:
         raise CheckpointError(f"{path} holds other files, and writing would replace them; choose a new or empty folder")
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        target, previous = scratch / "new", scratch / "previous"
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=None if in_place else path.parent))
+        target = scratch / "new"
         target.mkdir()
         yield target
-        _sync_tree(target)
-        if path.exists():
-            path.rename(previous)
-        try:
-            target.rename(path)
-        except OSError:
-            if previous.exists():
-                previous.rename(path)
-            raise
+        if in_place:
+            _copy_over(target, path, marker)
+        else:
+            _sync_tree(target)
+            _rename_over(target, path, scratch / "previous")
         sync(path.parent)
     except (OSError, SafetensorError) as error:
-        kept = "; the previous one is intact" if path.exists() else ""
+        kept = "; the previous one is intact" if (path / marker).is_file() else ""
         raise CheckpointError(f"cannot write {path}: {error}{kept}; free space or choose another folder") from error
     finally:
         if scratch is not None:
@@ -249,6 +248,35 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder/{EXPERTS_FOLDER}/{description.experts[0].name}")
 ```
 """
+
+
+def _rename_over(new: Path, path: Path, previous: Path) -> None:
+    if path.exists():
+        path.rename(previous)
+    try:
+        new.rename(path)
+    except OSError:
+        if previous.exists():
+            previous.rename(path)
+        raise
+
+
+def _copy_over(new: Path, path: Path, marker: str) -> None:
+    mark = unfinished_mark(path)
+    mark.touch()
+    if path.exists():
+        (path / marker).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    shutil.copytree(new, path, ignore=lambda folder, names: {marker} if Path(folder) == new else set())
+    _sync_tree(path)
+    shutil.copyfile(new / marker, path / marker)
+    _sync_tree(path)
+    mark.unlink()
+
+
+def unfinished_mark(folder: Path) -> Path:
+    """An empty file beside a folder that says: what is there is being written in place, or removed."""
+    return folder.with_name(f".unfinished-{folder.name}")
 
 
 def _sync_tree(folder: Path) -> None:

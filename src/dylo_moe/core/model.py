@@ -379,17 +379,20 @@ class DyLoRA_MoE(nn.Module):
         """The older name of ``activation_checkpointing_disable``."""
         self.activation_checkpointing_disable()
 
-    def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self, path: str | Path, state: dict[str, Tensor] | None = None, *, in_place: bool = False
+    ) -> None:
         """Writes a checkpoint folder; what was there before is replaced only once the new one is whole.
 
         Args:
             path: The folder.
             state: Whole tensors of the experts and the router as in ``state_dict``, where this model holds parts.
+            in_place: Rename no folder, as object storage cannot; the old one is gone while the new one is copied.
 
         Raises:
             CheckpointError: It could not be written.
         """
-        with checkpoint.atomic_directory(Path(path), marker=checkpoint.DESCRIPTION_FILE) as folder:
+        with checkpoint.atomic_directory(Path(path), marker=checkpoint.DESCRIPTION_FILE, in_place=in_place) as folder:
             self.write_files(folder, state)
 
     def write_files(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:

@@ -223,3 +223,7 @@ def _check(flags: TrainFlags) -> None:
         raise ConfigError("--overwrite_output_dir must be left out: acquire goes on; choose another --output_dir")
     if flags.model.bits is not None or flags.uses_wandb or flags.benchmark.benchmark_strategy != "none":
         raise ConfigError("acquire has no quantised base, no W&B and no benchmarks in between: leave their flags out")
+    if training.save_in_place:  # killed while the mixture is copied, it would have lost the skills before
+        raise ConfigError(
+            "--save_in_place must be left out: acquire needs an --output_dir whose folders can be renamed"
+        )

@@ -140,6 +140,7 @@ def build_trainer(
                 processes=arguments.world_size,
             ),
             data_identity=data.identity(temperature=flags.data.temperature, seed=args.seed),
+            save_in_place=args.save_in_place,
             router_learning_rate=args.router_learning_rate,
             warm_restarts=args.schedule == "cosine_restarts",
             balance_update_rate=experts.balance_update_rate if experts.balance == "bias" else None,

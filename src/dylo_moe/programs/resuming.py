@@ -24,22 +24,26 @@ def resume_folder(flags: TrainFlags, console: Console) -> str | None:
         if not went_on_from(artifact, output):
             old = _in_the_way(output, overwrite)
             console.print(f"Fetching {artifact}", highlight=False, soft_wrap=True)
-            return str(fetched_checkpoint(artifact, output, replacing=old))
+            in_place = flags.training.save_in_place
+            return str(fetched_checkpoint(artifact, output, replacing=old, in_place=in_place))
         wanted = LATEST
     if wanted is None:
         for folder in _in_the_way(output, overwrite):
             checkpoints.remove(folder)
         return None
     if wanted in (LATEST, AUTO_RESUME):
-        return _newest(output, console, or_anew=wanted == AUTO_RESUME)
+        return _newest(flags, console, or_anew=wanted == AUTO_RESUME)
     if not Path(wanted).is_dir():
         raise ConfigError(f"--resume_from_checkpoint: there is no folder {wanted}")
     checkpoints.check(Path(wanted))
     return wanted
 
 
-def _newest(output: Path, console: Console, *, or_anew: bool) -> str | None:
-    checkpoints.recover(output)
+def _newest(flags: TrainFlags, console: Console, *, or_anew: bool) -> str | None:
+    output = Path(flags.training.output_dir)
+    for folder in checkpoints.unfinished(output):
+        console.print(f"Skipping {folder}: it was not finished", highlight=False, soft_wrap=True)
+    checkpoints.recover(output, in_place=flags.training.save_in_place)
     newest, skipped = checkpoints.newest_whole(output)
     for folder, wrong in skipped:
         console.print(f"Skipping {folder}: {wrong}", highlight=False, soft_wrap=True)

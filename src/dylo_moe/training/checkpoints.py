@@ -1,8 +1,10 @@
-"""Training checkpoints that cannot be lost: written beside, listed with digests, and only then given their name.
+"""Training checkpoints that cannot be lost: written, listed with digests, and only then given their name.
 
 A checkpoint is whole if it has a manifest and every file of it has the size and the SHA-256 that the manifest says.
-The manifest is written last. So a reader tells a whole checkpoint from a torn one wherever a run was killed, also on
-object storage, where renaming a folder is not one step.
+The manifest is written last. So a reader tells a whole checkpoint from a torn one wherever a run was killed.
+
+Checkpoints are written beside and renamed. On object storage a folder cannot be renamed in one step, or at all: there
+they are written in place, and a mark beside says that what stands under the name is not finished.
 """
 
 import hashlib
@@ -13,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dylo_moe.core.checkpoint import sync
-from dylo_moe.errors import CheckpointError, first_line
+from dylo_moe.core.checkpoint import sync, unfinished_mark
+from dylo_moe.errors import DISK_REFUSED, CheckpointError, first_line
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
 _NAME = re.compile(rf"{PREFIX}(\d+)")
 _PARTIAL = ".partial-"
-"""Begins the name of a folder that is being written or removed; no reader looks at it."""
+"""Begins the name of a folder that is being written; no reader looks at it."""
 
 
 def folder_of(output_dir: Path, step: int) -> Path:
@@ -28,52 +30,88 @@ def folder_of(output_dir: Path, step: int) -> Path:
     return output_dir / f"{PREFIX}{step}"
 
 
-def begin(folder: Path) -> Path:
-    """An empty folder beside a checkpoint, to write it into; leftovers of runs that were killed are removed."""
+def place_of(folder: Path, *, in_place: bool = False) -> Path:
+    """Where a checkpoint is written, the same for every process."""
+    return folder if in_place else folder.with_name(f"{_PARTIAL}{folder.name}")
+
+
+def begin(folder: Path, *, in_place: bool = False) -> Path:
+    """An empty folder to write a checkpoint into; leftovers of runs that were killed are removed.
+
+    Args:
+        folder: The checkpoint.
+        in_place: Write it under its own name. One of the same step, saved before its evaluation, is then gone while the
+            new one is written: killed here, the run goes on from the one before.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover)
-    partial = partial_of(folder)
-    partial.mkdir()
-    return partial
+    clear_unfinished(folder.parent)
+    if in_place:
+        if folder.exists():
+            remove(folder)
+        _mark(folder)
+    place = place_of(folder, in_place=in_place)
+    place.mkdir()
+    return place
 
 
-def partial_of(folder: Path) -> Path:
-    """Where a checkpoint is written, the same for every process."""
-    return folder.with_name(f"{_PARTIAL}{folder.name}")
+def finish(folder: Path, *, in_place: bool = False) -> None:
+    """Makes what was written into the checkpoint: synced, listed, synced again, and given its name.
 
-
-def finish(folder: Path) -> None:
-    """Makes what was written beside into the checkpoint: synced, listed, synced again, and renamed."""
-    partial = partial_of(folder)
-    files = {str(path.relative_to(partial)): _entry(path) for path in _files(partial)}
-    manifest = partial / MANIFEST
+    Raises:
+        OSError: The disk is full, or protected.
+        CheckpointError: Folders cannot be renamed there.
+    """
+    place = place_of(folder, in_place=in_place)
+    files = {str(path.relative_to(place)): _entry(path) for path in _files(place)}
+    for inner in [path for path in place.rglob("*") if path.is_dir()]:
+        sync(inner)
+    manifest = place / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
     sync(manifest)
-    for inner in [path for path in partial.rglob("*") if path.is_dir()]:
-        sync(inner)
-    sync(partial)
-    if folder.exists():  # of the same step, before its evaluation; killed here, `recover` finds the new one
-        remove(folder)
-    partial.rename(folder)
+    sync(place)
+    if in_place:
+        unfinished_mark(folder).unlink()
+    else:
+        _rename(place, folder)
     sync(folder.parent)
 
 
-def recover(output_dir: Path) -> None:
-    """Gives checkpoints their name that are whole, but whose writer was killed before it could."""
-    for partial in output_dir.glob(f"{_PARTIAL}{PREFIX}*"):
+def abandon(folder: Path, *, in_place: bool = False) -> None:
+    """Removes what was written of a checkpoint that cannot be finished, as far as the file system lets it."""
+    if not in_place or unfinished_mark(folder).exists():
+        shutil.rmtree(place_of(folder, in_place=in_place), ignore_errors=True)
+
+
+def recover(output_dir: Path, *, in_place: bool = False) -> None:
+    """Removes what is not finished; gives checkpoints their name that are whole, but whose writer was killed before."""
+    clear_unfinished(output_dir)
+    for partial in () if in_place else output_dir.glob(f"{_PARTIAL}{PREFIX}*"):
         folder = output_dir / partial.name.removeprefix(_PARTIAL)
         if not folder.exists() and problem(partial) is None:
             partial.rename(folder)
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint; killed in between, it leaves no half of one under its name."""
-    gone = folder.with_name(f"{_PARTIAL}removed-{folder.name}")
-    if gone.exists():
-        shutil.rmtree(gone)
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    """Removes a checkpoint; killed in between, what is left of it is marked, and counts as nothing."""
+    _mark(folder)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+    unfinished_mark(folder).unlink()
+
+
+def unfinished(output_dir: Path) -> list[Path]:
+    """Checkpoints that were being written in place, or removed, when the run was killed."""
+    return [folder for folder in _marked(output_dir) if folder.exists() and problem(folder) is not None]
+
+
+def clear_unfinished(output_dir: Path) -> None:
+    """Removes unfinished checkpoints, and the marks."""
+    for folder in unfinished(output_dir):
+        shutil.rmtree(folder)
+    for folder in _marked(output_dir):
+        unfinished_mark(folder).unlink()
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
@@ -86,11 +124,12 @@ def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
 
 
 def newest_first(output_dir: Path) -> list[Path]:
-    """All checkpoint folders by step, whole or not."""
+    """All checkpoint folders by step, whole or damaged, but for unfinished ones."""
     if not output_dir.is_dir():
         return []
     found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+    not_yet = unfinished(output_dir)
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir() and path not in not_yet]
 
 
 def newest_whole(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -147,3 +186,24 @@ def _entry(path: Path) -> dict[str, Any]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rename(place: Path, folder: Path) -> None:
+    if folder.exists():  # of the same step, before its evaluation; killed here, `recover` finds the new one
+        remove(folder)
+    try:
+        place.rename(folder)
+    except OSError as error:
+        if error.errno in DISK_REFUSED:
+            raise
+        raise CheckpointError(f"folders cannot be renamed there ({first_line(error)}); give --save_in_place") from error
+
+
+def _mark(folder: Path) -> None:
+    unfinished_mark(folder).touch()
+    sync(folder.parent)
+
+
+def _marked(output_dir: Path) -> list[Path]:
+    pattern = unfinished_mark(output_dir / f"{PREFIX}*")
+    return [output_dir / mark.name[mark.name.index(PREFIX) :] for mark in output_dir.glob(pattern.name)]

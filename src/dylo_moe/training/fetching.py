@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,13 +48,14 @@ def went_on_from(reference: str, output: Path) -> bool:
     return _record(output) == reference and checkpoints.newest_whole(output)[0] is not None
 
 
-def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] = ()) -> Path:
+def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] = (), *, in_place: bool = False) -> Path:
     """The checkpoint of an artifact, as ``checkpoint-STEP`` of a folder; the run there goes on under its run's id.
 
     Args:
         reference: As for ``store_of``.
         output: The run's folder.
         replacing: Checkpoints of an earlier run, to be removed once this one is known to be whole.
+        in_place: Rename no folder, as object storage cannot.
 
     Raises:
         ConfigError: The reference is malformed.
@@ -65,7 +67,7 @@ def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] =
     if entry.metadata.get("kind", "checkpoint") != "checkpoint":
         raise ArtifactError(f"the artifact {reference!r} is a {entry.metadata['kind']}; name a checkpoint's")
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=None if in_place else output) as scratch:
         folder = store.fetch(name, Path(scratch) / "checkpoint")
         _check(folder, reference)
         target = checkpoints.folder_of(output, _step(folder))
@@ -73,7 +75,12 @@ def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] =
             checkpoints.remove(old)
         wandb_store.adopt_run(output, entry.metadata)
         (output / _RECORD).write_text(json.dumps({"reference": reference}) + "\n")
-        folder.rename(target)
+        if in_place:
+            (folder / checkpoints.MANIFEST).unlink()  # it is verified, and gets a new one
+            shutil.copytree(folder, checkpoints.begin(target, in_place=True), dirs_exist_ok=True)
+            checkpoints.finish(target, in_place=True)
+        else:
+            folder.rename(target)
     sync(output)
     return target
 

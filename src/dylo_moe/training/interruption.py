@@ -79,6 +79,7 @@ class InterruptionCallback(TrainerCallback):
         self.save_minutes = save_minutes
         self._clock = clock
         self._saved = clock()
+        self._stopping = False
 
     @override
     def on_train_begin(
@@ -93,6 +94,7 @@ class InterruptionCallback(TrainerCallback):
         if stop or save:
             control.should_save = True
         if stop:
+            self._stopping = True
             control.should_evaluate = False
             control.should_training_stop = True
 
@@ -100,8 +102,9 @@ class InterruptionCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # the step's own end has saved, and evaluating is for a run that has the time
-        if control.should_training_stop and self.request.signal is not None:
+        # the step's own end has saved, and evaluating is for a run that has the time; as agreed, and not as heard:
+        # a process that heard nothing would evaluate alone
+        if self._stopping:
             control.should_evaluate = control.should_save = False
 
     @override
@@ -114,6 +117,7 @@ class InterruptionCallback(TrainerCallback):
     ) -> None:
         (stop,) = self._agreed(self.request.signal is not None)
         if stop:
+            self._stopping = True
             raise EvaluationInterrupted
 
     def _agreed(self, *wishes: bool) -> list[bool]:

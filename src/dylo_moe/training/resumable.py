@@ -44,14 +44,16 @@ class ResumableTrainer(Trainer):
 
     Args:
         data_identity: Tells the training data and its order from others; a checkpoint is resumed on the same only.
+        save_in_place: Rename no folder, as object storage cannot.
         **kwargs: As for ``transformers.Trainer``.
     """
 
     model: DyLoRA_MoE
 
-    def __init__(self, data_identity: str = "", **kwargs: Any) -> None:
+    def __init__(self, data_identity: str = "", save_in_place: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.data_identity = data_identity
+        self.save_in_place = save_in_place
         self.add_callback(_EvaluateIfDue(self))
 
     @override
@@ -117,22 +119,23 @@ class ResumableTrainer(Trainer):
 
     @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes beside, and gives the checkpoint its name once all of it is on the disk."""
+        """Writes a checkpoint, which is one once all of it is on the disk."""
         folder = checkpoints.folder_of(Path(self._get_output_dir(trial)), self.state.global_step)
+        place = checkpoints.place_of(folder, in_place=self.save_in_place)
         try:
             if self.args.should_save:
-                checkpoints.begin(folder)
+                checkpoints.begin(folder, in_place=self.save_in_place)
             self.accelerator.wait_for_everyone()
-            self._write_checkpoint(checkpoints.partial_of(folder))
+            self._write_checkpoint(place)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                checkpoints.finish(folder)
+                checkpoints.finish(folder, in_place=self.save_in_place)
                 best = self.state.best_model_checkpoint
                 checkpoints.rotate(folder.parent, self.args.save_total_limit, Path(best) if best else None)
         except (OSError, RuntimeError, CheckpointError) as error:
             # torch reports a full disk as a RuntimeError
             free = shutil.disk_usage(folder.parent).free / 2**20
-            shutil.rmtree(checkpoints.partial_of(folder), ignore_errors=True)
+            checkpoints.abandon(folder, in_place=self.save_in_place)
             raise CheckpointError(
                 f"cannot write {folder}, with {free:.1f} MiB free: {first_line(error)}; free space or choose another "
                 "--output_dir, then go on with --resume_from_checkpoint; earlier checkpoints are intact"
@@ -162,7 +165,7 @@ class ResumableTrainer(Trainer):
         if _internal_call:  # a part of a checkpoint, which is made whole as one
             self.model.write_files(folder, state)
         else:
-            self.model.save_pretrained(folder, state)
+            self.model.save_pretrained(folder, state, in_place=self.save_in_place)
 
     @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Builds the image, tags it by version and commit, and pushes it to Artifact Registry, and to Docker Hub if asked to.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() {
+  cat << 'END'
+usage: ./build_and_push.sh [--flag value ...]
+
+  --project PROJECT     Google Cloud project; GOOGLE_CLOUD_PROJECT or gcloud's if not given
+  --region REGION       of Artifact Registry; GOOGLE_CLOUD_REGION or gcloud's compute/region if not given
+  --repository NAME     in Artifact Registry (DYLO_MOE_REPOSITORY; dylora-moe)
+  --dockerhub USER      push to Docker Hub as well, as this user (DOCKERHUB_USER; not)
+  --target cuda|cpu     what torch runs on (DYLO_MOE_TARGET; cuda)
+  --pip-conf FILE       pip's configuration for the build, such as a private index (DYLO_MOE_PIP_CONF; none)
+  --no-push             build only, as dylora-moe:...; needs no project and no region
+  --dry-run             print each command, run none
+END
+}
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+project=${GOOGLE_CLOUD_PROJECT:-}
+region=${GOOGLE_CLOUD_REGION:-}
+repository=${DYLO_MOE_REPOSITORY:-dylora-moe}
+dockerhub=${DOCKERHUB_USER:-}
+target=${DYLO_MOE_TARGET:-cuda}
+pip_conf=${DYLO_MOE_PIP_CONF:-}
+push=yes
+dry=no
+while [ $# -gt 0 ]; do
+  case $1 in
+    --project | --region | --repository | --dockerhub | --target | --pip-conf | --pip_conf)
+      case ${2:---} in --*) fail "$1 needs a value" ;; esac
+      name=${1#--}
+      printf -v "${name//-/_}" %s "$2"
+      shift
+      ;;
+    --no-push | --no_push) push=no ;;
+    --dry-run | --dry_run) dry=yes ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *) fail "unknown argument '$1'; see $0 --help" ;;
+  esac
+  shift
+done
+
+from_gcloud() {
+  command -v gcloud > /dev/null || return 0
+  gcloud config get-value "$1" --quiet 2> /dev/null < /dev/null | grep -v '^(unset)$' || true
+}
+
+run() {
+  if [ "$dry" = yes ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+[ "$target" = cuda ] || [ "$target" = cpu ] || fail "--target must be cuda or cpu, got '$target'"
+[ -z "$pip_conf" ] || [ -f "$pip_conf" ] || fail "--pip-conf: there is no file '$pip_conf'"
+if [ "$push" = yes ]; then
+  [ -n "$project" ] || project=$(from_gcloud core/project)
+  [ -n "$region" ] || region=$(from_gcloud compute/region)
+  [ -n "$project" ] || fail "--project is missing: give it, or set GOOGLE_CLOUD_PROJECT, or gcloud config set project PROJECT"
+  [ -n "$region" ] || fail "--region is missing: give it, or set GOOGLE_CLOUD_REGION, or gcloud config set compute/region REGION"
+fi
+[ -z "$(git status --porcelain)" ] || fail "the tree has changes that no commit holds; commit or stash them first"
+
+version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
+commit=$(git rev-parse --short=12 HEAD)
+host=$region-docker.pkg.dev
+names=("$host/$project/$repository/dylora-moe")
+[ "$push" = yes ] || names=(dylora-moe)
+[ -z "$dockerhub" ] || names+=("docker.io/$dockerhub/dylora-moe")
+tags=()
+for name in "${names[@]}"; do
+  tags+=("$name:$version-$target" "$name:$version-$commit-$target")
+done
+
+build=(docker build --target "$target" --label "org.opencontainers.image.revision=$commit")
+[ -z "$pip_conf" ] || build+=(--secret "id=pip,src=$pip_conf")
+for tag in "${tags[@]}"; do
+  build+=(--tag "$tag")
+done
+run env DOCKER_BUILDKIT=1 "${build[@]}" .
+if [ "$push" = yes ]; then
+  run gcloud auth configure-docker "$host" --quiet
+  for tag in "${tags[@]}"; do
+    run docker push "$tag"
+  done
+fi
+echo "export DYLO_MOE_IMAGE=${tags[1]}"

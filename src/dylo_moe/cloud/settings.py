@@ -1,0 +1,110 @@
+"""Project, region, bucket and image of a job: from a flag, the environment, or gcloud's configuration."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dylo_moe.cloud_config import SubmitArguments
+from dylo_moe.errors import ConfigError, did_you_mean
+
+_EUROPE, _ASIA = "europe-", "asia-"
+REGIONS = frozenset(
+    ["africa-south1", "australia-southeast1", "australia-southeast2", "me-central1", "me-central2", "me-west1"]
+    + ["northamerica-northeast1", "northamerica-northeast2", "southamerica-east1", "southamerica-west1"]
+    + ["us-central1", "us-east1", "us-east4", "us-east5", "us-south1", "us-west1", "us-west2", "us-west3", "us-west4"]
+    + [_EUROPE + part for part in ("central2", "north1", "southwest1", "west1", "west2", "west3", "west4")]
+    + [_EUROPE + part for part in ("west6", "west8", "west9", "west12")]
+    + [_ASIA + part for part in ("east1", "east2", "northeast1", "northeast2", "northeast3", "south1")]
+    + [_ASIA + part for part in ("southeast1", "southeast2")]
+)
+"""Where Vertex AI trains: https://cloud.google.com/vertex-ai/docs/general/locations"""
+
+_PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+_IMAGE = re.compile(
+    r"(?P<host>[a-z0-9][a-z0-9.-]*\.[a-z]+(:\d+)?)/[a-z0-9._/-]*[a-z0-9](:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
+_GCLOUD_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every job needs."""
+
+    project: str
+    region: str
+    bucket: str
+    image: str
+
+
+def resolve(
+    args: SubmitArguments, environment: Mapping[str, str], ask_gcloud: Callable[[str], str | None] | None = None
+) -> Settings:
+    """Finds each setting; asks nothing of the cloud.
+
+    Args:
+        args: The flags.
+        environment: The process's.
+        ask_gcloud: Gives a property of gcloud's configuration, or None; by running gcloud if not given.
+
+    Raises:
+        ConfigError: One is found nowhere, or cannot be right.
+    """
+    ask = ask_gcloud or gcloud_property
+    project = (
+        args.project or _first(environment, "GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT") or ask("core/project")
+    )
+    region = args.region or _first(environment, "GOOGLE_CLOUD_REGION", "CLOUDSDK_AI_REGION", "CLOUDSDK_COMPUTE_REGION")
+    region = region or ask("ai/region") or ask("compute/region")
+    bucket = args.bucket or _first(environment, "DYLO_MOE_BUCKET")
+    image = args.image or _first(environment, "DYLO_MOE_IMAGE")
+    project = _checked("project", project, _PROJECT, "GOOGLE_CLOUD_PROJECT, or gcloud config set project PROJECT")
+    region = _known_region(region)
+    bucket = _checked("bucket", (bucket or "").removeprefix("gs://").rstrip("/"), _BUCKET, "DYLO_MOE_BUCKET")
+    image = _checked("image", image, _IMAGE, "DYLO_MOE_IMAGE to what build_and_push.sh printed")
+    return Settings(project, region, bucket, image)
+
+
+def gcloud_property(name: str) -> str | None:
+    """A property of gcloud's active configuration; None where it is not set, or gcloud is not installed."""
+    gcloud = shutil.which("gcloud")
+    if gcloud is None:
+        return None
+    command = [gcloud, "config", "get-value", name, "--quiet"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_GCLOUD_SECONDS, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"gcloud did not tell {name} within {_GCLOUD_SECONDS} seconds; give it by its flag"
+        ) from error
+    value = done.stdout.strip()
+    return value if done.returncode == 0 and value not in ("", "(unset)") else None
+
+
+def _first(environment: Mapping[str, str], *names: str) -> str | None:
+    return next((environment[name] for name in names if environment.get(name)), None)
+
+
+def _checked(flag: str, value: str | None, form: re.Pattern[str], elsewhere: str) -> str:
+    if not value:
+        raise ConfigError(f"--{flag} is missing: give it, or set {elsewhere}")
+    if not form.fullmatch(value):
+        wanted = "REGISTRY/NAME:TAG" if flag == "image" else f"the name of a {flag}"
+        raise ConfigError(f"--{flag} must be {wanted}, got {value!r}")
+    return value
+
+
+def _known_region(region: str | None) -> str:
+    if not region:
+        raise ConfigError(
+            "--region is missing: give it, or set GOOGLE_CLOUD_REGION, or gcloud config set compute/region REGION"
+        )
+    if region not in REGIONS:
+        raise ConfigError(
+            f"--region must be one that Vertex AI trains in, got {region!r}{did_you_mean(region, REGIONS)}"
+        )
+    return region

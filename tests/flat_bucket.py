@@ -1,0 +1,39 @@
+"""Object storage mounted as a file system, as far as a run can tell: below a folder, folders cannot be renamed.
+
+Cloud Storage FUSE refuses so for a bucket without a hierarchical namespace.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+RENAMES = ("rename", "replace")
+
+
+def install(root: Path, put: Callable[[object, str, object], None] = setattr) -> None:
+    """Makes ``root`` a bucket for this process; ``put`` is pytest's ``monkeypatch.setattr`` where it shall end."""
+    for name in RENAMES:
+        put(os, name, _flat(root, getattr(os, name)))
+
+
+def environment(root: Path, folder: Path) -> dict[str, str]:
+    """What makes ``root`` a bucket for a new Python process, and for those that it starts; ``folder`` is for a file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.append({str(TESTS)!r})\n"
+        f"import flat_bucket\nflat_bucket.install(Path({str(root)!r}))\n"
+    )
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
+def _flat(root: Path, real: Callable[..., None]) -> Callable[..., None]:
+    def rename(source: Any, target: Any, **options: Any) -> None:
+        below = any(Path(os.path.abspath(path)).is_relative_to(root) for path in (source, target))
+        if below and os.path.isdir(source):
+            raise OSError(errno.EMFILE, "Too many open files", str(source), None, str(target))
+        real(source, target, **options)
+
+    return rename
