@@ -58,7 +58,7 @@ def measure(rounds: int) -> dict[str, Any]:
 def parts_of(count: int, learning: ExitStack) -> dict[str, Any]:
     """What is timed, on a model of so many experts and the new one, which learns from now on."""
     torch.manual_seed(0)
-    model = DyLoRA_MoE(load_base_model("demo"), 1, rank=RANK, routing="prefix")
+    model = DyLoRA_MoE(load_base_model("demo"), 1, rank=RANK, routing="context")
     for _ in range(count):
         model.add_expert(rank=RANK)
     model.set_maturity()
