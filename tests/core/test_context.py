@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from dylo_moe.core.context import Context, running_means
 from dylo_moe.core.router import normalised
 from dylo_moe.errors import RoutingError
-from families import FAMILIES, HIDDEN, PAD, mixture, padded, relative_error, tiny, token_ids
+from families import FAMILIES, HIDDEN, PAD, gradients, mixture, padded, relative_error, tiny, token_ids
 
 TOLERANCE = 1e-9
 
@@ -71,3 +71,19 @@ def test_what_cannot_tell_the_context_is_refused() -> None:
     model(token_ids(1, 2), past_key_values=cache, use_cache=True)
     with pytest.raises(RoutingError, match="take back the tokens of the newest forward but its first, 1, and 3 were"):
         cache.crop(-3)
+
+
+def test_a_layer_that_runs_again_in_the_backward_pass_reads_the_context_of_its_own_forward() -> None:
+    batches = [
+        padded([token_ids(1, length, seed=length)[0] for length in lengths], "left", PAD)
+        for lengths in ((5, 9), (8, 3))
+    ]
+    outcomes = []
+    for checkpointing in (False, True):
+        model = mixture("llama", "context:1").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        sum(model(ids, mask, ids).loss for ids, mask in batches).backward()
+        outcomes.append(gradients(model))
+    for name, gradient in outcomes[0].items():
+        assert relative_error(outcomes[1][name], gradient) < TOLERANCE, name

@@ -295,7 +295,7 @@ def _take_weights(
 
 
 def _drop_weights(state: RoutingState, causal_lm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    state.weights, state.given, state.shared = None, False, None
+    state.forget()
 
 
 def _keep_routing_in_recomputation(state: RoutingState, causal_lm: nn.Module) -> None:
@@ -314,13 +314,13 @@ class _RoutedCheckpoint:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routing = self.state.scope
-        weights, given, base_only = self.state.weights, self.state.given, self.state.base_only
+        routing, weights = self.state.scope, self.state.weights
+        given, base_only, context = self.state.given, self.state.base_only, self.state.context
 
         def with_routing(*inputs: Any, **options: Any) -> Any:
             # a copy, so that each run derives for itself what the layers need: both runs must save the same tensors
             own = weights and TokenWeights(weights.weights, weights.chosen)
-            with routing(own, given=given, base_only=base_only):
+            with routing(own, given=given, base_only=base_only, context=context):
                 output = function(*inputs, **options)
             self.state.shared = None
             return output

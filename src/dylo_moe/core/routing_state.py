@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from dylo_moe.core.context import Context
+from dylo_moe.core.context import NO_CONTEXT, Context
 from dylo_moe.core.mixture import TokenWeights
 from dylo_moe.core.router import RouterOutput
 
@@ -81,7 +81,7 @@ class RoutingState:
         weights: The routing weights for the layers that run next; None for plain PEFT.
         base_only: Whether the layers leave out every adapter.
         given: Whether ``weights`` came from the caller, so that no router may replace them.
-        context: What the newest forward says of its tokens, under routing ``context:K``.
+        context: What the forward says of its tokens, under routing ``context:K``.
         record: Where the router's outputs are collected; None where nobody asked.
         shared: What a layer computed for its siblings.
         kept: Stacked weights from the forward before; None where each forward stacks anew.
@@ -91,22 +91,31 @@ class RoutingState:
         self.weights: TokenWeights | None = None
         self.base_only = False
         self.given = False
-        self.context = Context()
+        self.context = NO_CONTEXT
         self.record: list[RouterOutput] | None = None
         self.shared: Shared | None = None
         self.kept: KeptStacks | None = None
 
     @contextmanager
     def scope(
-        self, weights: TokenWeights | None = None, *, given: bool = False, base_only: bool = False
+        self,
+        weights: TokenWeights | None = None,
+        *,
+        given: bool = False,
+        base_only: bool = False,
+        context: Context = NO_CONTEXT,
     ) -> Iterator[None]:
         """Sets the state for a block of code, and restores what was there before."""
-        before = self.weights, self.given, self.base_only
-        self.weights, self.given, self.base_only = weights, given, base_only
+        before = self.weights, self.given, self.base_only, self.context
+        self.weights, self.given, self.base_only, self.context = weights, given, base_only, context
         try:
             yield
         finally:
-            self.weights, self.given, self.base_only = before
+            self.weights, self.given, self.base_only, self.context = before
+
+    def forget(self) -> None:
+        """Lets go of what belonged to a forward that has ended, its cache among it."""
+        self.weights, self.given, self.context, self.shared = None, False, NO_CONTEXT, None
 
     @contextmanager
     def keeping_stacks(self) -> Iterator[None]:
