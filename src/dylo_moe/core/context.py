@@ -41,9 +41,6 @@ class Context(NamedTuple):
     cache: "ContextCache | None" = None
 
 
-NO_CONTEXT = Context()
-
-
 def running_means(hidden_states: Tensor, context: Context) -> Tensor:
     """Means of the normalised hidden states of each example's tokens up to each of them.
 

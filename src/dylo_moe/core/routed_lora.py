@@ -314,13 +314,13 @@ class _RoutedCheckpoint:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routing, weights = self.state.scope, self.state.weights
-        given, base_only, context = self.state.given, self.state.base_only, self.state.context
+        routing = self.state.scope
+        weights, given, base_only = self.state.weights, self.state.given, self.state.base_only
 
         def with_routing(*inputs: Any, **options: Any) -> Any:
             # a copy, so that each run derives for itself what the layers need: both runs must save the same tensors
             own = weights and TokenWeights(weights.weights, weights.chosen)
-            with routing(own, given=given, base_only=base_only, context=context):
+            with routing(own, given=given, base_only=base_only):
                 output = function(*inputs, **options)
             self.state.shared = None
             return output

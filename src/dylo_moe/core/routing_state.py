@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from dylo_moe.core.context import NO_CONTEXT, Context
+from dylo_moe.core.context import Context
 from dylo_moe.core.mixture import TokenWeights
 from dylo_moe.core.router import RouterOutput
 
@@ -91,31 +91,26 @@ class RoutingState:
         self.weights: TokenWeights | None = None
         self.base_only = False
         self.given = False
-        self.context = NO_CONTEXT
+        self.context = Context()
         self.record: list[RouterOutput] | None = None
         self.shared: Shared | None = None
         self.kept: KeptStacks | None = None
 
     @contextmanager
     def scope(
-        self,
-        weights: TokenWeights | None = None,
-        *,
-        given: bool = False,
-        base_only: bool = False,
-        context: Context = NO_CONTEXT,
+        self, weights: TokenWeights | None = None, *, given: bool = False, base_only: bool = False
     ) -> Iterator[None]:
         """Sets the state for a block of code, and restores what was there before."""
-        before = self.weights, self.given, self.base_only, self.context
-        self.weights, self.given, self.base_only, self.context = weights, given, base_only, context
+        before = self.weights, self.given, self.base_only
+        self.weights, self.given, self.base_only = weights, given, base_only
         try:
             yield
         finally:
-            self.weights, self.given, self.base_only, self.context = before
+            self.weights, self.given, self.base_only = before
 
     def forget(self) -> None:
         """Lets go of what belonged to a forward that has ended, its cache among it."""
-        self.weights, self.given, self.context, self.shared = None, False, NO_CONTEXT, None
+        self.weights, self.given, self.context, self.shared = None, False, Context(), None
 
     @contextmanager
     def keeping_stacks(self) -> Iterator[None]:
