@@ -108,6 +108,16 @@ def test_without_a_removed_expert_the_others_are_as_they_were(path: Path) -> Non
     assert torch.allclose(after.router.gates[0].double(), library.gate.weight(), atol=1e-5)
 
 
+def test_without_skills_the_router_keeps_the_columns_of_those_that_stay(tmp_path: Path) -> None:
+    model = mixture(routing="per_layer", dtype=torch.float32, num_experts=3)
+    model.save_pretrained(tmp_path / "model")
+    before = [gate.clone() for gate in model.router.gates]
+    remove_expert(tmp_path / "model", "expert_1")
+    assert library_of(tmp_path / "model") is None
+    for gate, old in zip(loaded(tmp_path / "model").router.gates, before, strict=True):
+        assert torch.equal(gate, old[[0, 2]])
+
+
 def test_a_merged_expert_adds_what_both_added(path: Path) -> None:
     model = loaded(path)
     # both at full weight: the sum of what they add, which routing by shares never gives

@@ -183,16 +183,14 @@ def _new_expert(model: DyLoRA_MoE, library: SkillLibrary, options: dict[str, Any
 
 @contextmanager
 def training_alone(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
-    """One expert active and training in the block; afterwards all are active, and frozen as they were."""
+    """One expert active and training in the block; afterwards all are active, and train as before."""
     experts, router = model.experts, model.router
-    trained, frozen = [gate.requires_grad for gate in router.gates], set(experts.frozen)
+    trained = [gate.requires_grad for gate in router.gates]
     router.requires_grad_(False)
-    experts.freeze(*(name for name in experts.names if name != expert))
-    experts.set_active(expert)
+    experts.set_active(expert)  # no other one is computed, or has a gradient
     try:
         yield
     finally:
-        experts.unfreeze(*(name for name in experts.names if name not in frozen))
         experts.activate_all()
         for gate, requires_grad in zip(router.gates, trained, strict=True):
             gate.requires_grad_(requires_grad)
