@@ -10,8 +10,9 @@ import numpy as np
 from dylo_moe.skills.metrics import backward_transfer, relative_forgetting
 
 STREAMS = {"ours": "ours, one expert a skill", "sequential": "one LoRA, in sequence", "replay": "the same, 1 % replay"}
-ENOUGH = 0.95
-"""The AUROC below which a pair of skills is named."""
+ENOUGH, SHOWN = 0.95, 8
+"""The AUROC below which a pair of skills is named, and how many are, the lowest first."""
+COLOURS = {"ours": "C0", "sequential": "C1", "replay": "C2", "base": "0.75", "oracle": "C3", "joint": "C4"}
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
@@ -76,9 +77,11 @@ def novelty_table(result: dict[str, Any]) -> str:
                 for other, new in enumerate(skills)
                 if one != other
             }
-        low = ", ".join(f"{name} {value:.3f}" for name, value in named.items() if value < ENOUGH) or "none"
+        low = sorted((value, name) for name, value in named.items() if value < ENOUGH)
+        shown = ", ".join(f"{name} {value:.3f}" for value, name in low[:SHOWN]) or "none"
+        shown += f", and {len(low) - SHOWN} more" if len(low) > SHOWN else ""
         every = list(named.values())
-        lines.append(f"| {measure} | {statistics.fmean(every):.3f} | {min(every):.3f} | {low} |")
+        lines.append(f"| {measure} | {statistics.fmean(every):.3f} | {min(every):.3f} | {shown} |")
     return "\n".join(lines)
 
 
@@ -95,18 +98,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
         worse = [
             float((matrix[stage, :stage] / matrix.diagonal()[:stage] - 1).mean()) for stage in range(1, len(skills))
         ]
-        along.plot(range(2, len(skills) + 1), [100 * one for one in worse], label=title, marker="o")
+        along.plot(range(2, len(skills) + 1), [100 * one for one in worse], label=title, color=COLOURS[arm], marker="o")
     along.set_title("Loss of the older skills against when they were learned, %", fontsize=10)
     along.set_xlabel("skills learned")
+    along.set_xticks(range(2, len(skills) + 1))
     last = {
         "base": [run(result, "ours", seed)["base"] for seed in seeds],
-        **{title: [run(result, arm, seed)["losses"][-1] for seed in seeds] for arm, title in STREAMS.items()},
+        **{arm: [run(result, arm, seed)["losses"][-1] for seed in seeds] for arm in STREAMS},
         "oracle": [run(result, "ours", seed)["oracle"] for seed in seeds],
         "joint": [run(result, "joint", seed)["losses"][-1] for seed in seeds],
     }
-    for place, (title, losses) in enumerate(last.items()):
-        shift = (place - (len(last) - 1) / 2) * 0.13
-        end.bar(np.arange(len(skills)) + shift, np.mean(losses, axis=0), 0.12, label=title)
+    for place, (arm, losses) in enumerate(last.items()):
+        middles = np.arange(len(skills)) + (place - (len(last) - 1) / 2) * 0.13
+        end.bar(middles, np.mean(losses, axis=0), 0.12, label=STREAMS.get(arm, arm), color=COLOURS[arm])
     end.set_xticks(range(len(skills)), skills, fontsize=8)
     end.set_title("Held-out loss after the whole stream, nats per token", fontsize=10)
     for axis in (along, end):
