@@ -3,11 +3,21 @@
 import dataclasses
 from pathlib import Path
 
-from dylo_moe.config import BENCHMARK_GROUPS, DATASETS_GROUPS, GENERATE_GROUPS, SUBMIT_GROUPS, TRAIN_GROUPS
+from dylo_moe.config import (
+    ACQUIRE_GROUPS,
+    BENCHMARK_GROUPS,
+    DATASETS_GROUPS,
+    EXPERTS_GROUPS,
+    GENERATE_GROUPS,
+    SUBMIT_GROUPS,
+    TRAIN_GROUPS,
+)
 from dylo_moe.trainer_fields import REFUSED, PassedOn
 
 PROGRAMS = {
     "train": TRAIN_GROUPS,
+    "acquire": ACQUIRE_GROUPS[:1],
+    "experts": EXPERTS_GROUPS,
     "benchmark": BENCHMARK_GROUPS,
     "generate": GENERATE_GROUPS,
     "datasets": DATASETS_GROUPS,

@@ -16,10 +16,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import data_tables  # noqa: E402 - the benchmarks are scripts, not a package
 import demo  # noqa: E402
+import forgetting_report  # noqa: E402
 import humaneval_tables  # noqa: E402
 import judge  # noqa: E402
 import quality  # noqa: E402
 import sandbox_table  # noqa: E402
+import skill_cost  # noqa: E402
 import speed_profile  # noqa: E402
 import speed_table  # noqa: E402
 import training_run  # noqa: E402
@@ -31,6 +33,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "profile": ("profile.json", speed_profile.tables),
     "quality": ("quality.json", quality.table),
     "training": ("training.json", training_run.table),
+    "forgetting arms": ("forgetting.json", forgetting_report.arms_table),
+    "forgetting gates": ("forgetting.json", forgetting_report.gates_table),
+    "forgetting novelty": ("forgetting.json", forgetting_report.novelty_table),
+    "skill cost": ("skill_cost.json", skill_cost.table),
     "sandbox": ("sandbox.json", sandbox_table.table),
     "judge": ("judge.json", judge.table),
     "humaneval": ("humaneval.json", humaneval_tables.scores_table),

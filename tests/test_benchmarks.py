@@ -9,7 +9,8 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import quality  # noqa: E402 - the benchmarks are scripts, not a package
+import forgetting_report  # noqa: E402 - the benchmarks are scripts, not a package
+import quality  # noqa: E402
 from timing import Timed, interleaved, ratios  # noqa: E402
 
 
@@ -53,7 +54,41 @@ def test_a_lead_counts_if_it_is_larger_than_its_spread(losses: dict[str, list[fl
     assert wanted in quality.verdict(runs)
 
 
-@pytest.mark.parametrize("script", ["speed.py", "quality.py", "speed_profile.py", "humaneval.py"])
+def test_the_tables_of_a_stream_worked_by_hand() -> None:
+    ours = {
+        "base": [2.0, 2.0],
+        "losses": [[1.0], [1.01, 1.0]],
+        "oracle": [1.0, 1.0],
+        "gates": {"closed form": {"tokens": 0.9, "examples": 1.0, "losses": [1.01, 1.0]}},
+        "auroc": {"cosine": [[None, 0.94], [1.0, None]], "entropy": [1.0, 0.98]},
+    }
+    sequential = {"losses": [[1.0], [1.5, 1.0]]}
+    settings = {
+        **{"skills": {"a": [9, 3], "b": [9, 3]}, "steps": 1, "batch_size": 8, "max_length": 9, "rank": 2},
+        **{"held_out": 3, "learning_rate": 1e-3, "replayed": 0.01},
+    }
+    result = {
+        "environment": {"versions": {"torch": "0"}},
+        "settings": settings,
+        "runs": {
+            "ours 0": ours,
+            "sequential 0": sequential,
+            "replay 0": sequential,
+            "joint 0": {"losses": [[1.0, 1.2]]},
+        },
+    }
+    found = forgetting_report.tables(result)
+    assert "| ours, one expert a skill | 1.0050 | +0.50% | +1.00% | +1.00% (a) | -0.0100 |" in found["arms"]
+    assert "| one LoRA, in sequence | 1.2500 | +25.00% | +50.00% | +50.00% (a) | -0.5000 |" in found["arms"]
+    assert "| one LoRA, all skills mixed (joint) | 1.1000 | +10.00% |  |  |  |" in found["arms"]
+    assert "| closed form | 90.0% | 100.0% | 1.0050 | +0.50% |" in found["gates"]
+    assert "| cosine | 0.970 | 0.940 | b after a 0.940 |" in found["novelty"]
+    assert "| entropy | 0.990 | 0.980 | none |" in found["novelty"]
+
+
+@pytest.mark.parametrize(
+    "script", ["speed.py", "quality.py", "speed_profile.py", "humaneval.py", "forgetting.py", "skill_cost.py"]
+)
 def test_a_result_that_is_not_there_is_one_line(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / script), "--show", "--output", str(tmp_path / "none.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

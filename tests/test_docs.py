@@ -4,7 +4,7 @@ import re
 import runpy
 from pathlib import Path
 
-from dylo_moe.config import BENCHMARK_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
+from dylo_moe.config import ACQUIRE_GROUPS, BENCHMARK_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
 from dylo_moe.data.registry import REGISTRY
 from dylo_moe.flags import parse
 
@@ -25,8 +25,14 @@ def test_the_flags_page_is_what_the_code_says() -> None:
 
 def test_every_command_of_the_readme_parses() -> None:
     assert len(commands("train")) >= 5 and len(commands("generate")) >= 2 and len(commands("benchmark")) >= 4
-    every = (("train", TRAIN_GROUPS), ("generate", GENERATE_GROUPS), ("benchmark", BENCHMARK_GROUPS))
-    for program, groups in every:
+    assert len(commands("acquire")) >= 2
+    every = {
+        "train": TRAIN_GROUPS,
+        "generate": GENERATE_GROUPS,
+        "benchmark": BENCHMARK_GROUPS,
+        "acquire": ACQUIRE_GROUPS,
+    }
+    for program, groups in every.items():
         for arguments in commands(program):
             assert parse(groups, program, "", [argument.strip('"') for argument in arguments])
 

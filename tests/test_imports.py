@@ -1,16 +1,20 @@
 """The layers import one way: a rule, so a test."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import dylo_moe
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dylo_moe"
 LAYERS = [
     "errors",
     "flags",
     {"trainer_fields", "model_config"},
-    {"benchmark_config", "cloud_config"},
+    {"benchmark_config", "acquire_config", "cloud_config"},
     "config",
     "core",
     {"data", "training", "evaluation", "skills", "cloud"},
@@ -51,3 +55,16 @@ def test_core_knows_no_trainer_and_no_dataset() -> None:
         assert "Trainer" not in {
             alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) for alias in node.names
         }, path
+
+
+def test_the_package_gives_what_it_names_and_nothing_else() -> None:
+    for name in dylo_moe.__all__:
+        assert getattr(dylo_moe, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'DyLoRA'"):
+        _ = dylo_moe.DyLoRA
+
+
+def test_help_and_a_mistyped_program_do_not_wait_for_torch() -> None:
+    code = "import sys; from dylo_moe.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    for word in ("--help", "trian"):
+        subprocess.run([sys.executable, "-c", code, word], check=True, capture_output=True)

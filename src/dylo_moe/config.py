@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from dylo_moe.acquire_config import AcquireArguments, ExpertsArguments, GrowingExpertArguments
 from dylo_moe.benchmark_config import BenchmarkArguments, LiveBenchmarkArguments
 from dylo_moe.cloud_config import SubmitArguments
 from dylo_moe.flags import flag as _flag
@@ -308,6 +309,10 @@ _NAMED = (
 _OTHER = other_fields(name for group in _NAMED for name in names_of(group))
 
 TRAIN_GROUPS = (*_NAMED[:4], _OTHER, *_NAMED[4:])
+ACQUIRE_GROUPS = (
+    AcquireArguments,
+    *(GrowingExpertArguments if group is ExpertArguments else group for group in TRAIN_GROUPS),
+)
 
 
 class TrainFlags(NamedTuple):
@@ -328,6 +333,14 @@ class TrainFlags(NamedTuple):
         return self.wandb.enabled or "wandb" in split_names(self.training.report_to)
 
 
+class AcquireFlags(NamedTuple):
+    """All flags of ``acquire``, parsed: its own, and those of the training of each skill."""
+
+    acquire: AcquireArguments
+    train: TrainFlags
+
+
+EXPERTS_GROUPS = (ExpertsArguments,)
 GENERATE_GROUPS = (GenerateArguments,)
 BENCHMARK_GROUPS = (BenchmarkArguments,)
 DATASETS_GROUPS = (DatasetsArguments,)

@@ -62,7 +62,8 @@ class ExpertArguments:
         default=None, help="Linear modules to adapt, comma-separated, or all-linear; the attention if not given."
     )
     routing: str = _flag(
-        default="per_layer", help="Where the router reads: per_layer, prefix:K, prefix (K = layers / 4) or final."
+        default="per_layer",
+        help="Where the router reads: per_layer, prefix:K or context:K (without :K, K = layers / 4), or final.",
     )
     experts_per_layer: str | None = _flag(
         default=None, help="How many of the experts each block of layers carries, lowest first: 2,4; all if not given."

@@ -27,7 +27,7 @@ HIDDEN = 32
 LAYERS = 3
 PAD = 0
 
-ROUTINGS = ("final", "prefix:1", "per_layer")
+ROUTINGS = ("final", "prefix:1", "context:1", "per_layer")
 
 _COMMON = {
     "vocab_size": VOCABULARY,

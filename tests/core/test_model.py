@@ -479,7 +479,11 @@ def test_a_deep_copy_routes_independently(routing: str) -> None:
         ({"temperature": 0.0}, RoutingError, "temperature must be above 0, got 0.0"),
         ({"rank": -1}, ExpertError, "the rank of an expert must be at least 1, got -1"),
         ({"dropout": 1.5}, ExpertError, "the dropout of an expert must be from 0 .* got 1.5"),
-        ({"routing": "lst"}, RoutingError, "routing must be final, per_layer, prefix or prefix:K, got 'lst'"),
+        (
+            {"routing": "lst"},
+            RoutingError,
+            "routing must be final, per_layer, prefix, prefix:K, context or context:K, got 'lst'",
+        ),
         ({"routing": "prefix:9"}, RoutingError, "prefix:K needs K from 0 to 2 for this model, got 'prefix:9'"),
         (
             {"target_modules": ["c_attn"]},

@@ -295,7 +295,7 @@ def test_modes_are_resolved(routing: str, layers: int, wanted: str, first: int) 
 @pytest.mark.parametrize(
     ("routing", "message"),
     [
-        ("first", "routing must be final, per_layer, prefix or prefix:K, got 'first'"),
+        ("first", "routing must be final, per_layer, prefix, prefix:K, context or context:K, got 'first'"),
         ("", "routing must be .*, got ''"),
         ("prefix:", "routing must be .*, got 'prefix:'"),
         ("prefix:-1", "routing must be .*, got 'prefix:-1'"),

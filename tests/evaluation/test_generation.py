@@ -37,7 +37,7 @@ def sampled(
     }
 
 
-@pytest.mark.parametrize("routing", ["per_layer", "final", "prefix:1"])
+@pytest.mark.parametrize("routing", ["per_layer", "final", "prefix:1", "context:1"])
 def test_greedy_samples_are_what_the_models_own_generate_gives_to_each_prompt_alone(routing: str) -> None:
     model, tokenizer = tiny_mixture(routing)
     model.double()

@@ -14,7 +14,7 @@ from dylo_moe.training.trainer import DyLoRATrainer
 from tiny_folder import tiny_tokenizer, write_tiny_folder
 from tiny_trainer import rows, trainer_of
 
-ROUTINGS = ["final", "prefix:1", "per_layer"]
+ROUTINGS = ["final", "prefix:1", "context:1", "per_layer"]
 
 
 @pytest.fixture(scope="module")

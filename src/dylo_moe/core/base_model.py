@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from filelock import FileLock
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -99,6 +100,17 @@ def check_base_model(name: str, *, revision: str | None = None) -> None:
     """Raises ModelError if the model's configuration cannot be had; reads no weights."""
     with _readable_errors(name):
         AutoConfig.from_pretrained(model_source(name), revision=revision)
+
+
+def module_names(name: str, *, revision: str | None = None) -> list[str]:
+    """The names of a model's modules, from its configuration alone; reads no weights.
+
+    Raises:
+        ModelError: The configuration cannot be had.
+    """
+    with _readable_errors(name), init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_source(name), revision=revision))
+    return [module for module, _ in model.named_modules() if module]
 
 
 def model_source(name: str) -> str:

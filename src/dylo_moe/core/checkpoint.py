@@ -48,10 +48,11 @@ class BaseModelEntry(_Entry):
 
 
 class ExpertEntry(_Entry):
-    """One expert, in the order of the router's columns."""
+    """One expert, in the order of the router's columns; a frozen one is not trained any further."""
 
     name: str
     maturity: Literal[0, 1]
+    frozen: bool = False
 
 
 class RoutingEntry(_Entry):
@@ -142,6 +143,11 @@ def write_files(
     for expert in description.experts:
         write_adapter(folder / EXPERTS_FOLDER / expert.name, peft_model, expert.name, adapters)
     save_file({key: value.contiguous() for key, value in router_state.items()}, folder / ROUTER_FILE)
+    write_description(folder, description)
+
+
+def write_description(folder: Path, description: Description) -> None:
+    """Writes what a checkpoint says of itself, for programs and for people."""
     (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n")
     (folder / CARD_FILE).write_text(_model_card(description))
 

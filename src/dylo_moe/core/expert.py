@@ -250,14 +250,7 @@ class ExpertManager:
         if name is None:
             taken = [int(match[1]) for known in self.names if (match := re.fullmatch(r"expert_(\d+)", known))]
             name = f"expert_{max(taken, default=-1) + 1}"
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-            raise ExpertError(f"an expert's name has letters, digits, _ and - only, got {name!r}")
-        if name in self.names:
-            raise ExpertError(f"there is an expert {name!r} already; choose another name")
-        # PEFT tells an adapter's tensors by its name in their keys, and keeps it as an attribute
-        parts = {part for module in self._module_names() for part in module.split(".")}
-        if name in parts or name in _NAMES_IN_KEYS or name.isdigit() or hasattr(nn.ModuleDict, name):
-            raise ExpertError(f"an expert cannot be called {name!r}: a module has that name; choose another one")
+        check_new_name(name, self.names, self._module_names())
         return name
 
     def check_known(self, names: Iterable[str]) -> None:
@@ -317,6 +310,18 @@ class ExpertManager:
         if self.blocks is not None and number < max(self.blocks):
             layers = [layer for layer, carried in enumerate(carried_by_layers(self.blocks, count)) if carried > number]
         return layers if len(layers) < count else None
+
+
+def check_new_name(name: str, taken: Iterable[str], modules: Iterable[str]) -> None:
+    """Raises ``ExpertError`` unless an expert can be called so, given the others' names and those of modules."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+        raise ExpertError(f"an expert's name has letters, digits, _ and - only, got {name!r}")
+    if name in taken:
+        raise ExpertError(f"there is an expert {name!r} already; choose another name")
+    # PEFT tells an adapter's tensors by its name in their keys, and keeps it as an attribute
+    parts = {part for module in modules for part in module.split(".")}
+    if name in parts or name in _NAMES_IN_KEYS or name.isdigit() or hasattr(nn.ModuleDict, name):
+        raise ExpertError(f"an expert cannot be called {name!r}: a module has that name; choose another one")
 
 
 def check_blocks(blocks: Sequence[int] | None, num_experts: int, routing: str, layers: int) -> None:

@@ -77,8 +77,8 @@ class DyLoRA_MoE(nn.Module):
             ``initialise.initialise_pissa``. For EVA, which needs data, call ``initialise_eva`` afterwards.
         experts_per_layer: How many of the experts each block of layers carries, lowest first; see
             ``expert.carried_by_layers``. Needs ``per_layer``, where each layer has a gate for its own experts.
-        routing: ``per_layer``, ``prefix:K``, ``prefix`` (K a quarter of the layers) or ``final``; the default is what
-            ``benchmarks/quality.py`` found best.
+        routing: ``per_layer``, ``prefix:K``, ``context:K`` (both also without ``:K``, for a quarter of the layers) or
+            ``final``; the default is what ``benchmarks/quality.py`` found best.
         top_k: Experts per token when routing is sparse; 2 by default, or 1 where there is one expert.
         temperature: Divides the router's logits.
         balance_coefficient: Weight of the balance loss; 0 leaves it out.
@@ -353,6 +353,8 @@ class DyLoRA_MoE(nn.Module):
     ) -> None:
         """Trades time for memory in training; the recomputation routes as the first run did.
 
+        Under routing ``context:K`` each backward has to come before the next forward, as in the Trainer.
+
         Args:
             activation_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``.
             **options: Passed to the base model's method of the same name.
@@ -429,6 +431,7 @@ class DyLoRA_MoE(nn.Module):
         self._assemble(name, revision, mode, experts, router, description.losses, description.prompt_template)
         self.router.load_state_dict(checkpoint.read_router(path, router.state_dict()))
         self.router.maturity = [expert.maturity for expert in description.experts]
+        self.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
         return self.eval()
 
     def load_weights(self, path: str | Path) -> None:
@@ -462,7 +465,10 @@ class DyLoRA_MoE(nn.Module):
 
     def _describe(self) -> checkpoint.Description:
         router = self.router
-        maturity = zip(self.experts.names, router.maturity, strict=True)
+        entries = [
+            checkpoint.ExpertEntry(name=name, maturity=maturity, frozen=name in self.experts.frozen)
+            for name, maturity in zip(self.experts.names, router.maturity, strict=True)
+        ]
         return checkpoint.Description(
             dylo_moe_version=version("dylora-moe"),
             base_model=checkpoint.BaseModelEntry(
@@ -471,7 +477,7 @@ class DyLoRA_MoE(nn.Module):
                 dtype=str(self.dtype).removeprefix("torch."),
                 fingerprint=self._fingerprint,
             ),
-            experts=[checkpoint.ExpertEntry(name=name, maturity=value) for name, value in maturity],
+            experts=entries,
             routing=checkpoint.RoutingEntry(
                 mode=self.routing,
                 top_k=router.top_k,

@@ -295,7 +295,7 @@ def _take_weights(
 
 
 def _drop_weights(state: RoutingState, causal_lm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    state.weights, state.given, state.shared = None, False, None
+    state.forget()
 
 
 def _keep_routing_in_recomputation(state: RoutingState, causal_lm: nn.Module) -> None:

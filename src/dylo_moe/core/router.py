@@ -196,6 +196,17 @@ class DynamicHybridRouter(nn.Module):
         )
 
 
+def normalised(hidden_states: Tensor) -> Tensor:
+    """Hidden states at a root mean square of 1, float32 at least: a gate's logits are its weight times these.
+
+    Args:
+        hidden_states: ``(..., hidden_size)``.
+    """
+    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return wide * (math.sqrt(wide.shape[-1]) / norm.clamp(min=_SMALLEST_NORM))
+
+
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 

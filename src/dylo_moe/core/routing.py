@@ -1,4 +1,4 @@
-"""Where the router reads its input: the three routing modes, as hooks on an unmodified base model.
+"""Where the router reads its input: the routing modes, as hooks on an unmodified base model.
 
 ==============  ======================================================  ======
 mode            the router reads                                        passes
@@ -6,6 +6,8 @@ mode            the router reads                                        passes
 ``final``       the base's last hidden states, adapters off, no grad    2
 ``prefix:K``    the hidden states that enter decoder layer K; the       1
                 layers below K carry no experts
+``context:K``   the mean of those over the example's tokens so far;     1
+                see ``context``
 ``per_layer``   each decoder layer's own input, one gate a layer        1
 ==============  ======================================================  ======
 
@@ -24,36 +26,47 @@ from torch import LongTensor, Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
+from dylo_moe.core.context import context_of, running_means
 from dylo_moe.core.mixture import TokenWeights, one_expert
 from dylo_moe.core.router import DynamicHybridRouter
 from dylo_moe.core.routing_state import RoutingState
 from dylo_moe.errors import ModelError, RoutingError
+
+_MODE_WITH_LAYER = re.compile(r"(?P<mode>prefix|context):(?P<layer>\d+)")
 
 Experts = Callable[[], Sequence[int]]
 """Tells which experts, by index, are routed among now."""
 
 
 def resolve_routing(routing: str, num_layers: int) -> str:
-    """Checks a routing mode and writes ``prefix`` out as ``prefix:K`` with K a quarter of the layers.
+    """Checks a routing mode; ``prefix`` and ``context`` get a K of a quarter of the layers.
 
     Raises:
         RoutingError: The mode is unknown, or K is no decoder layer.
     """
-    if routing == "prefix":
-        return f"prefix:{num_layers // 4}"
+    if routing in ("prefix", "context"):
+        return f"{routing}:{num_layers // 4}"
     if routing in ("final", "per_layer"):
         return routing
-    match = re.fullmatch(r"prefix:(\d+)", routing)
+    match = _MODE_WITH_LAYER.fullmatch(routing)
     if match is None:
-        raise RoutingError(f"routing must be final, per_layer, prefix or prefix:K, got {routing!r}")
-    if int(match[1]) >= num_layers:
-        raise RoutingError(f"routing prefix:K needs K from 0 to {num_layers - 1} for this model, got {routing!r}")
+        raise RoutingError(f"routing must be final, per_layer, prefix, prefix:K, context or context:K, got {routing!r}")
+    if int(match["layer"]) >= num_layers:
+        raise RoutingError(
+            f"routing {match['mode']}:K needs K from 0 to {num_layers - 1} for this model, got {routing!r}"
+        )
     return routing
 
 
 def prefix_layer(routing: str) -> int:
     """The first decoder layer that carries experts under a resolved routing mode."""
-    return int(routing.removeprefix("prefix:")) if routing.startswith("prefix:") else 0
+    match = _MODE_WITH_LAYER.fullmatch(routing)
+    return int(match["layer"]) if match else 0
+
+
+def reads_context(routing: str) -> bool:
+    """Whether a resolved mode reads the mean over the tokens so far."""
+    return routing.startswith("context")
 
 
 def decoder_layers(causal_lm: PreTrainedModel) -> nn.ModuleList:
@@ -96,6 +109,11 @@ def attach_router(
         hook = partial(_route_by_base_pass, state, router, experts)
         backbone(causal_lm).register_forward_pre_hook(hook, with_kwargs=True)
         return
+    if reads_context(routing):
+        backbone(causal_lm).register_forward_pre_hook(partial(_note_context, state), with_kwargs=True)
+        read = partial(_route_by_context, state, router, experts)
+        layers[prefix_layer(routing)].register_forward_pre_hook(read, with_kwargs=True)
+        return
     chosen = enumerate(layers) if routing == "per_layer" else [(0, layers[prefix_layer(routing)])]
     for gate, layer in chosen:
         layer.register_forward_pre_hook(partial(_route_by_input, state, router, experts, gate), with_kwargs=True)
@@ -125,6 +143,28 @@ def _route_by_input(
         _route(state, router, experts, args[0] if args else kwargs["hidden_states"], gate)
 
 
+def _note_context(
+    state: RoutingState, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if state.base_only or state.given:
+        return None
+    state.context = context_of(model, kwargs)
+    return args, {**kwargs, "past_key_values": state.context.cache}
+
+
+def _route_by_context(
+    state: RoutingState,
+    router: DynamicHybridRouter,
+    experts: Experts,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    if not state.base_only and not state.given:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        _route(state, router, experts, running_means(hidden, state.context))
+
+
 def _route_by_base_pass(
     state: RoutingState,
     router: DynamicHybridRouter,
@@ -139,7 +179,7 @@ def _route_by_base_pass(
     cache = kwargs["past_key_values"]
     base_kwargs = {**kwargs, "past_key_values": cache and cache.base_pass, "use_cache": cache is not None}
     base_kwargs.update(output_hidden_states=False, output_attentions=False)
-    with torch.no_grad(), state.scope(base_only=True), _evaluating(model):
+    with torch.no_grad(), state.scope(base_only=True), evaluating(model):
         features = model(*args, **base_kwargs)[0]
     _route(state, router, experts, features)
     return args, kwargs
@@ -195,7 +235,7 @@ def _two_pass_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> TwoPassCa
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Base features must not depend on dropout: evaluation mode for the pass, then each module as it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dylo_moe.core.context import Context
 from dylo_moe.core.mixture import TokenWeights
 from dylo_moe.core.router import RouterOutput
 
@@ -80,6 +81,7 @@ class RoutingState:
         weights: The routing weights for the layers that run next; None for plain PEFT.
         base_only: Whether the layers leave out every adapter.
         given: Whether ``weights`` came from the caller, so that no router may replace them.
+        context: What the forward says of its tokens, under routing ``context:K``.
         record: Where the router's outputs are collected; None where nobody asked.
         shared: What a layer computed for its siblings.
         kept: Stacked weights from the forward before; None where each forward stacks anew.
@@ -89,6 +91,7 @@ class RoutingState:
         self.weights: TokenWeights | None = None
         self.base_only = False
         self.given = False
+        self.context = Context()
         self.record: list[RouterOutput] | None = None
         self.shared: Shared | None = None
         self.kept: KeptStacks | None = None
@@ -104,6 +107,10 @@ class RoutingState:
             yield
         finally:
             self.weights, self.given, self.base_only = before
+
+    def forget(self) -> None:
+        """Lets go of what belonged to a forward that has ended, its cache among it."""
+        self.weights, self.given, self.context, self.shared = None, False, Context(), None
 
     @contextmanager
     def keeping_stacks(self) -> Iterator[None]:

@@ -83,7 +83,7 @@ def train(flags: TrainFlags, console: Console) -> TrainingReport | None:
     trainer.add_callback(base)
     if uploads is not None:
         trainer.add_callback(uploads)
-    if not _runs_to_the_end(trainer, flags, resume_from, console):
+    if not runs_to_the_end(trainer, flags, resume_from, console):
         return None
     seconds = time.monotonic() - base.ended
     report = _report(trainer, data, base.metrics, _evaluate_mixture(trainer, console), seconds)
@@ -139,8 +139,8 @@ def _built(flags: TrainFlags, arguments: TrainingArguments, console: Console) ->
     return build_trainer(flags, model, tokenizer, data, arguments), data
 
 
-def _runs_to_the_end(trainer: DyLoRATrainer, flags: TrainFlags, resume_from: str | None, console: Console) -> bool:
-    """Trains; whether it was not asked to stop."""
+def runs_to_the_end(trainer: DyLoRATrainer, flags: TrainFlags, resume_from: str | None, console: Console) -> bool:
+    """Trains; whether it was not asked to stop. Where it was, there is a checkpoint to go on from."""
     args, progress, request = flags.training, TokenProgressCallback(), StopRequest()
     if not trainer.args.disable_tqdm:
         trainer.add_callback(progress)

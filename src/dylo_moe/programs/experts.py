@@ -1,0 +1,49 @@
+"""``experts``: shows the experts of a checkpoint and their skills, renames, freezes, removes or merges them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from dylo_moe.acquire_config import ExpertsArguments
+from dylo_moe.config import EXPERTS_GROUPS
+from dylo_moe.flags import parse
+from dylo_moe.reports.skill_tables import experts_table, loss_table
+from dylo_moe.skills.lifecycle import (
+    freeze_expert,
+    library_of,
+    list_experts,
+    merge_experts,
+    remove_expert,
+    rename_expert,
+)
+
+
+def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
+    """Runs the program; returns its exit code.
+
+    Raises:
+        DyLoRAError: The user can mend it.
+    """
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--checkpoint")
+    description = "Show the experts of a checkpoint, or change them: dylora-moe experts CHECKPOINT."
+    (args,) = parse(EXPERTS_GROUPS, program, description, arguments)
+    assert isinstance(args, ExpertsArguments)
+    path, console = Path(args.checkpoint), Console()
+    if args.rename is not None:
+        rename_expert(path, *(part.strip() for part in args.rename.split("=")))
+    if args.freeze is not None:
+        freeze_expert(path, args.freeze)
+    if args.unfreeze is not None:
+        freeze_expert(path, args.unfreeze, frozen=False)
+    if args.remove is not None:
+        remove_expert(path, args.remove)
+    if args.merge is not None:
+        merge_experts(path, *(part.strip() for part in args.merge.split(",")))
+    library = library_of(path)
+    console.print(experts_table(list_experts(path), library))
+    if library is not None:
+        console.print(loss_table(library))
+    return 0

@@ -1,0 +1,47 @@
+"""Skills and experts as tables for a terminal. Every figure comes from the checkpoint or its model."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from dylo_moe.skills.library import NoveltyReport, SkillLibrary
+from dylo_moe.skills.lifecycle import ExpertFacts
+
+
+def novelty_line(name: str, report: NoveltyReport, expert: str) -> str:
+    """What was judged of a skill, in one line."""
+    if report.nearest is None:
+        return f"{name}: the first skill; {expert} learns it"
+    similar = ", ".join(f"{known} {value:.3f}" for known, value in report.similarity.items())
+    kind = "new" if report.novel else f"known, as {report.nearest}"
+    unsure = "" if report.unsure is None else f", the router unsure of {report.unsure:.0%}"
+    return (
+        f"{name}: {kind} by {report.measure} ({report.beyond:.0%} of its examples beyond every known skill{unsure}; "
+        f"cosine to {similar}); {expert} learns it"
+    )
+
+
+def experts_table(experts: Sequence[ExpertFacts], library: SkillLibrary | None) -> Table:
+    """Each expert with its skills, rank, size and maturity, and its share of each skill's tokens at the last look."""
+    table = Table(title="Experts", title_justify="left")
+    for column in ("expert", "skills", "rank", "parameters", "maturity", "usage"):
+        table.add_column(column, overflow="fold")
+    last = library.skills[-1].usage if library and library.skills else {}
+    for one in experts:
+        skills = [skill.name for skill in library.skills if skill.expert == one.name] if library else []
+        usage = [f"{skill} {shares.get(one.name, 0.0):.1%}" for skill, shares in last.items()]
+        maturity = ("mature" if one.maturity else "young") + (", frozen" if one.frozen else "")
+        table.add_row(one.name, ", ".join(skills), str(one.rank), f"{one.parameters:,}", maturity, ", ".join(usage))
+    return table
+
+
+def loss_table(library: SkillLibrary) -> Table:
+    """Held-out loss of each skill (a column), right after each was learned (a row)."""
+    table = Table(title="Held-out loss, nats per token", title_justify="left")
+    table.add_column("after")
+    for name in library.names:
+        table.add_column(name, justify="right")
+    for skill in library.skills:
+        cells = (f"{skill.losses[name]:.3f}" if name in skill.losses else "" for name in library.names)
+        table.add_row(skill.name, *cells)
+    return table

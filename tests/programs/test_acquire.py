@@ -1,0 +1,126 @@
+"""``acquire`` and ``experts`` as people run them, on a tiny base model and this machine's own files."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dylo_moe import DyLoRA_MoE
+from dylo_moe.cli import main
+from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.skills.lifecycle import list_experts
+from dylo_moe.training.interruption import EXIT_STOPPED
+from tiny_folder import write_tiny_folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_folder(tmp_path_factory.mktemp("base"))
+
+
+def rows(path: Path, word: str) -> str:
+    lines = [{"prompt": f"{word} {number}\n", "response": f"{word * 3} {number % 7}"} for number in range(120)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"{path.stem}={path}"
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    return [rows(folder / "letters.jsonl", "abab"), rows(folder / "signs.jsonl", "#!?#")]
+
+
+def arguments(base: Path, skills: list[str], output: Path, *more: str) -> list[str]:
+    return [
+        *("acquire", "--model_name", str(base), "--skill", *skills, "--output_dir", str(output)),
+        *("--max_seq_length", "64", "--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--lora_r", "4"),
+        *("--max_steps", "6", "--learning_rate", "5e-3", "--report_to", "none", "--sample_rows", "32", *more),
+    ]
+
+
+def test_a_stream_is_learned_and_a_longer_one_goes_on(base: Path, stream: list[str], tmp_path: Path) -> None:
+    assert main(arguments(base, stream[:1], tmp_path)) == 0
+    first = (tmp_path / "model" / "experts" / "expert_0" / "adapter_model.safetensors").read_bytes()
+    assert main(arguments(base, stream, tmp_path)) == 0
+    said = json.loads((tmp_path / "model" / "skills.json").read_text())["skills"]
+    assert [(one["name"], one["expert"]) for one in said] == [("letters", "expert_0"), ("signs", "expert_1")]
+    assert (tmp_path / "model" / "experts" / "expert_0" / "adapter_model.safetensors").read_bytes() == first
+    assert set(said[1]["losses"]) == {"letters", "signs"}
+    assert said[1]["losses"]["letters"] == pytest.approx(said[0]["losses"]["letters"], rel=0.05)
+    assert said[1]["usage"]["signs"]["expert_1"] > 0.8
+    assert DyLoRA_MoE.from_pretrained(tmp_path / "model").router.maturity == [1, 1]
+    assert not list((tmp_path / "stages").glob("*/checkpoint-*"))
+
+
+def process(words: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    code = "import sys; from dylo_moe.cli import main; sys.exit(main())"
+    with log.open("wb") as said:  # a pipe that nobody reads is full some time
+        return subprocess.Popen([sys.executable, "-c", code, *words], stdout=said, stderr=said)
+
+
+def when_one_more(stage: Path, running: "subprocess.Popen[bytes]") -> None:
+    before = set(stage.glob("checkpoint-*"))
+    while set(stage.glob("checkpoint-*")) <= before:
+        assert running.poll() is None, f"ended with {running.returncode} and no further checkpoint"
+        time.sleep(0.01)
+
+
+def test_stopped_and_killed_in_the_second_skill_it_goes_on(base: Path, stream: list[str], tmp_path: Path) -> None:
+    whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
+    more = ("--save_steps", "2", "--max_steps", "40", "--save_total_limit", "2")
+    assert main(arguments(base, stream, whole, *more)) == 0
+    words = arguments(base, stream, torn, *more)
+    for signal_, code in ((signal.SIGTERM, EXIT_STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
+        running = process(words, log)
+        when_one_more(torn / "stages" / "signs", running)
+        running.send_signal(signal_)
+        assert running.wait(timeout=120) == code, log.read_text()
+        skills = json.loads((torn / "model" / "skills.json").read_text())["skills"]
+        assert [one["name"] for one in skills] == ["letters"]
+    assert main(words) == 0
+    for file in ("router.safetensors", "experts/expert_1/adapter_model.safetensors", "skills.json"):
+        assert (torn / "model" / file).read_bytes() == (whole / "model" / file).read_bytes(), file
+
+
+def test_a_rank_by_the_data_and_novelty_by_the_router(
+    base: Path, stream: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--rank_from_data", "--lora_r", "32", "--novelty", "entropy", "--skill", *stream, rows_again(stream))
+    assert main(arguments(base, stream, tmp_path, *more)) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "tokens to learn call for rank" in said and "by cosine" in said and "by entropy" in said
+    assert [one.rank for one in list_experts(tmp_path / "model")] == [4, 4]  # `again` is not new
+    assert "call for rank 4" in said
+
+
+def rows_again(stream: list[str]) -> str:
+    return "again=" + stream[0].partition("=")[2]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--routing", "per_layer"], "--routing"),
+        (["--num_experts", "3"], "--num_experts"),
+        (["--extend", "perhaps"], "--extend"),
+        (["--novelty", "0.75"], "--novelty"),
+        (["--datasets", "mbpp"], "--datasets must be left out"),
+        (["--overwrite_output_dir"], "--overwrite_output_dir"),
+        (["--save_in_place"], "--save_in_place"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(
+    base: Path, stream: list[str], tmp_path: Path, more: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(base, stream, tmp_path, *more)) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+
+
+def test_a_stream_without_skills_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["acquire", "--model_name", str(base)]) == EXIT_USER_ERROR
+    assert "--skills" in capsys.readouterr().err
