@@ -161,7 +161,7 @@ def _setting(result: dict[str, Any]) -> str:
     skills = ", ".join(f"`{name}` ({train:,} rows)" for name, (train, _) in settings["skills"].items())
     return (
         f"Held-out loss in nats per labelled token, mean ± standard deviation over {len(seeds_of(result))} seeds; "
-        f"{settings['held_out']} held-out rows a skill. Skills in order: {skills}. {settings['steps']} steps of "
-        f"{settings['batch_size']} rows of at most {settings['max_length']} tokens for each; rank {settings['rank']}; "
-        f"SmolLM2-135M-Instruct in bfloat16; torch {machine['versions']['torch']}."
+        f"{settings['held_out']} held-out rows a skill at most. Skills in order: {skills}. "
+        f"{settings['steps']} steps of {settings['batch_size']} rows of at most {settings['max_length']} tokens "
+        f"for each; rank {settings['rank']}; SmolLM2-135M-Instruct in bfloat16; torch {machine['versions']['torch']}."
     )
