@@ -5,15 +5,82 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dylo_moe.skills.acquisition import Look
-from dylo_moe.skills.gates import Gate, GradientGate, RidgeGate
+from dylo_moe.skills.gates import RidgeGate
 from dylo_moe.skills.library import ENTROPY, MEASURES, SkillLibrary
 from dylo_moe.skills.metrics import routing_accuracy
 from dylo_moe.skills.novelty import auroc, router_entropy
 
 REPLAYED_TOKENS = 2000
+
+
+class GradientGate:
+    """Softmax regression by AdamW on the tokens of the day, and on those in a small buffer.
+
+    Args:
+        hidden_size: Width of the features.
+        replay: Tokens to keep of all bodies of data together, as many of each expert; 0 for none.
+        steps: Optimiser steps for each body of data.
+        batch_size: Tokens of a step; with a replay, half of them are old ones.
+        learning_rate: AdamW's.
+        seed: Of batches and buffer.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        replay: int = 0,
+        *,
+        steps: int = 300,
+        batch_size: int = 256,
+        learning_rate: float = 1e-2,
+        seed: int = 0,
+    ) -> None:
+        self.hidden_size = hidden_size
+        self.replay, self.steps, self.batch_size, self.learning_rate = replay, steps, batch_size, learning_rate
+        self._random = torch.Generator().manual_seed(seed)
+        self._weight = torch.zeros(0, hidden_size)
+        self._kept: list[Tensor] = []
+        """Kept tokens of each expert."""
+
+    def weight(self) -> Tensor:
+        """``(experts, hidden_size)``, as ``RidgeGate.weight`` gives it."""
+        return self._weight
+
+    def learn(self, features: Tensor, expert: int) -> None:
+        """Trains on the tokens of one body of data, ``(tokens, hidden_size)``, of a known expert or the next one."""
+        if expert == len(self._kept):
+            # as the router does: the newcomer begins with the mean of the others
+            row = self._weight.mean(dim=0, keepdim=True) if expert else torch.zeros(1, self.hidden_size)
+            self._weight = torch.cat([self._weight, row])
+            self._kept.append(torch.zeros(0, self.hidden_size))
+        new = features.detach().cpu().float()
+        old = torch.cat(self._kept)
+        old_experts = torch.tensor([index for index, kept in enumerate(self._kept) for _ in range(len(kept))])
+        weight = self._weight.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([weight], lr=self.learning_rate, weight_decay=0.0)
+        for _ in range(self.steps):
+            half = self.batch_size // 2 if len(old) else self.batch_size
+            tokens = new[torch.randint(len(new), (half,), generator=self._random)]
+            experts = torch.full((half,), expert)
+            if len(old):
+                chosen = torch.randint(len(old), (self.batch_size - half,), generator=self._random)
+                tokens, experts = torch.cat([tokens, old[chosen]]), torch.cat([experts, old_experts[chosen]])
+            optimizer.zero_grad()
+            F.cross_entropy(tokens @ weight.T, experts).backward()
+            optimizer.step()
+        self._weight = weight.detach()
+        self._keep(new, expert)
+
+    def _keep(self, new: Tensor, expert: int) -> None:
+        """Gives each expert an even share of the buffer, chosen at random from what it had and what is new."""
+        share = self.replay // len(self._kept)
+        self._kept[expert] = torch.cat([self._kept[expert], new])
+        for index, kept in enumerate(self._kept):
+            self._kept[index] = kept[torch.randperm(len(kept), generator=self._random)[:share]]
 
 
 class Taught(NamedTuple):
@@ -37,7 +104,7 @@ def gates(seen: Sequence[Look], held_out: Sequence[Look], seed: int) -> Taught:
         seed: Of the gates that draw.
     """
     width = seen[0].tokens.shape[1]
-    every: dict[str, Gate] = {
+    every: dict[str, RidgeGate | GradientGate] = {
         "closed form": RidgeGate(width),
         "gradient": GradientGate(width, seed=seed),
         "gradient, replay": GradientGate(width, REPLAYED_TOKENS, seed=seed),

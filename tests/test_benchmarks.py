@@ -4,14 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forgetting_report
 import pytest
+import quality
+from timing import Timed, interleaved, ratios
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import forgetting_report  # noqa: E402 - the benchmarks are scripts, not a package
-import quality  # noqa: E402
-from timing import Timed, interleaved, ratios  # noqa: E402
 
 
 def test_times_are_compared_within_their_round() -> None:

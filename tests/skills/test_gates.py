@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from forgetting_gates import GradientGate
 from torch import Tensor
 
 from dylo_moe.core.router import DynamicHybridRouter, normalised
-from dylo_moe.skills.gates import GradientGate, RidgeGate
+from dylo_moe.skills.gates import RidgeGate
 
 WIDTH = 24
 

@@ -102,7 +102,7 @@ class Stream:
             return model, SkillLibrary.load(self.folder, model.experts.names)
         set_seed(self.flags.training.seed)
         model = build_model(self.flags)
-        rank = self._rank(model, self.own.names[0])
+        rank = self._rank(model, self._rows(self.own.names[0]))
         if rank != self.flags.experts.lora_r:
             set_seed(self.flags.training.seed)
             model = build_model(self.flags._replace(experts=replace(self.flags.experts, lora_r=rank)))
@@ -112,16 +112,16 @@ class Stream:
     def _acquire(self, number: int, name: str, wanted: str) -> bool:
         # the same whether the skills before were learned by this process or by another one
         set_seed(self.flags.training.seed + number)
-        args = self.flags.experts
+        args, rows = self.flags.experts, self._rows(wanted)
         learned = acquire_skill(
             self.model,
             self.library,
-            self._data(name, wanted),
+            self._data(name, rows),
             lambda expert: self._train(name, wanted),
             extend=self.own.forced,
             measure=self.own.measure,
-            told=lambda report, expert: self._say(novelty_line(name, report, expert)),
-            rank=self._rank(self.model, wanted),
+            told=lambda report, expert: self._say(novelty_line(name, report, expert, _rank_of(self.model, expert))),
+            rank=self._rank(self.model, rows),
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             target_modules=args.targets,
@@ -135,31 +135,26 @@ class Stream:
             checkpoints.remove(folder)
         return True
 
-    def _rank(self, model: DyLoRA_MoE, wanted: str) -> int:
+    def _rank(self, model: DyLoRA_MoE, rows: PreparedData) -> int:
         """Of an expert that is made for a dataset."""
         largest = self.flags.experts.lora_r
         if not self.own.rank_from_data:
             return largest
-        tokens = sum(summary.labelled_tokens for summary in self._rows(wanted).summaries)
         first = model.experts.names[0]
-        config: Any = model.experts.peft_model.peft_config[first]
-        per_rank = model.experts.num_parameters(first) / config.r
-        rank = rank_for(tokens, per_rank, largest)
-        self._say(f"{wanted.partition('=')[0]}: {tokens:,} tokens to learn call for rank {rank}")
-        return rank
+        per_rank = model.experts.num_parameters(first) / _rank_of(model, first)
+        return rank_for(sum(summary.labelled_tokens for summary in rows.summaries), per_rank, largest)
 
     def _rows(self, wanted: str) -> PreparedData:
         """A dataset as single examples."""
         alone = replace(self.flags.data, datasets=wanted, packing=False)
         return prepare(alone, self.tokenizer, self.flags.training.seed)
 
-    def _data(self, name: str, wanted: str) -> SkillData:
+    def _data(self, name: str, rows: PreparedData) -> SkillData:
         """Samples of single examples, chosen by the seed."""
-        data = self._rows(wanted)
-        for note in data.notes:
+        for note in rows.notes:
             self._say(note)
-        self.model.prompt_template = data.template.name
-        return SkillData(name, self._sample(data.train), self._sample(data.validation), len(data.train))
+        self.model.prompt_template = rows.template.name
+        return SkillData(name, self._sample(rows.train), self._sample(rows.validation), len(rows.train))
 
     def _sample(self, rows: TokenRows) -> list[dict[str, torch.Tensor]]:
         order = np.random.default_rng(self.flags.training.seed).permutation(len(rows))
@@ -204,6 +199,12 @@ class Stream:
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _rank_of(model: DyLoRA_MoE, expert: str) -> int:
+    config: Any = model.experts.peft_model.peft_config[expert]
+    rank: int = config.r
+    return rank
 
 
 def _to_device(model: torch.nn.Module) -> None:

@@ -8,16 +8,17 @@ from dylo_moe.skills.library import NoveltyReport, SkillLibrary
 from dylo_moe.skills.lifecycle import ExpertFacts
 
 
-def novelty_line(name: str, report: NoveltyReport, expert: str) -> str:
-    """What was judged of a skill, in one line."""
+def novelty_line(name: str, report: NoveltyReport, expert: str, rank: int) -> str:
+    """What was judged of a skill, and which expert learns it, in one line."""
+    learns = f"{expert} of rank {rank} learns it"
     if report.nearest is None:
-        return f"{name}: the first skill; {expert} learns it"
+        return f"{name}: the first skill; {learns}"
     similar = ", ".join(f"{known} {value:.3f}" for known, value in report.similarity.items())
     kind = "new" if report.novel else f"known, as {report.nearest}"
     unsure = "" if report.unsure is None else f", the router unsure of {report.unsure:.0%}"
     return (
         f"{name}: {kind} by {report.measure} ({report.beyond:.0%} of its examples beyond every known skill{unsure}; "
-        f"cosine to {similar}); {expert} learns it"
+        f"cosine to {similar}); {learns}"
     )
 
 
