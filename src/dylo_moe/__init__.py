@@ -1,21 +1,34 @@
 """DyLoRA-MoE: LoRA experts on one frozen causal language model, mixed per token by a learned router."""
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from dylo_moe.registration import AUTO_CLASSES, AfterImport
+
 if TYPE_CHECKING:
+    from dylo_moe.core.configuration import DyLoRAConfig
     from dylo_moe.core.expert import ExpertManager
     from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
     from dylo_moe.core.routed_lora import enable_routing
     from dylo_moe.core.router import DynamicHybridRouter
     from dylo_moe.errors import DyLoRAError
 
-__all__ = ["DyLoRAError", "DyLoRAOutput", "DyLoRA_MoE", "DynamicHybridRouter", "ExpertManager", "enable_routing"]
+__all__ = [
+    "DyLoRAConfig",
+    "DyLoRAError",
+    "DyLoRAOutput",
+    "DyLoRA_MoE",
+    "DynamicHybridRouter",
+    "ExpertManager",
+    "enable_routing",
+]
 
 __version__ = version("dylora-moe")
 
 _HOMES = {
+    "DyLoRAConfig": "core.configuration",
     "DyLoRAError": "errors",
     "DyLoRAOutput": "core.model",
     "DyLoRA_MoE": "core.model",
@@ -30,3 +43,18 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def _register() -> None:
+    import_module(f"{__name__}.core.model")
+
+
+# transformers' Auto classes know of mixtures after ``import dylo_moe``, which itself imports neither them nor torch
+if AUTO_CLASSES in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, AfterImport(AUTO_CLASSES, _register))

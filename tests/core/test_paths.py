@@ -142,7 +142,7 @@ def test_a_generation_drops_its_stacks_when_a_weight_is_written_to(batch: int, t
             wanted.append(logits)
             piece = logits.argmax(dim=-1, keepdim=True)
     assert relative_error(torch.stack(got).double(), torch.stack(wanted)) < 1e-6  # generate rounds logits to float32
-    assert model.experts.routing_state.kept is None, "stacks may not outlive the generation"
+    assert model.experts.routing_state.scope.kept is None, "stacks may not outlive the generation"
 
 
 def test_nothing_below_the_prefix_layer_takes_part_in_the_backward_pass() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dylo_moe import enable_routing
 from dylo_moe.core.mixture import routed_delta
-from dylo_moe.core.routing_state import RoutingState
+from dylo_moe.core.routing_state import RoutingState, Scope
 from dylo_moe.errors import RoutingError
 from families import PAD, VOCABULARY, gradients, relative_error, stir, tiny, token_ids
 
@@ -130,7 +130,7 @@ def test_weights_that_do_not_fit_are_refused(weights: object, message: str) -> N
     with pytest.raises(RoutingError, match=message) as refused:
         model(IDS, routing_weights=weights)
     assert "\n" not in str(refused.value)
-    assert (state.weights, state.given, state.base_only) == (None, False, False)
+    assert (state.call, state.scope) == (None, Scope())
     assert torch.equal(model(IDS).logits, before)
 
 
@@ -151,7 +151,7 @@ def test_an_exception_in_the_base_model_leaves_no_weights_behind() -> None:
     before = model(IDS).logits
     with pytest.raises(IndexError):
         model(torch.full_like(IDS, VOCABULARY), routing_weights=weights_for(IDS))
-    assert (state.weights, state.given, state.base_only) == (None, False, False)
+    assert (state.call, state.scope) == (None, Scope())
     assert torch.equal(model(IDS).logits, before)
 
 
@@ -163,8 +163,8 @@ def test_an_exception_in_the_base_model_leaves_no_weights_behind() -> None:
             {"family": "gpt2", "target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True},
             "lora_bias is set at .*; train the adapter with lora_bias=False",
         ),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens is adapted by PEFT's Embedding; only linear"),
-        ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "q_proj is adapted by PEFT's ParamWrapper"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens is adapted by peft.tuners.lora.layer.Embedding; only LoRA on linear"),
+        ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "q_proj is adapted by peft.tuners.lora.layer.ParamWrapper"),
     ],
     ids=["dora", "lora_bias", "embedding", "parameter"],
 )
@@ -210,10 +210,10 @@ def test_rslora_scaling_is_kept() -> None:
 def test_scopes_nest_and_survive_exceptions() -> None:
     state = RoutingState()
     weights = torch.rand(1, 1, 1)
-    with pytest.raises(KeyError), state.scope(weights, given=True), state.scope(base_only=True):
-        assert (state.weights, state.given, state.base_only) == (None, False, True)
+    with pytest.raises(KeyError), state.scoped(weights=weights), state.scoped(base_only=True):
+        assert state.scope == Scope(base_only=True, weights=weights)
         raise KeyError
-    assert (state.weights, state.given, state.base_only) == (None, False, False)
+    assert state.scope == Scope()
 
 
 def test_a_copy_has_a_state_of_its_own() -> None:
@@ -222,7 +222,7 @@ def test_a_copy_has_a_state_of_its_own() -> None:
     twin = copy.deepcopy(model)
     assert enable_routing(twin) is not state
     mixed = model(IDS, routing_weights=weights_for(IDS)).logits
-    with state.scope(base_only=True):
+    with state.scoped(base_only=True):
         assert torch.equal(twin(IDS, routing_weights=weights_for(IDS)).logits, mixed)
         assert not torch.equal(model(IDS).logits, mixed)
 
@@ -284,7 +284,7 @@ def test_siblings_that_are_not_fed_alike_compute_for_themselves(targets: list[st
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert relative_error(model(x, y, routing_weights=routing), torch.stack(wanted)) < 1e-12
-    assert state.shared is None, "nothing may be kept alive by a forward that is over"
+    assert state.call is None, "nothing may be kept alive by a forward that is over"
 
 
 @pytest.mark.parametrize("grad", [True, False])

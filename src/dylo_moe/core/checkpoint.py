@@ -45,6 +45,8 @@ class BaseModelEntry(_Entry):
     revision: str | None
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     fingerprint: str = Field(pattern=FINGERPRINT_PATTERN)
+    from_here: str | None = None
+    """The way from this folder to that of the base model, where that is a folder."""
 
 
 class ExpertEntry(_Entry):

@@ -1,159 +1,120 @@
-"""The mean over an example's tokens so far, which routing ``context:K`` reads, and caches that carry it on.
+"""The mean over an example's tokens so far, which routing ``context:K`` reads.
 
 One token says little about what a text is. The mean of all hidden states up to it says more, and still depends on
 earlier tokens alone. Padding has no part in it, and of packed examples each has its own.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import LongTensor, Tensor
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from typing_extensions import override
+from torch import Tensor
 
+from dylo_moe.core.caches import ContextPart, Sums
 from dylo_moe.core.router import normalised
 from dylo_moe.errors import RoutingError
-
-
-class Sums(NamedTuple):
-    """What was added up by each token of the newest forward.
-
-    Attributes:
-        features: ``(batch, seq, hidden_size)``, the sum of all normalised hidden states up to each token.
-        counts: ``(batch, seq, 1)``, of how many tokens.
-    """
-
-    features: Tensor
-    counts: Tensor
 
 
 class Context(NamedTuple):
     """What a forward says of its tokens.
 
     Attributes:
-        mask: ``(batch, past + seq)``, nonzero for real tokens; None where all are.
+        mask: ``(batch, past + seq)``, nonzero for real tokens, or ``(batch, 1, seq, seq)``, which tokens each one sees;
+            None where all are real.
         positions: ``(batch or 1, seq)``, 0 where an example begins; None where one example fills each row.
-        cache: What went before; None without a cache.
+        before: What went before; None where nothing did.
     """
 
     mask: Tensor | None = None
     positions: Tensor | None = None
-    cache: "ContextCache | None" = None
+    before: ContextPart | None = None
 
 
-def running_means(hidden_states: Tensor, context: Context) -> Tensor:
-    """Means of the normalised hidden states of each example's tokens up to each of them.
+def running_sums(hidden_states: Tensor, context: Context) -> Sums:
+    """Add up the normalised hidden states of each example's tokens up to each of them.
 
     Args:
         hidden_states: ``(batch, seq, hidden_size)``.
-        context: Of this forward; its cache takes in what was added up.
+        context: Of this forward.
 
     Returns:
-        ``(batch, seq, hidden_size)``, float32 at least; 0 where there was nothing but padding.
+        Sums in float32 at least.
+
+    Raises:
+        RoutingError: The mask tells each token apart, and tokens went before.
     """
-    length = hidden_states.shape[1]
     features = normalised(hidden_states)
+    if context.mask is not None and context.mask.ndim == 4:
+        return _sums_by_mask(features, context)
     real = torch.ones_like(features[..., :1])
     if context.mask is not None:
-        real = context.mask[:, -length:, None].to(features.dtype)
-    features = features * real
-    sums = Sums(features.cumsum(dim=1), real.cumsum(dim=1))
+        real = context.mask[:, -features.shape[1] :, None].to(real)
+    sums = Sums(features * real, real)
     begun = None
-    if context.positions is not None:
-        sums, begun = _since_the_beginning(sums, Sums(features, real), context.positions)
-    if context.cache is not None:
-        sums = context.cache.going_on(sums, begun)
+    if context.positions is None:
+        sums = Sums(*(part.cumsum(dim=1) for part in sums))
+    else:
+        sums, begun = _restarted(sums, context.positions)
+    return sums if context.before is None else context.before.extended(sums, begun)
+
+
+def means(sums: Sums) -> Tensor:
+    """Return ``(batch, seq, hidden_size)``: each sum over its count; 0 where there was nothing but padding."""
     return sums.features / sums.counts.clamp(min=1)
 
 
-def _since_the_beginning(sums: Sums, added: Sums, positions: Tensor) -> tuple[Sums, Tensor]:
-    """Leaves out what came before the newest example of a row began; and whether one began in this forward."""
+def running_means(hidden_states: Tensor, context: Context) -> Tensor:
+    """Return the means of ``running_sums``, ``(batch, seq, hidden_size)``."""
+    return means(running_sums(hidden_states, context))
+
+
+def real_tokens(mask: Tensor) -> Tensor:
+    """Return ``(batch, seq)``, nonzero for real tokens, of an attention mask of either shape.
+
+    Args:
+        mask: ``(batch, seq)``, or ``(batch, 1, seq, keys)`` of bool or of what is added to attention scores; a token
+            that does not see itself is padding.
+    """
+    if mask.ndim == 2:
+        return mask
+    seen = _seen(mask)
+    return seen.diagonal(offset=seen.shape[-1] - seen.shape[-2], dim1=-2, dim2=-1)
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Return ``(batch, seq, keys)`` of bool from a mask of bool or of what is added to attention scores."""
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+
+
+def _sums_by_mask(features: Tensor, context: Context) -> Sums:
+    """Add up what each token sees, as uniform attention does."""
+    assert context.mask is not None
+    seen = _seen(context.mask)
+    if context.before is not None or seen.shape[-1] != features.shape[1]:
+        raise RoutingError(
+            "routing 'context' needs an attention_mask of shape (batch, past + seq) where a cache holds earlier "
+            f"tokens, got {tuple(context.mask.shape)}"
+        )
+    seen = seen.to(features.dtype)
+    return Sums(seen @ features, seen.sum(dim=-1, keepdim=True))
+
+
+def _restarted(added: Sums, positions: Tensor) -> tuple[Sums, Tensor]:
+    """Add up within each example of a row, in steps of 1, 2, 4, ... tokens; and tell which tokens' example began here.
+
+    A sum over the whole row less what came before the example would lose the example's digits in a long row.
+    """
     length = added.features.shape[1]
     places = torch.arange(length, device=positions.device)
     start = torch.where(positions[:, -length:] == 0, places, -1).cummax(dim=1).values
-    start = start.expand(len(added.features), -1)[..., None]
-    begun = start >= 0
-    at = start.clamp(min=0)
-    before = [
-        (total - own).gather(1, at.expand(-1, -1, total.shape[-1])) * begun
-        for total, own in zip(sums, added, strict=True)
-    ]
-    return Sums(*(total - early for total, early in zip(sums, before, strict=True))), begun
+    begun = (start >= 0)[..., None].expand(len(added.features), -1, -1)
+    behind = (places - start.clamp(min=0))[..., None]
+    step = 1
+    while step < length:
+        within = (behind >= step)[:, step:]
+        added = Sums(*(_shifted_in(part, within, step) for part in added))
+        step *= 2
+    return added, begun
 
 
-class ContextCache(DynamicCache):
-    """A key-value cache that also carries the sums over the tokens so far."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__(config=config)
-        self.sums: Sums | None = None
-
-    def going_on(self, sums: Sums, begun: Tensor | None) -> Sums:
-        """Adds what was there before to the sums of a forward, except for examples that began in it."""
-        if self.sums is not None:
-            newest = Sums(*(total[:, -1:] for total in self.sums))
-            kept = 1.0 if begun is None else (~begun).to(sums.features.dtype)
-            sums = Sums(*(total + old * kept for total, old in zip(sums, newest, strict=True)))
-        self.sums = sums
-        return sums
-
-    @override
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._each(lambda total: total.index_select(0, beam_idx.to(total.device)))
-
-    @override
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        before = self.get_seq_length()
-        super().crop(*args, **kwargs)
-        taken = before - self.get_seq_length()
-        if taken and self.sums is not None:
-            if taken >= self.sums.counts.shape[1]:
-                raise RoutingError(
-                    f"routing 'context' can take back the tokens of the newest forward but its first, "
-                    f"{self.sums.counts.shape[1] - 1}, and {taken} were asked for"
-                )
-            self._each(lambda total: total[:, :-taken])
-
-    @override
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._each(lambda total: total.repeat_interleave(repeats, dim=0))
-
-    @override
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._each(lambda total: total[indices])
-
-    @override
-    def reset(self) -> None:
-        super().reset()  # type: ignore[no-untyped-call]
-        self.sums = None
-
-    def _each(self, change: Any) -> None:
-        if self.sums is not None:
-            self.sums = Sums(*map(change, self.sums))
-
-
-def context_of(model: PreTrainedModel, kwargs: dict[str, Any]) -> Context:
-    """What a forward of a backbone says of its tokens, from the arguments that it is called with.
-
-    Raises:
-        RoutingError: The mask or the cache is of a kind that does not tell.
-    """
-    mask, given = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        raise RoutingError("routing 'context' needs an attention_mask of shape (batch, seq), got another one")
-    if given is not None and not isinstance(given, ContextCache):
-        if not isinstance(given, DynamicCache) or given.get_seq_length() > 0:
-            raise RoutingError(
-                f"routing 'context' needs a cache that carries the context: got a {type(given).__name__} that does "
-                "not; pass no past_key_values, or the one that an earlier forward of this model returned"
-            )
-        given = None
-        wanted = True
-    else:
-        use_cache = kwargs.get("use_cache")
-        wanted = use_cache if use_cache is not None else model.config.use_cache and not model.training
-    cache = given if given is not None else ContextCache(model.config) if wanted else None
-    return Context(mask, kwargs.get("position_ids"), cache)
+def _shifted_in(total: Tensor, within: Tensor, step: int) -> Tensor:
+    return torch.cat([total[:, :step], total[:, step:] + total[:, :-step] * within], dim=1)

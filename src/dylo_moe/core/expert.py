@@ -23,9 +23,9 @@ from dylo_moe.core.adapter_folder import (
     tensor_shapes,
 )
 from dylo_moe.core.checkpoint import atomic_directory, write_adapter
+from dylo_moe.core.decoder import find_decoder
 from dylo_moe.core.quantised import keep_trainable
 from dylo_moe.core.routed_lora import enable_routing
-from dylo_moe.core.routing import decoder_layers
 from dylo_moe.core.routing_state import RoutingState
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 
@@ -46,6 +46,7 @@ class ExpertManager:
             for all.
 
     Attributes:
+        decoder: The base model's backbone and decoder layers.
         held: Experts of which the second half of the ranks is a constant; see ``initialise.initialise_pissa``.
 
     Raises:
@@ -59,8 +60,8 @@ class ExpertManager:
         base_model.requires_grad_(False)
         keep_trainable(base_model)
         self.base_model = base_model
-        self.first_layer = first_layer
-        self.blocks = None if blocks is None else list(blocks)
+        self.decoder = find_decoder(base_model)
+        self.carry_on(first_layer, blocks)
         self.held: set[str] = set()
         self.names: list[str] = []
         self.active: list[str] = []
@@ -68,6 +69,27 @@ class ExpertManager:
         self.frozen: set[str] = set()
         self._peft_model: PeftModel | None = None
         self._state: RoutingState | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __getitem__(self, name: str) -> LoraConfig:
+        """Return an expert's PEFT configuration: its rank, scaling and target modules."""
+        self.check_known([name])
+        config = self.peft_model.peft_config[name]
+        assert isinstance(config, LoraConfig)
+        return config
+
+    def carry_on(self, first_layer: int, blocks: Sequence[int] | None) -> None:
+        """Set which layers carry the experts to come; see the class."""
+        self.first_layer = first_layer
+        self.blocks = None if blocks is None else list(blocks)
 
     @property
     def peft_model(self) -> PeftModel:
@@ -267,7 +289,7 @@ class ExpertManager:
 
     def _linear_modules(self) -> dict[str, nn.Module]:
         """Linear modules in the decoder layers that may carry experts, by their full names."""
-        layers = decoder_layers(self.base_model)[self.first_layer :]
+        layers = self.decoder.layers[self.first_layer :]
         allowed = {id(module) for layer in layers for module in layer.modules()}
         found: dict[str, nn.Module] = {}
         for name in self._module_names():
@@ -303,7 +325,7 @@ class ExpertManager:
 
     def _layers_to_transform(self) -> list[int] | None:
         """The layers that carry the next expert; None for all of them."""
-        count = len(decoder_layers(self.base_model))
+        count = len(self.decoder.layers)
         layers = list(range(self.first_layer, count))
         number = len(self.names)
         # the blocks speak of the experts that a mixture began with; one that is added later is carried by all layers

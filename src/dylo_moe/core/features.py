@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dylo_moe.core.context import Context, running_means
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.router import normalised
-from dylo_moe.core.routing import backbone, decoder_layers, evaluating, prefix_layer, reads_context
+from dylo_moe.core.decoder import evaluating, hidden_states_of
+from dylo_moe.core.routing import prefix_layer, reads_context
 from dylo_moe.errors import RoutingError
 
 
@@ -50,13 +51,13 @@ def base_features(model: DyLoRA_MoE, input_ids: Tensor, attention_mask: Tensor) 
         RoutingError: The router does not read frozen features.
     """
     check_frozen_features(model.routing)
-    base = model.experts.base_model
-    inner, entering = backbone(base), list[Tensor]()
+    inner, layers = model.experts.decoder
+    entering: list[Tensor] = []
 
     def hold(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entering.append(args[0] if args else kwargs["hidden_states"])
+        entering.append(hidden_states_of(args, kwargs))
 
-    layer = decoder_layers(base)[prefix_layer(model.routing)]
+    layer = layers[prefix_layer(model.routing)]
     hook = layer.register_forward_pre_hook(hold, with_kwargs=True)
     try:
         with model.base_only(), evaluating(inner):

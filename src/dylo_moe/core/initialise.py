@@ -189,6 +189,10 @@ def _lora_layers(experts: ExpertManager) -> Iterator[tuple[str, Any]]:
 
 def _weight(layer: Any) -> Tensor:
     """The base layer's weight, ``(out, in)``, as it is in effect; float32 at least."""
-    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach()
+    base = layer.get_base_layer()
+    own = base.weight
+    weight: Tensor = dequantize_module_weight(base).detach()
+    # on a CPU, PEFT puts a copy there that has lost what the 8-bit forwards before had settled
+    base.weight = own
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return weight.T if layer.fan_in_fan_out else weight

@@ -43,6 +43,29 @@ class TokenWeights:
         self.chosen = chosen
         self._made: dict[Hashable, Any] = {}
 
+    def on(self, device: torch.device) -> "TokenWeights":
+        """Return them on another device."""
+        return self._once(("on", device), lambda: self._changed(lambda part: part.to(device)))  # type: ignore[no-any-return]
+
+    def in_one_row(self, tokens: int) -> "TokenWeights":
+        """Return them for a layer that sees the tokens of all rows as one row of ``tokens``."""
+        rows, length = self.weights.shape[:2]
+        if rows == 1 and length in (1, tokens):
+            return self
+        if length == 1:
+            length = tokens // rows
+        elif rows == 1:
+            rows = tokens // length
+        if rows * length != tokens:
+            return self  # they do not fit, which the layer says
+        return self._once(  # type: ignore[no-any-return]
+            ("row", tokens),
+            lambda: self._changed(lambda part: part.expand(rows, length, -1).reshape(1, tokens, -1)),
+        )
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "TokenWeights":
+        return TokenWeights(change(self.weights), None if self.chosen is None else change(self.chosen))
+
     def of(self, experts: tuple[int, ...]) -> "TokenWeights":
         """The weights of some of the experts, as dense ones."""
         return self._once(("of", experts), lambda: TokenWeights(self.weights[..., list(experts)]))  # type: ignore[no-any-return]

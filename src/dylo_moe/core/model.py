@@ -2,25 +2,32 @@
 
 This is where the parts meet: it owns the experts and the router, runs the one forward that training, evaluation
 and generation share, and sums the losses in one place. How to route, adapt, save or load is in its neighbours.
+
+A mixture is a ``PreTrainedModel``: the Trainer, TRL, pipelines and evaluation harnesses ask ``isinstance`` and a dozen
+methods of whatever they are given, and a saved mixture is a folder that ``AutoModelForCausalLM`` reads. Its ``config`` is
+the base model's own, since whoever reads it wants to know of the vocabulary, the positions or the attention.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from dylo_moe.core import checkpoint
-from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model, same_base_model
+from dylo_moe.core import save_and_load
+from dylo_moe.core.base_model import fingerprint, load_base_model, name_of
 from dylo_moe.core.checkpoint import LossEntry
-from dylo_moe.core.expert import ExpertManager, carried_by_layers, check_blocks, count_parameters
-from dylo_moe.core.head import BackboneOutput, plain_head
+from dylo_moe.core.configuration import DyLoRAConfig, register
+from dylo_moe.core.context import real_tokens
+from dylo_moe.core.decoder import is_wrapped
+from dylo_moe.core.expert import ExpertManager, check_blocks
+from dylo_moe.core.head import plain_head
 from dylo_moe.core.initialise import create_experts, initialise_eva
 from dylo_moe.core.losses import (
     causal_lm_loss,
@@ -29,40 +36,40 @@ from dylo_moe.core.losses import (
     router_z_loss,
     without_padding,
 )
-from dylo_moe.core.packed import check_segments, positions_in_segments
+from dylo_moe.core.ordinary_model import OrdinaryModel, rows_of_experts
+from dylo_moe.core.packed import check_segments, keeps_examples_apart, positions_in_segments
 from dylo_moe.core.router import MATURE, DynamicHybridRouter
-from dylo_moe.core.routing import attach_router, decoder_layers, prefix_layer, resolve_routing
-from dylo_moe.errors import CheckpointError, RoutingError
+from dylo_moe.core.routing import RouterHooks, make_router, prefix_layer, resolve_routing
+from dylo_moe.core.routed_forward import check_weights
+from dylo_moe.core.routing_state import Record
+from dylo_moe.errors import RoutingError
 
 
 @dataclass
-class DyLoRAOutput(ModelOutput):
-    """What a forward returns.
+class DyLoRAOutput(CausalLMOutputWithPast):
+    """What a forward returns: what any causal LM does, and what became of the router.
+
+    ``loss`` is ``lm_loss + aux_loss`` while training, and ``lm_loss`` alone while evaluating, so that its exponential is
+    a perplexity; it is None without labels. ``logits`` are None with ``return_logits=False``.
 
     Attributes:
-        loss: ``lm_loss + aux_loss``; None without labels.
         lm_loss: Cross-entropy in nats per labelled token.
         aux_loss: ``balance_coefficient * balance_loss + z_loss_coefficient * z_loss``.
         balance_loss: The balance loss before its coefficient.
         z_loss: The router z-loss before its coefficient.
-        logits: ``(batch, seq, vocab)``; None with ``return_logits=False``.
         router_logits: ``(num_gates, batch, seq, num_active_experts)``; None where the router did not run.
         routing_weights: What the experts were mixed by, of the same shape; None where the router did not run.
-        past_key_values: The cache, where one was asked for.
     """
 
-    loss: Tensor | None = None
     lm_loss: Tensor | None = None
     aux_loss: Tensor | None = None
     balance_loss: Tensor | None = None
     z_loss: Tensor | None = None
-    logits: Tensor | None = None
     router_logits: Tensor | None = None
     routing_weights: Tensor | None = None
-    past_key_values: Any = None
 
 
-class DyLoRA_MoE(nn.Module):
+class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
     """A mixture of LoRA experts on one frozen causal language model.
 
     Args:
@@ -97,9 +104,7 @@ class DyLoRA_MoE(nn.Module):
         RoutingError: The mode does not fit the model, or a number of the router is out of its range.
     """
 
-    accepts_loss_kwargs = True
-    loss_type = "ForCausalLM"
-    """Tell the HF Trainer to pass ``num_items_in_batch``, and to count the labels that are left after shifting."""
+    config_class = DyLoRAConfig
 
     def __init__(
         self,
@@ -128,29 +133,29 @@ class DyLoRA_MoE(nn.Module):
             base = load_base_model(
                 base, revision=revision, dtype=dtype, attn_implementation=attn_implementation, bits=bits
             )
-        mode = resolve_routing(routing, len(decoder_layers(base)))
-        check_blocks(experts_per_layer, num_experts, mode, len(decoder_layers(base)))
-        # made before the experts: a router that cannot be is refused before the base model is changed
-        per_token = min(2, num_experts) if top_k is None else top_k
-        router = _make_router(base, mode, num_experts, per_token, temperature, experts_per_layer)
-        experts = create_experts(
-            ExpertManager(base, prefix_layer(mode), experts_per_layer),
-            num_experts,
-            init,
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            target_modules=target_modules,
-            use_rslora=use_rslora,
-        )
-        self._assemble(
-            model if isinstance(model, str) else base.config._name_or_path,
-            revision,
-            mode,
-            experts,
-            router,
-            LossEntry(balance_coefficient=balance_coefficient, z_loss_coefficient=z_loss_coefficient),
-        )
+        # outside inference mode: what is made in it could not be trained later
+        with torch.inference_mode(False):
+            experts = ExpertManager(base)
+            layers = len(experts.decoder.layers)
+            mode = resolve_routing(routing, layers)
+            check_blocks(experts_per_layer, num_experts, mode, layers)
+            # made before the experts: a router that cannot be is refused before the base model is changed
+            per_token = min(2, num_experts) if top_k is None else top_k
+            router = make_router(experts, mode, num_experts, per_token, temperature, experts_per_layer)
+            experts.carry_on(prefix_layer(mode), experts_per_layer)
+            create_experts(
+                experts,
+                num_experts,
+                init,
+                rank=rank,
+                alpha=alpha,
+                dropout=dropout,
+                target_modules=target_modules,
+                use_rslora=use_rslora,
+            )
+            losses = LossEntry(balance_coefficient=balance_coefficient, z_loss_coefficient=z_loss_coefficient)
+            name, revision = name_of(model, revision)
+            self._assemble(name, revision, mode, experts, router, losses)
 
     def _assemble(
         self,
@@ -162,41 +167,23 @@ class DyLoRA_MoE(nn.Module):
         losses: LossEntry,
         prompt_template: str | None = None,
     ) -> None:
-        """The one place where the parts become a model, whether they are new or were read from a checkpoint."""
-        super().__init__()
+        """Make a model of its parts, whether they are new or were read from a checkpoint."""
+        super().__init__(experts)
         self.base_name = base_name
         self.revision = revision
         self.routing = routing
         self.losses = losses
         self.prompt_template = prompt_template
-        self.experts = experts
+        self.tokenizer: Any = None
         self.model = experts.peft_model
         self.router = router
+        base, decoder = experts.base_model, experts.decoder
         # taken while the weights are in one piece; the base never changes
-        self._fingerprint = fingerprint(experts.base_model)
-        self._head_is_plain = plain_head(experts.base_model) is not None
-        self._backbone_output = BackboneOutput(experts.base_model)
-        attach_router(experts.base_model, routing, router, experts.routing_state, experts.active_indices)
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The base model's configuration."""
-        return self.experts.base_model.config
-
-    @property
-    def _no_split_modules(self) -> list[str] | set[str] | None:
-        """The layers that FSDP shards each on its own; accelerate looks for this name."""
-        return self.experts.base_model._no_split_modules
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base model is."""
-        return self.experts.base_model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The base model's floating type."""
-        return self.experts.base_model.dtype
+        self._fingerprint = fingerprint(base)
+        self._head_is_plain = plain_head(base, decoder.backbone) is not None
+        self._keeps_examples_apart: bool | None = None
+        RouterHooks(base, decoder, routing, router, experts.routing_state, experts.active_indices)
+        save_and_load.name_model(self, None)
 
     def forward(
         self,
@@ -205,72 +192,117 @@ class DyLoRA_MoE(nn.Module):
         labels: Tensor | None = None,
         routing_weights: Tensor | None = None,
         *,
-        label_smoothing: float = 0.0,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        smoothing: float = 0.0,
         num_items_in_batch: Tensor | int | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
         expert_load: Tensor | None = None,
         return_logits: bool = True,
+        return_dict: bool | None = None,
         segment_ids: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
-    ) -> DyLoRAOutput:
-        """Runs the mixture, and with ``labels`` sums its losses.
+    ) -> DyLoRAOutput | tuple[Any, ...]:
+        """Run the mixture, and with ``labels`` sum its losses.
 
         Args:
             input_ids: ``(batch, seq)``.
-            attention_mask: ``(batch, seq)``, nonzero for real tokens.
+            attention_mask: ``(batch, seq)``, nonzero for real tokens; or ``(batch, 1, seq, seq)``, which tokens each
+                token sees.
             labels: ``(batch, seq)``, not shifted, -100 where there is no loss.
-            routing_weights: ``(batch, seq, num_active_experts)`` in the place of the router's.
-            label_smoothing: Share of each target spread over the vocabulary.
+            routing_weights: ``(batch, seq, num_active_experts)`` instead of the router's; batch and seq may be 1.
+            position_ids: ``(batch, seq)``.
+            inputs_embeds: ``(batch, seq, hidden_size)`` instead of ``input_ids``.
+            logits_to_keep: Make logits for so many last tokens alone, or at these positions; 0 for all.
+            smoothing: Share of each target spread over the vocabulary; also taken as ``label_smoothing``.
             num_items_in_batch: Labelled tokens of the whole global batch, where this is a part of one.
             num_tokens_in_batch: Real tokens of the whole global batch.
             expert_load: How a larger batch's tokens chose the experts, ``(num_gates, num_active_experts)``; see
                 ``losses.load_balance_loss``.
             return_logits: False leaves out the logits of a forward with ``labels``. The loss is then computed in
                 chunks, at the labelled tokens alone, and ``backward`` can run once; it is what the Trainer does.
+            return_dict: False returns a tuple, the loss first where there are labels; the configuration's by default.
             segment_ids: ``(batch, seq)``, for rows that hold several examples: which example of its row a token
                 belongs to, counted from 1, and 0 for padding. Examples do not see each other. Takes the place of
                 ``attention_mask``.
+            adapter_names: The expert of each row, or ``__base__`` for the base alone, instead of the router's choice.
             **kwargs: Passed to the base model.
 
         Returns:
-            Losses, logits and router logits.
+            Losses, logits, cache and router logits.
 
         Raises:
-            RoutingError: ``segment_ids`` have a shape or an attention that cannot keep examples apart.
+            RoutingError: ``segment_ids`` have a shape or an attention that cannot keep examples apart, or
+                ``adapter_names`` are none of the active experts.
         """
+        smoothing = kwargs.pop("label_smoothing", smoothing)
         mask = attention_mask
         if segment_ids is not None:
-            check_segments(self.experts.base_model, segment_ids)
+            self._check_segments(segment_ids)
             mask, attention_mask = (segment_ids != 0).long(), None
-            kwargs |= {"position_ids": positions_in_segments(segment_ids), "use_cache": False}
+            position_ids = positions_in_segments(segment_ids)
+            kwargs["use_cache"] = False
         if labels is not None:
             kwargs.setdefault("use_cache", False)
             if mask is not None:
-                labels = without_padding(labels, mask)
+                labels = without_padding(labels, real_tokens(mask))
         head: Any = None
         if labels is not None and not return_logits and self._head_is_plain:
             head = self.experts.base_model.get_output_embeddings()
-            # at no position: the base model itself makes no logits
-            kwargs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=head.weight.device)
-        with self.experts.routing_state.recording() as recorded, self._backbone_output.held(head is not None):
-            outputs = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, routing_weights=routing_weights, **kwargs
+            if is_wrapped(head):  # its weight may be somewhere else
+                head = None
+            else:
+                # at no position: the base model itself makes no logits
+                kwargs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=head.weight.device)
+        given = {
+            "routing_weights": self._given_weights(routing_weights, adapter_names),
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None and name not in kwargs}
+        record = Record(wants_features=head is not None)
+        with self.experts.routing_state.scoped(record=record):
+            outputs = self.experts.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
             )
-            features = self._backbone_output.hidden_states
-        result = DyLoRAOutput(past_key_values=outputs.get("past_key_values"))
-        if labels is None or return_logits:
-            result.logits = outputs.logits
-        if recorded:
-            result.router_logits = torch.stack([output.logits for output in recorded])
-            result.routing_weights = torch.stack([output.weights for output in recorded])
+        result = _output_of(outputs)
+        if labels is not None and not return_logits:
+            result.logits = None
+        if record.outputs:
+            result.router_logits = torch.stack([output.logits.to(outputs.logits.device) for output in record.outputs])
+            result.routing_weights = torch.stack([output.weights.to(outputs.logits.device) for output in record.outputs])
         if labels is not None:
-            counted: dict[str, Any] = {"label_smoothing": label_smoothing, "num_items": num_items_in_batch}
-            if features is None:
+            counted: dict[str, Any] = {"label_smoothing": smoothing, "num_items": num_items_in_batch}
+            if record.features is None:
                 result.lm_loss = causal_lm_loss(outputs.logits, labels, **counted)
             else:
-                result.lm_loss = linear_causal_lm_loss(features, head.weight, labels, bias=head.bias, **counted)
-            self._add_losses(result, mask, num_tokens_in_batch, expert_load)
-        return result
+                result.lm_loss = linear_causal_lm_loss(record.features, head.weight, labels, bias=head.bias, **counted)
+            self._add_losses(result, None if mask is None else real_tokens(mask), num_tokens_in_batch, expert_load)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()
+
+    def _check_segments(self, segment_ids: Tensor) -> None:
+        check_segments(self.experts.base_model, segment_ids)
+        if self._keeps_examples_apart is None:
+            with self.base_only():
+                self._keeps_examples_apart = keeps_examples_apart(self.experts.base_model)
+        if not self._keeps_examples_apart:
+            raise RoutingError(
+                f"segment_ids: {type(self.experts.base_model).__name__} lets the examples of a row see each other; give "
+                "each example a row of its own"
+            )
+
+    def _given_weights(
+        self, routing_weights: Tensor | None, adapter_names: Sequence[str] | None
+    ) -> Tensor | None:
+        if adapter_names is None:
+            return routing_weights
+        if routing_weights is not None:
+            raise RoutingError("adapter_names and routing_weights both say which expert a row takes; give one of them")
+        return rows_of_experts(self.experts.active, list(adapter_names), torch.float32, self.device)
 
     def _add_losses(
         self, result: DyLoRAOutput, mask: Tensor | None, num_tokens: Tensor | int | None, load: Tensor | None
@@ -285,18 +317,77 @@ class DyLoRA_MoE(nn.Module):
         result.z_loss = router_z_loss(result.router_logits, mask, num_tokens=num_tokens)
         weights = self.losses
         result.aux_loss = weights.balance_coefficient * result.balance_loss + weights.z_loss_coefficient * result.z_loss
-        result.loss = result.lm_loss + result.aux_loss.to(result.lm_loss.device)
+        if self.training:
+            result.loss = result.lm_loss + result.aux_loss.to(result.lm_loss.device)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates with the mixture: transformers' ``generate``, each new token routed as in training."""
-        with self.experts.routing_state.keeping_stacks():
-            return self.model.generate(*args, **kwargs)
+    def generate(  # type: ignore[override]
+        self,
+        *args: Any,
+        routing_weights: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate with the mixture: transformers' ``generate``, each new token routed as in training.
+
+        Args:
+            *args: As for ``transformers.GenerationMixin.generate``.
+            routing_weights: Instead of the router's: ``(1, 1, num_active_experts)`` for all, ``(batch, 1, ...)`` for
+                each prompt, or ``(batch, tokens, ...)`` for each token of prompt and answer; tokens beyond the last go
+                as it does.
+            adapter_names: The expert of each prompt, or ``__base__`` for the base alone.
+            **kwargs: As for ``transformers.GenerationMixin.generate``.
+
+        Returns:
+            What ``generate`` of transformers returns.
+        """
+        state = self.experts.routing_state
+        weights = self._given_weights(routing_weights, adapter_names)
+        if weights is not None:
+            weights = check_weights(weights)
+        with state.keeping_stacks(), state.scoped(weights=weights), self._own_ways_to_generate():
+            return self.experts.base_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _own_ways_to_generate(self) -> Iterator[None]:
+        """Let the base model generate with what was set on this object, such as another way to stop."""
+        base, own = vars(self.experts.base_model), vars(self)
+        changed = {name: own[name] for name in own if name not in base and callable(getattr(GenerationMixin, name, None))}
+        base.update(changed)
+        try:
+            yield
+        finally:
+            for name in changed:
+                base.pop(name, None)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by continuous batching, as ``transformers`` does.
+
+        Raises:
+            RoutingError: The mode needs more of earlier tokens than a paged cache holds.
+        """
+        self._check_paged()
+        return self.experts.base_model.generate_batch(*args, **kwargs)  # type: ignore[operator]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Start continuous batching, as ``transformers`` does; raises as ``generate_batch``."""
+        self._check_paged()
+        return self.experts.base_model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
+
+    def _check_paged(self) -> None:
+        mode = self.routing.partition(":")[0]
+        if mode in ("final", "context"):
+            raise RoutingError(
+                f"routing {mode!r} does not work with continuous batching, whose cache holds keys and values alone; use "
+                "generate, or a mixture with routing per_layer or prefix:K"
+            )
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """Runs the base model alone, without any expert, for a block of code."""
-        with self.experts.routing_state.scope(base_only=True):
+        """Run the base model alone, without any expert, for a block of code."""
+        with self.experts.routing_state.scoped(base_only=True):
             yield
+
+    disable_adapter = base_only
 
     def add_expert(self, name: str | None = None, **options: Any) -> str:
         """Adds a young expert, with the options of ``ExpertManager.create``, and gives the router a row for it.
@@ -339,188 +430,71 @@ class DyLoRA_MoE(nn.Module):
         for name in self.experts.names if names is None else names:
             self.router.maturity[self.experts.names.index(name)] = maturity
 
-    def num_trainable_parameters(self) -> int:
-        """How many parameters train: those with a gradient, without the constants that an expert holds."""
-        held = self.experts.held & set(self.experts.active) - self.experts.frozen
-        return count_parameters(self, trainable=True) - sum(self.experts.num_parameters(name) // 2 for name in held)
-
-    def num_base_parameters(self) -> int:
-        """How many parameters the frozen base has, counted."""
-        return count_parameters(self.model) - sum(map(self.experts.num_parameters, self.experts.names))
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        in_place: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """Trades time for memory in training; the recomputation routes as the first run did.
+        """Write a checkpoint folder; what was there before is replaced only once the new one is whole.
 
-        Under routing ``context:K`` each backward has to come before the next forward, as in the Trainer.
+        The folder is one that ``AutoModelForCausalLM.from_pretrained`` reads.
 
         Args:
-            activation_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``.
-            **options: Passed to the base model's method of the same name.
-
-        Raises:
-            RoutingError: ``use_reentrant`` was asked for: it would lose the gradient to the router.
-        """
-        for_torch = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if for_torch["use_reentrant"]:
-            raise RoutingError("activation checkpointing needs use_reentrant=False here, got True")
-        self.experts.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs=for_torch, **options)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Ends activation checkpointing."""
-        self.experts.base_model.activation_checkpointing_disable()
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """The older name of ``activation_checkpointing_enable``."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The older name of ``activation_checkpointing_disable``."""
-        self.activation_checkpointing_disable()
-
-    def save_pretrained(
-        self, path: str | Path, state: dict[str, Tensor] | None = None, *, in_place: bool = False
-    ) -> None:
-        """Writes a checkpoint folder; what was there before is replaced only once the new one is whole.
-
-        Args:
-            path: The folder.
-            state: Whole tensors of the experts and the router as in ``state_dict``, where this model holds parts.
+            save_directory: The folder.
+            is_main_process: False writes nothing.
+            state_dict: Whole tensors of the experts and the router as in ``state_dict``, where this model holds parts.
             in_place: Rename no folder, as object storage cannot; the old one is gone while the new one is copied.
+            push_to_hub: Also upload the folder, to ``repo_id`` or a repository of the folder's name.
+            **kwargs: ``max_shard_size``, ``safe_serialization=True`` and ``save_function`` are taken and have no effect
+                on files of this size and kind; with ``push_to_hub`` also what ``push_to_hub`` takes.
 
         Raises:
-            CheckpointError: It could not be written.
+            CheckpointError: It could not be written, or an argument asks for another format.
         """
-        with checkpoint.atomic_directory(Path(path), marker=checkpoint.DESCRIPTION_FILE, in_place=in_place) as folder:
-            self.write_files(folder, state)
+        save_and_load.save(self, Path(save_directory), is_main_process, state_dict, in_place, push_to_hub, kwargs)
 
-    def write_files(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes the files of a checkpoint into a folder that is the caller's to make whole; ``state`` as above."""
-        adapters, router = None, self.router.state_dict()
-        if state is not None:
-            adapters, router = _beginning_with("model.", state), _beginning_with("router.", state)
-        checkpoint.write_files(folder, self.model, router, self._describe(), adapters)
+    def write_files(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the files of a checkpoint into a folder that is the caller's to make whole; ``state`` as above."""
+        save_and_load.write_files(self, folder, state)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, model: str | PreTrainedModel | None = None, *, dtype: torch.dtype | None = None
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, model: str | PreTrainedModel | None = None, **options: Any
     ) -> Self:
-        """Loads a checkpoint folder, ready to evaluate.
+        """Load a checkpoint folder, ready to evaluate.
 
         Args:
-            path: The folder.
+            pretrained_model_name_or_path: The folder, or a Hub id.
             model: The base model, loaded or by name; the one that the checkpoint names by default.
-            dtype: Floating type of a base model that is loaded here; the checkpoint's by default.
+            **options: For the base model that is loaded here: ``dtype`` (or ``torch_dtype``; the checkpoint's by
+                default), ``device_map``, ``attn_implementation``, ``quantization_config`` and the like. For a Hub id:
+                ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
 
         Raises:
             CheckpointError: The folder is not whole, or belongs to another base model.
             ModelError: The base model cannot be had.
         """
-        path = Path(path)
-        description = checkpoint.read_description(path)
-        base, name, revision = _base_of(path, description.base_model, model, dtype)
-        routing = description.routing
-        mode = resolve_routing(routing.mode, len(decoder_layers(base)))
-        blocks = routing.experts_per_layer
-        router = _make_router(base, mode, len(description.experts), routing.top_k, routing.temperature, blocks)
-        experts = ExpertManager(base, prefix_layer(mode), blocks)
-        for expert in description.experts:
-            experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / expert.name, expert.name)
-        self = cls.__new__(cls)
-        self._assemble(name, revision, mode, experts, router, description.losses, description.prompt_template)
-        self.router.load_state_dict(checkpoint.read_router(path, router.state_dict()))
-        self.router.maturity = [expert.maturity for expert in description.experts]
-        self.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
-        return self.eval()
+        with torch.inference_mode(False):
+            return save_and_load.load(cls, pretrained_model_name_or_path, model, options)
 
     def load_weights(self, path: str | Path) -> None:
-        """Loads the weights of a checkpoint into this model, which must have the same experts and routing.
+        """Load the weights of a checkpoint into this model, which must have the same experts and routing.
 
         Raises:
             CheckpointError: The folder is not whole, or has other experts or another routing.
         """
-        path = Path(path)
-        description = checkpoint.read_description(path)
-        theirs = ([expert.name for expert in description.experts], description.routing.mode)
-        ours = (self.experts.names, self.routing)
-        if theirs != ours:
-            raise CheckpointError(
-                f"the checkpoint {path} has experts {', '.join(theirs[0])} under routing {theirs[1]}, and this run "
-                f"has {', '.join(ours[0])} under {ours[1]}; give the flags of the run that wrote it"
-            )
-        if not same_base_model(self._fingerprint, description.base_model.fingerprint):
-            raise CheckpointError(
-                f"the checkpoint {path} belongs to another base model, {description.base_model.name!r}"
-            )
-        router = checkpoint.read_router(path, self.router.state_dict())
-        folders = {name: path / checkpoint.EXPERTS_FOLDER / name for name in self.experts.names}
-        for name, folder in folders.items():
-            self.experts.fitting_weights(name, folder)
-        # all of it fits: a checkpoint that does not has changed nothing
-        for name, folder in folders.items():
-            self.experts.load_weights(name, folder)
-        self.router.load_state_dict(router)
-        self.router.maturity = [expert.maturity for expert in description.experts]
-
-    def _describe(self) -> checkpoint.Description:
-        router = self.router
-        entries = [
-            checkpoint.ExpertEntry(name=name, maturity=maturity, frozen=name in self.experts.frozen)
-            for name, maturity in zip(self.experts.names, router.maturity, strict=True)
-        ]
-        return checkpoint.Description(
-            dylo_moe_version=version("dylora-moe"),
-            base_model=checkpoint.BaseModelEntry(
-                name=self.base_name,
-                revision=self.revision,
-                dtype=str(self.dtype).removeprefix("torch."),
-                fingerprint=self._fingerprint,
-            ),
-            experts=entries,
-            routing=checkpoint.RoutingEntry(
-                mode=self.routing,
-                top_k=router.top_k,
-                temperature=router.temperature,
-                experts_per_layer=self.experts.blocks,
-            ),
-            losses=self.losses,
-            prompt_template=self.prompt_template,
-        )
+        save_and_load.load_weights(self, Path(path))
 
 
-def _beginning_with(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+def _output_of(outputs: ModelOutput) -> DyLoRAOutput:
+    """Return what the base model gave, the cache under whatever name this version of transformers has for it."""
+    known = CausalLMOutputWithPast.__dataclass_fields__
+    return DyLoRAOutput(**{name: value for name, value in outputs.items() if name in known and name != "loss"})
 
 
-def _make_router(
-    base: PreTrainedModel,
-    routing: str,
-    num_experts: int,
-    top_k: int,
-    temperature: float,
-    blocks: Sequence[int] | None,
-) -> DynamicHybridRouter:
-    gates = len(decoder_layers(base)) if routing == "per_layer" else 1
-    carried = None if blocks is None else carried_by_layers(blocks, gates)
-    hidden_size = base.config.get_text_config().hidden_size
-    return DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, gates, carried).to(base.device)
-
-
-def _base_of(
-    path: Path, entry: checkpoint.BaseModelEntry, given: str | PreTrainedModel | None, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, str, str | None]:
-    """The base model of a checkpoint, its name and its revision; what the caller gives comes first."""
-    if isinstance(given, PreTrainedModel):
-        base, name, revision = given, entry.name, entry.revision
-    else:
-        name, revision = (entry.name, entry.revision) if given is None else (given, None)
-        if not name:
-            raise CheckpointError(f"the checkpoint {path} was made on a base model in memory; pass that as model=")
-        base = load_base_model(name, revision=revision, dtype=dtype or DTYPES[entry.dtype])
-    if not same_base_model(fingerprint(base), entry.fingerprint):
-        raise CheckpointError(
-            f"the checkpoint {path} belongs to the base model {entry.name!r}, and "
-            f"{type(base).__name__} {given if isinstance(given, str) else name!r} is another one"
-        )
-    return base, name, revision
+register(DyLoRA_MoE)

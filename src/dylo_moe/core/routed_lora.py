@@ -1,25 +1,24 @@
 """The routed LoRA layer on unmodified PEFT: ``model(input_ids, routing_weights=w)``.
 
 ``enable_routing`` gives the LoRA layers of a PEFT model a forward that mixes the active adapters by per-token
-weights, in the way that ``torch.nn.utils.parametrize`` extends a module: the module's class becomes a subclass of
-its own class. Parameters, names, files and every other PEFT method stay what they were, quantised base layers
-included. Where no weights are given, PEFT's own forward runs.
+weights. Parameters, names, files and every other PEFT method stay what they were, quantised base layers included.
+Where no weights are given, PEFT's own forward runs.
 
 Not covered: LoRA variants that do not add ``B A x`` (DoRA and others), LoRA on embeddings and convolutions.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
+from dylo_moe.core.decoder import is_wrapped
+from dylo_moe.core.extension import Extension, extend, restore
 from dylo_moe.core.mixture import (
     TokenWeights,
     add_of_one_token,
@@ -31,35 +30,63 @@ from dylo_moe.core.mixture import (
     sparse_up,
     stack_rows,
 )
+from dylo_moe.core.routed_forward import RoutedCausalLM, RoutedCheckpoint
 from dylo_moe.core.routing_state import Experts, KeptStacks, RoutingState, Shared, Stack
 from dylo_moe.errors import RoutingError
 
-_NOT_LINEAR = (Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper)
+_LINEAR = (
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "AqlmLoraLinear",
+    "AwqLoraLinear",
+    "EetqLoraLinear",
+    "GPTQLoraLinear",
+    "HqqLoraLinear",
+    "IncLoraLinear",
+    "QuantLinear",
+    "TorchaoLoraLinear",
+)
+"""PEFT's layers that add ``B A x`` to what a linear layer gives, by their names: each but the first needs a library of
+its own, and one that PEFT adds later is refused until it was looked at."""
 
 # Layers that models feed the very same tensor. Only a hint: where it does not hold, each layer computes for itself.
 _FED_ALIKE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
-class RoutedLayer:
-    """What a PEFT LoRA layer gains; mixed into the layer's own class by ``enable_routing``."""
+class RoutedLayer(Extension):
+    """What a PEFT LoRA layer gains.
 
+    Attributes:
+        routing: What the routed layers of the model share.
+        fed_alike: The layers that are fed the same tensor, as far as names tell; this one too.
+    """
+
+    overrides = ("forward", "enable_adapters")
     routing: RoutingState
-    plain_forward: Callable[..., Tensor]
     fed_alike: "tuple[RoutedLayer, ...]"
 
-    def routed_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the routed mixture of the active adapters that this layer has."""
-        state = self.routing
-        weights = state.weights
-        if self.merged and (state.base_only or weights is not None):
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base layer's output plus the routed mixture of the active adapters that this layer has."""
+        call = self.routing.call
+        if call is None or (call.weights is None and not call.base_only):
+            return self.extended_from.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+        if self.merged:
             raise RoutingError(
                 f"the adapters {self.merged_adapters} are merged into the base; call unmerge_adapter() first to route"
             )
-        if state.base_only:
+        if kwargs.pop("adapter_names", None) is not None and not call.base_only:
+            raise RoutingError("adapter_names and routing_weights both say which adapter a row takes; give one of them")
+        if call.base_only:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if weights is None or self.disable_adapters:
-            return self.plain_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if self.disable_adapters:
+            return self.extended_from.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
         result: Tensor = self.base_layer(x, *args, **kwargs)
+        weights = call.weights if call.weights.weights.device == x.device else call.weights.on(x.device)
+        if x.dim() == 2:  # some modules flatten their tokens
+            row, weights = call.as_one_row(x), weights.in_one_row(len(x))
+            _check_weights(weights.weights, row, self.active_adapters)
+            return self._add_mixture(result.unsqueeze(0), row, weights).squeeze(0)  # type: ignore[no-any-return]
         _check_weights(weights.weights, x, self.active_adapters)
         return self._add_mixture(result, x, weights)  # type: ignore[no-any-return]
 
@@ -67,16 +94,18 @@ class RoutedLayer:
         """The base layer's result plus the mixture, by the product that is the cheapest for these shapes."""
         no_grad = not torch.is_grad_enabled()
         # the output of a plain linear layer is nobody else's, unless a hook was there to keep it
-        own = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        own = type(self.base_layer) is nn.Linear and not is_wrapped(self.base_layer)
         sparse = no_grad and weights.chosen is not None and not self.training
         one_token = weights.of_one_token() if sparse else None
-        if one_token is not None:
+        if one_token is not None and self._are_plain(self.active_adapters[place] for place, _ in one_token):
             return self._add_of_one_token(result, x, one_token, own)  # type: ignore[no-any-return]
         kept = self._kept()
         stack = kept and kept.stacks.get(self)
         experts = stack.experts if stack else self._experts()
         if not experts.names:
             return result
+        if not experts.plain:
+            return self._add_by_modules(result, x, weights)  # type: ignore[no-any-return]
         if experts.places is not None:
             weights = weights.of(experts.places)
         elif sparse and pays_sparse(len(experts.names), weights.chosen.shape[-1]):  # type: ignore[union-attr]
@@ -95,14 +124,37 @@ class RoutedLayer:
         self._disable_adapters = not enabled
 
     def _experts(self: Any) -> Experts:
-        active, ranks, scalings = self.active_adapters, self.r, self.scaling
-        names = tuple([name for name in active if name in ranks])
+        active, matrices, scalings = self.active_adapters, self.lora_A, self.scaling
+        names = tuple([name for name in active if name in matrices])
         return Experts(
             None if len(names) == len(active) else tuple([active.index(name) for name in names]),
             names,
-            tuple([ranks[name] for name in names]),
+            tuple([len(matrices[name].weight) for name in names]),
             tuple([scalings[name] for name in names]),
+            self._are_plain(names),
         )
+
+    def _are_plain(self: Any, names: Iterable[str]) -> bool:
+        """Tell whether the matrices of these experts are where their modules say, and the modules only multiply."""
+        lora_a, lora_b = self.lora_A, self.lora_B
+        return not any(
+            is_wrapped(lora_a[name]) or is_wrapped(lora_b[name])
+            for name in names
+            if name in lora_a
+        )
+
+    def _add_by_modules(self: Any, result: Tensor, x: Tensor, weights: TokenWeights) -> Tensor:
+        """Return the result with one expert after the other, by the modules that hold their matrices.
+
+        They are called, as PEFT does, where something hangs on that: offloading puts the matrices there only then.
+        """
+        for place, name in enumerate(self.active_adapters):
+            if name in self.lora_A:
+                dropped = self.lora_dropout[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
+                delta = self.lora_B[name](self.lora_A[name](dropped))
+                scale = (weights.weights[..., place, None] * self.scaling[name]).to(delta.dtype)
+                result = result + (delta * scale).to(result.dtype)
+        return result
 
     def _matrices(self: Any, experts: Experts) -> tuple[list[Tensor], list[Tensor]]:
         """The ``A`` and the ``B`` of each expert."""
@@ -111,7 +163,8 @@ class RoutedLayer:
 
     def _kept(self: Any) -> KeptStacks | None:
         """Where stacks are kept; None where they are not, or where a gradient has to reach the weights."""
-        return None if torch.is_grad_enabled() else self.routing.kept
+        call = self.routing.call
+        return None if call is None or torch.is_grad_enabled() else call.kept
 
     def _stack(self: Any, experts: Experts) -> Stack:
         kept = self._kept()
@@ -142,8 +195,10 @@ class RoutedLayer:
         return [layer for layer in self.fed_alike if layer is self or self._has_the_same_experts(layer)]
 
     def _has_the_same_experts(self: Any, other: Any) -> bool:
-        alike = self.r == other.r and self.scaling == other.scaling
-        return bool(alike and self.active_adapters == other.active_adapters)
+        if self.scaling != other.scaling or self.active_adapters != other.active_adapters:
+            return False
+        mine, theirs = self._experts(), other._experts()
+        return bool(mine == theirs and theirs.plain)
 
     def _rank_space(self: Any, x: Tensor, experts: Experts, weights: TokenWeights) -> Tensor:
         """``(batch, seq, sum of ranks)``: ``A x`` of each expert times its weight; for all siblings at once."""
@@ -163,14 +218,14 @@ class RoutedLayer:
         self: Any, product: str, x: Tensor, weights: TokenWeights, of_all: Callable[[], dict[Any, Tensor]]
     ) -> Tensor:
         """This layer's part of what is computed once for all layers that are fed alike."""
-        state = self.routing
-        shared = state.shared
+        call = self.routing.call
+        shared = call.shared
         if shared is not None and shared.product == product and shared.x is x and shared.weights is weights:
             part: Tensor | None = shared.parts.pop(self, None)
             if part is not None:
                 return part
         parts = of_all()
-        state.shared = Shared(product, x, weights, parts)
+        call.shared = Shared(product, x, weights, parts)
         return parts.pop(self)
 
     def _add_of_one_token(self: Any, result: Tensor, x: Tensor, chosen: list[tuple[int, float]], own: bool) -> Tensor:
@@ -223,109 +278,83 @@ class RoutedLayer:
         return getattr(self.lora_dropout[name], "p", 0.0)
 
 
+class RoutedTuner(Extension):
+    """What PEFT's own model gains: unloading the adapters takes all of routing off the base model."""
+
+    overrides = ("unload", "merge_and_unload")
+    routing: RoutingState
+
+    def unload(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        """Do as PEFT does, and leave a plain base model."""
+        return _plain_again(self, self.extended_from.unload(self, *args, **kwargs))
+
+    def merge_and_unload(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        """Do as PEFT does, and leave a plain base model."""
+        return _plain_again(self, self.extended_from.merge_and_unload(self, *args, **kwargs))
+
+
 def enable_routing(model: PeftModel) -> RoutingState:
-    """Makes ``routing_weights`` an argument of a PEFT model with LoRA adapters.
+    """Make ``routing_weights`` an argument of a PEFT model with LoRA adapters.
 
     ``model(input_ids, routing_weights=w)`` then mixes the active adapters by ``w``, of shape
     ``(batch, seq, num_active_adapters)`` in the order of ``model.active_adapters``, with gradients to ``w``.
     One-hot weights equal that adapter alone, all-zero weights equal the base. Without the argument the model is
     PEFT as before. May be called again after adapters were added: only layers that are new are changed.
+    ``model.unload()`` and ``model.merge_and_unload()`` take it all off.
 
     Returns:
         The state that the routed layers share.
 
     Raises:
-        RoutingError: The model has no LoRA layer, or one that cannot be routed.
+        RoutingError: It is no PEFT model, has no LoRA layer, or one that cannot be routed; nothing is changed then.
     """
-    causal_lm = model.get_base_model()
+    if not isinstance(model, PeftModel):
+        raise RoutingError(
+            f"enable_routing needs a peft.PeftModel, got a {type(model).__name__}; make one with peft.get_peft_model, "
+            "or a mixture with DyLoRA_MoE"
+        )
+    causal_lm, tuner = model.get_base_model(), model.base_model
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise RoutingError(f"routing needs a model with LoRA adapters, and {type(model).__name__} has none")
     for name, layer in layers:
         _check_layer(name, layer)
-    state = next((layer.routing for _, layer in layers if isinstance(layer, RoutedLayer)), None)
-    if state is None:
-        state = RoutingState()
-        causal_lm.register_forward_pre_hook(partial(_take_weights, state), with_kwargs=True, prepend=True)
-        causal_lm.register_forward_hook(partial(_drop_weights, state), always_call=True)
-    for _, layer in layers:
-        if not isinstance(layer, RoutedLayer):
-            layer.__class__ = _routed_class(type(layer))
-            layer.routing = state  # type: ignore[attr-defined]
-            layer.fed_alike = (layer,)  # type: ignore[attr-defined]
-    _find_layers_fed_alike(causal_lm)
+    state: RoutingState = vars(causal_lm).get("routing") or RoutingState()
+    for thing, extension in (
+        (causal_lm, RoutedCausalLM),
+        (tuner, RoutedTuner),
+        *((layer, RoutedLayer) for _, layer in layers),
+    ):
+        if not isinstance(thing, extension):
+            thing.routing = state  # type: ignore[union-attr, assignment]
+            extend(thing, extension)
+    _find_layers_fed_alike(causal_lm, [layer for _, layer in layers])
     return state
 
 
-def _find_layers_fed_alike(causal_lm: nn.Module) -> None:
+def _plain_again(tuner: Any, unloaded: nn.Module) -> nn.Module:
+    state, causal_lm = tuner.routing, tuner.model
+    if state.hooks is not None:
+        state.hooks.remove()
+    for module in causal_lm.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, RoutedCheckpoint):
+            module._gradient_checkpointing_func = checkpoint.checkpoint
+    for thing, extension in ((causal_lm, RoutedCausalLM), (tuner, RoutedTuner)):
+        restore(thing, extension)
+        vars(thing).pop("routing", None)
+    return unloaded
+
+
+def _find_layers_fed_alike(causal_lm: nn.Module, layers: Sequence[Any]) -> None:
+    for layer in layers:
+        layer.fed_alike = (layer,)
     for module in causal_lm.modules():
         children = dict(module.named_children())
         for names in _FED_ALIKE:
-            found = [children[name] for name in names if isinstance(children.get(name), RoutedLayer)]
+            found: list[Any] = [children[name] for name in names if isinstance(children.get(name), RoutedLayer)]
             for layer in found:
-                layer.fed_alike = tuple(found)  # type: ignore[assignment]
-
-
-@cache
-def _routed_class(lora_class: type[LoraLayer]) -> type[LoraLayer]:
-    # The layer's own class comes first: an object may only move to a class of the same layout.
-    namespace = {
-        "forward": RoutedLayer.routed_forward,
-        "plain_forward": lora_class.forward,  # type: ignore[attr-defined]
-        "enable_adapters": RoutedLayer.enable_adapters,
-    }
-    return type(f"Routed{lora_class.__name__}", (lora_class, RoutedLayer), namespace)
-
-
-def _take_weights(
-    state: RoutingState, causal_lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    # The argument is taken off before the base model sees it: it knows of no routing.
-    weights = kwargs.pop("routing_weights", None)
-    if weights is not None:
-        if not isinstance(weights, Tensor) or weights.dim() != 3:
-            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-            raise RoutingError(f"routing_weights must be a tensor (batch, seq, num_active_experts), got {got}")
-        state.weights, state.given = TokenWeights(weights), True
-    if state.kept is not None:
-        state.kept.drop_if_stale()
-    if causal_lm.training:
-        _keep_routing_in_recomputation(state, causal_lm)
-    return args, kwargs
-
-
-def _drop_weights(state: RoutingState, causal_lm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    state.forget()
-
-
-def _keep_routing_in_recomputation(state: RoutingState, causal_lm: nn.Module) -> None:
-    """Lets gradient checkpointing run a layer a second time, in the backward pass, with the weights it had."""
-    for module in causal_lm.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, _RoutedCheckpoint):
-            module._gradient_checkpointing_func = _RoutedCheckpoint(state, checkpoint)  # type: ignore[assignment]
-
-
-class _RoutedCheckpoint:
-    """A gradient-checkpointing function that carries the routing of the first run into the second."""
-
-    def __init__(self, state: RoutingState, checkpoint: Callable[..., Any]) -> None:
-        self.state = state
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routing = self.state.scope
-        weights, given, base_only = self.state.weights, self.state.given, self.state.base_only
-
-        def with_routing(*inputs: Any, **options: Any) -> Any:
-            # a copy, so that each run derives for itself what the layers need: both runs must save the same tensors
-            own = weights and TokenWeights(weights.weights, weights.chosen)
-            with routing(own, given=given, base_only=base_only):
-                output = function(*inputs, **options)
-            self.state.shared = None
-            return output
-
-        return self.checkpoint(with_routing, *args, **kwargs)
+                layer.fed_alike = tuple(found)
 
 
 def _check_layer(name: str, layer: LoraLayer) -> None:
@@ -336,9 +365,12 @@ def _check_layer(name: str, layer: LoraLayer) -> None:
         )
     if any(layer.lora_bias.values()):
         raise RoutingError(f"lora_bias is set at {name}; train the adapter with lora_bias=False to route it")
-    if isinstance(layer, _NOT_LINEAR):
-        kind = type(layer).__name__
-        raise RoutingError(f"{name} is adapted by PEFT's {kind}; only linear layers can be routed, leave it out")
+    own = layer.extended_from if isinstance(layer, RoutedLayer) else type(layer)
+    if own.__name__ not in _LINEAR or not own.__module__.startswith("peft.tuners.lora."):
+        raise RoutingError(
+            f"{name} is adapted by {own.__module__}.{own.__name__}; only LoRA on linear layers can be routed, leave it "
+            "out"
+        )
 
 
 def _check_weights(weights: Tensor, x: Tensor, active: Sequence[str]) -> None:

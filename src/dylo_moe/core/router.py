@@ -5,9 +5,9 @@ of them (sparse). The router knows nothing of LoRA, of layers, or of where its i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,17 @@ class DynamicHybridRouter(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(num_gates, num_experts))
         self.register_buffer("expert_load", torch.ones(num_gates, num_experts))
 
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep gates and biases in float32 at least, also through ``.half()`` and ``.to(torch.bfloat16)``."""
+
+        def widened(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if narrow else moved
+
+        return super()._apply(widened, recurse)
+
     @property
     def num_experts(self) -> int:
         """How many experts the router can choose from."""
@@ -121,13 +132,13 @@ class DynamicHybridRouter(nn.Module):
             weight, bias = weight[chosen], bias[chosen]
         hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         with _without_autocast(hidden_states.device.type):
-            logits = F.linear(hidden_states, weight.to(hidden_states.dtype)) * self._scale(hidden_states)
+            logits = F.linear(hidden_states, weight.to(hidden_states)) * self._scale(hidden_states)
         missing = self._missing(gate, experts)
         if missing:
             logits = logits.index_fill(-1, torch.tensor(missing, device=logits.device), -torch.inf)
         if not self.is_sparse(experts):
             return RouterOutput(logits.softmax(dim=-1), logits)
-        best = choose(logits, self.top_k, bias)
+        best = choose(logits, self.top_k, bias.to(logits.device))
         return RouterOutput(sparse_weights(logits, best), logits, best)
 
     def choose_one(self, hidden_states: Tensor, gate: int = 0, experts: Sequence[int] | None = None) -> int | None:

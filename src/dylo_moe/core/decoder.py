@@ -1,0 +1,132 @@
+"""Where a causal language model keeps its decoder layers, found by running it on two tokens.
+
+Families differ in what their modules are called and in which of them ``forward`` calls: OPT's head, for one, calls
+``model.decoder`` and never ``model``. A hook helps only on a module that is called.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dylo_moe.errors import ModelError, first_line
+
+
+class Decoder(NamedTuple):
+    """The parts of a causal language model that routing meets.
+
+    Attributes:
+        backbone: What the model calls below its head; its first output is the last hidden states.
+        layers: The decoder layers, in the order in which the backbone calls them.
+    """
+
+    backbone: nn.Module
+    layers: nn.ModuleList
+
+
+class _Call(NamedTuple):
+    module: nn.Module
+    first_argument: Any
+
+
+def find_decoder(causal_lm: PreTrainedModel) -> Decoder:
+    """Run a model on two tokens and see which of its modules are the backbone and the decoder layers.
+
+    Raises:
+        ModelError: The model cannot be run on tokens alone, or calls no list of layers one after the other.
+    """
+    calls = _calls_of_a_forward(causal_lm)
+    called = [call.module for call in calls]
+    hidden = {id(call.module) for call in calls if _is_hidden_states(call.first_argument)}
+    for layers in causal_lm.modules():
+        if not isinstance(layers, nn.ModuleList) or not len(layers) or not {*map(id, layers)} <= hidden:
+            continue
+        if [id(module) for module in called if module in list(layers)] != [*map(id, layers)]:
+            continue
+        for module in called:
+            if module is not causal_lm and any(inner is layers for inner in module.modules()):
+                return Decoder(module, layers)
+        raise ModelError(f"{type(causal_lm).__name__} has no backbone apart from its head; is it a causal LM?")
+    raise ModelError(
+        f"{type(causal_lm).__name__} calls no list of decoder layers one after the other; experts need a decoder-only "
+        "causal LM"
+    )
+
+
+def decoder_layers(causal_lm: PreTrainedModel) -> nn.ModuleList:
+    """Return the model's decoder layers; see ``find_decoder``."""
+    return find_decoder(causal_lm).layers
+
+
+def backbone(causal_lm: PreTrainedModel) -> nn.Module:
+    """Return the model without its language-modelling head; see ``find_decoder``."""
+    return find_decoder(causal_lm).backbone
+
+
+def named_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a call by their names, positional ones too."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments of a module's forward, in order."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the hidden states, ``(batch, seq, hidden_size)``, that a decoder layer is called with."""
+    first = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(first, Tensor)
+    return first
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Tell whether hooks or a wrapped forward do more than the module's class does.
+
+    Its weight is then not to be used past it: offloading, for one, puts it in place for the time of a forward alone.
+    """
+    own = module.__dict__
+    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a block of code, then each module back as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _calls_of_a_forward(causal_lm: PreTrainedModel) -> list[_Call]:
+    calls: list[_Call] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_Call(module, args[0] if args else next(iter(kwargs.values()), None)))
+
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in causal_lm.modules()]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=causal_lm.device)
+    try:
+        with torch.no_grad(), evaluating(causal_lm):
+            causal_lm(input_ids=ids, use_cache=False)
+    except Exception as error:
+        raise ModelError(
+            f"{type(causal_lm).__name__} cannot be run on token ids alone ({first_line(error)}); experts need a "
+            "decoder-only causal LM"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _is_hidden_states(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point() and argument.shape[:-1] == (1, 2)

@@ -1,0 +1,67 @@
+"""Give an object that exists more methods: it moves to a subclass of its own class.
+
+``torch.nn.utils.parametrize`` does the same to modules. Parameters, names and ``isinstance`` stay what they were, and so
+do pickling, ``copy.deepcopy`` and ``torch.save``.
+"""
+
+import copyreg
+import functools
+from functools import cache
+from typing import Any, ClassVar
+
+
+class Extension:
+    """Base of what an object can gain.
+
+    Attributes:
+        overrides: Names of the methods that take the place of the object's own.
+        extended_from: The object's own class; ``self.extended_from.name(self, ...)`` is its own method.
+    """
+
+    overrides: ClassVar[tuple[str, ...]] = ()
+    extended_from: ClassVar[Any]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy the object by its own class and the name of the extension, since its class has no name."""
+        function, arguments, *rest = self.extended_from.__reduce_ex__(self, protocol)
+        if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            raise TypeError(f"{self.extended_from.__name__} is pickled in a way of its own and cannot be pickled here")
+        extension = next(base for base in type(self).__bases__ if issubclass(base, Extension))
+        return _new, (self.extended_from, extension, *arguments[1:]), *rest
+
+
+def extend(thing: Any, extension: type[Extension]) -> None:
+    """Move ``thing`` to a class that also has the methods of ``extension``; twice is once."""
+    if not isinstance(thing, extension):
+        thing.__class__ = extended_class(type(thing), extension)
+
+
+def restore(thing: Any, extension: type[Extension]) -> None:
+    """Move ``thing`` back to its own class."""
+    if isinstance(thing, extension):
+        thing.__class__ = thing.extended_from
+
+
+@cache
+def extended_class(own: type, extension: type[Extension]) -> type:
+    """Return the subclass of ``own`` with the methods of ``extension``; it goes by the name of ``own``."""
+    names = [name for name in (*extension.overrides, "__reduce_ex__") if hasattr(own, name)]
+    namespace = {name: _in_place_of(own, name, extension) for name in names}
+    namespace |= {"extended_from": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
+    # the own class comes first: an object may only move to a class of the same layout
+    return type(own.__name__, (own, extension), namespace)
+
+
+def _in_place_of(own: type, name: str, extension: type[Extension]) -> Any:
+    method = vars(extension).get(name) or getattr(extension, name)
+
+    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    # its signature is what callers ask for
+    return functools.update_wrapper(replaced, getattr(own, name))
+
+
+def _new(own: type, extension: type[Extension], *arguments: Any) -> Any:
+    made = extended_class(own, extension)
+    return made.__new__(made, *arguments)

@@ -1,0 +1,45 @@
+"""Do something right after a module was imported, whenever that will be."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from typing_extensions import override
+
+AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+"""Where transformers keeps what ``AutoModelForCausalLM`` knows."""
+
+
+class AfterImport(MetaPathFinder):
+    """Calls a function once, after the first import of a module.
+
+    Args:
+        module: Its full name.
+        then: The function.
+    """
+
+    def __init__(self, module: str, then: Callable[[], None]) -> None:
+        self._module, self._then = module, then
+
+    @override
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._module or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+
+            def execute_and_then(module: ModuleType) -> None:
+                execute(module)
+                self._then()
+
+            loader.exec_module = execute_and_then
+        return spec
