@@ -37,9 +37,9 @@ from transformers import set_seed
 
 from dylo_moe.acquire_config import AcquireArguments
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
+from dylo_moe.core.decoder import decoder_layers
 from dylo_moe.core.losses import IGNORE_INDEX
 from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.core.decoder import decoder_layers
 from dylo_moe.core.routing import resolve_routing
 from dylo_moe.data.packing import TokenCollator, TokenRows
 from dylo_moe.data.prepare_data import PreparedData, prepare_data

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Cache,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
 )
+from transformers.utils.generic import ModelOutput
 
 from dylo_moe import DyLoRA_MoE
 
@@ -130,6 +132,11 @@ def padded(rows: list[Tensor], side: str, pad: int = PAD) -> tuple[Tensor, Tenso
         place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
         ids[index, place], mask[index, place] = row, 1
     return ids, mask
+
+
+def cache_of(output: ModelOutput) -> Cache:
+    """The cache in what a forward returned, whatever this version of transformers calls it."""
+    return next(value for value in output.values() if isinstance(value, Cache))
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -18,7 +18,7 @@ import flat_bucket
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.checkpoint import atomic_directory
 from dylo_moe.core.losses import updated_selection_bias
-from dylo_moe.errors import CheckpointError, DyLoRAError, ModelError, RoutingError
+from dylo_moe.errors import CheckpointError, DyLoRAError, RoutingError
 from families import FAMILIES, ROUTINGS, mixture, relative_error, stir, tiny, token_ids
 
 IDS = token_ids(3, 10)
@@ -144,7 +144,8 @@ def test_a_checkpoint_has_these_files_and_nothing_pickled(tmp_path: Path) -> Non
     adapters = {
         f"experts/{name}/{file}" for name in EXPERTS for file in ("adapter_config.json", "adapter_model.safetensors")
     }
-    assert files == adapters | {"router.safetensors", "dylo_moe.json", "README.md"}
+    transformers = {"config.json", "generation_config.json", "modeling_dylo_moe.py"}
+    assert files == adapters | transformers | {"router.safetensors", "dylo_moe.json", "README.md"}
     assert {path.name for path in tmp_path.iterdir()} == {"base", "saved"}
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "experts/expert_0" in card and "library_name: dylo_moe" in card
@@ -319,7 +320,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is another one"):
         DyLoRA_MoE.from_pretrained(tmp_path / "saved")
     shutil.rmtree(base)
-    with pytest.raises(ModelError, match=base):
+    with pytest.raises(CheckpointError, match=f"was in {base}, which is not there any more; .*--base_model"):
         DyLoRA_MoE.from_pretrained(tmp_path / "saved")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from dylo_moe.core.caches import CACHE_NAME
 from dylo_moe.core.context import Context, running_means
 from dylo_moe.core.router import normalised
 from dylo_moe.errors import RoutingError
@@ -62,7 +63,7 @@ def test_a_padded_batch_is_routed_as_each_row_alone() -> None:
 def test_what_cannot_tell_the_context_is_refused() -> None:
     model, ids = mixture("llama", "context:1"), token_ids(1, 6)
     cache = DynamicCache(config=model.config)
-    tiny("llama")(ids, past_key_values=cache, use_cache=True)
+    tiny("llama")(ids, use_cache=True, **{CACHE_NAME: cache})
     with pytest.raises(RoutingError, match="a DynamicCache of 6 tokens of which the router knows 0"):
         model(ids, past_key_values=cache, use_cache=True)
     with pytest.raises(RoutingError, match=r"attention_mask of shape \(batch, seq\)"):

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core import routed_lora
-from families import CONFIGS, ROUTINGS, mixture, relative_error, stir, token_ids
+from families import CONFIGS, ROUTINGS, cache_of, mixture, relative_error, stir, token_ids
 
 ONE_GATE = [routing for routing in ROUTINGS if routing != "per_layer"]
 TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.08)]
@@ -105,7 +105,7 @@ def test_decoding_step_by_step_equals_one_forward(experts: int, top_k: int, batc
         with model.experts.routing_state.keeping_stacks():
             for piece in (ids[:, :4], *ids[:, 4:].split(1, dim=1)):
                 output = model(piece, past_key_values=cache, use_cache=True)
-                cache, steps = output.past_key_values, [*steps, output.logits]
+                cache, steps = cache_of(output), [*steps, output.logits]
     assert relative_error(torch.cat(steps, dim=1), whole) < 1e-9
 
 
@@ -138,7 +138,7 @@ def test_a_generation_drops_its_stacks_when_a_weight_is_written_to(batch: int, t
     with torch.no_grad():
         for _ in range(new):
             output = model(piece, past_key_values=cache, use_cache=True)
-            cache, logits = output.past_key_values, meddler(ids, output.logits[:, -1])
+            cache, logits = cache_of(output), meddler(ids, output.logits[:, -1])
             wanted.append(logits)
             piece = logits.argmax(dim=-1, keepdim=True)
     assert relative_error(torch.stack(got).double(), torch.stack(wanted)) < 1e-6  # generate rounds logits to float32

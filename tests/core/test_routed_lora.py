@@ -163,8 +163,14 @@ def test_an_exception_in_the_base_model_leaves_no_weights_behind() -> None:
             {"family": "gpt2", "target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True},
             "lora_bias is set at .*; train the adapter with lora_bias=False",
         ),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens is adapted by peft.tuners.lora.layer.Embedding; only LoRA on linear"),
-        ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "q_proj is adapted by peft.tuners.lora.layer.ParamWrapper"),
+        (
+            {"target_modules": ["embed_tokens"]},
+            "embed_tokens is adapted by peft.tuners.lora.layer.Embedding; only LoRA on linear",
+        ),
+        (
+            {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+            "q_proj is adapted by peft.tuners.lora.layer.ParamWrapper",
+        ),
     ],
     ids=["dora", "lora_bias", "embedding", "parameter"],
 )

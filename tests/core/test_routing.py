@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from dylo_moe import DyLoRA_MoE
+from dylo_moe.core.caches import CACHE_NAME
 from dylo_moe.core.decoder import backbone, decoder_layers
 from dylo_moe.core.routing import prefix_layer, resolve_routing
 from dylo_moe.errors import ModelError, RoutingError
@@ -17,6 +18,7 @@ from families import (
     PAD,
     ROUTINGS,
     VOCABULARY,
+    cache_of,
     mixture,
     padded,
     relative_error,
@@ -250,7 +252,7 @@ def test_stepping_with_the_returned_cache_gives_the_logits_of_one_forward(
     cache, steps = None, []
     for piece in ids.split([9, 1, 1, 4, 1, 4], dim=1):
         output = model(piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = cache_of(output)
         steps.append(output.logits)
     assert relative_error(torch.cat(steps, dim=1), whole) < TOLERANCE
 
@@ -259,7 +261,7 @@ def test_stepping_with_the_returned_cache_gives_the_logits_of_one_forward(
 @torch.no_grad()
 def test_a_cache_can_be_copied_and_continued_twice(routing: str) -> None:
     model, ids = mixture("llama", routing), token_ids(1, 12)
-    cache = model(ids[:, :8], use_cache=True).past_key_values
+    cache = cache_of(model(ids[:, :8], use_cache=True))
     twin = copy.deepcopy(cache)
     first = model(ids[:, 8:], past_key_values=cache, use_cache=True).logits
     assert torch.equal(model(ids[:, 8:], past_key_values=twin, use_cache=True).logits, first)
@@ -269,8 +271,10 @@ def test_a_cache_can_be_copied_and_continued_twice(routing: str) -> None:
 def test_final_refuses_a_cache_that_knows_one_pass_only() -> None:
     model, ids = mixture("llama", "final"), token_ids(1, 6)
     cache = DynamicCache(config=model.config)
-    tiny("llama")(ids, past_key_values=cache, use_cache=True)
-    with pytest.raises(RoutingError, match="'final' needs a cache that carries the router's part along: got a DynamicCache of 6 tokens"):
+    tiny("llama")(ids, use_cache=True, **{CACHE_NAME: cache})
+    with pytest.raises(
+        RoutingError, match="'final' needs a cache that carries the router's part along: got a DynamicCache of 6 tokens"
+    ):
         model(ids, past_key_values=cache, use_cache=True)
 
 

@@ -7,15 +7,19 @@ or drops rows of it does the same to its router part.
 
 import copy
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from typing_extensions import override
 
 from dylo_moe.core.extension import Extension, extend
 from dylo_moe.errors import RoutingError
+
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What a cache is called in the arguments and outputs of this version of transformers."""
 
 _KEPT_TOKENS = 256
 """Tokens that ``context`` can take back, less one; assisted decoding takes back some tens at a time."""
@@ -191,6 +195,23 @@ def part_of(cache: Any, kind: type[Any], routing: str) -> Any:
             "the one that an earlier forward of this model returned"
         )
     return part if isinstance(part, kind) else None
+
+
+def with_cache_renamed(kwargs: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return arguments in which a cache goes by the name that a model has for it.
+
+    Args:
+        kwargs: With the cache as ``cache`` or ``past_key_values``, if there is one.
+        names: The names of the model's arguments.
+    """
+    given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
+    if not given or set(given) <= {*names}:
+        return kwargs
+    (cache,) = given.values()
+    wanted = next(
+        (name for name in (CACHE_NAME, "cache", "past_key_values", "cache_params") if name in names), CACHE_NAME
+    )
+    return {**{name: value for name, value in kwargs.items() if name not in given}, wanted: cache}
 
 
 def empty_copy(cache: Cache) -> Cache:

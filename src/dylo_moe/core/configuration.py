@@ -13,7 +13,7 @@ MODEL_TYPE = "dylo_moe"
 CLASS_NAME = "DyLoRA_MoE"
 MODELING_FILE = "modeling_dylo_moe.py"
 
-MODELING_SOURCE = '''"""Loads this folder by AutoModelForCausalLM with trust_remote_code=True; needs the package dylora-moe."""
+MODELING_SOURCE = '''"""For AutoModelForCausalLM with trust_remote_code=True; needs the package dylora-moe."""
 
 from dylo_moe import DyLoRA_MoE, DyLoRAConfig
 

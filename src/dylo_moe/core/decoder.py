@@ -7,6 +7,7 @@ Families differ in what their modules are called and in which of them ``forward`
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +23,21 @@ class Decoder(NamedTuple):
     Attributes:
         backbone: What the model calls below its head; its first output is the last hidden states.
         layers: The decoder layers, in the order in which the backbone calls them.
+        layer_width: Width of the hidden states that enter the layers.
+        output_width: Width of the last hidden states, which some families project.
     """
 
     backbone: nn.Module
     layers: nn.ModuleList
+    layer_width: int
+    output_width: int
 
 
-class _Call(NamedTuple):
+@dataclass
+class _Call:
     module: nn.Module
     first_argument: Any
+    output: Any = None
 
 
 def find_decoder(causal_lm: PreTrainedModel) -> Decoder:
@@ -49,7 +56,9 @@ def find_decoder(causal_lm: PreTrainedModel) -> Decoder:
             continue
         for module in called:
             if module is not causal_lm and any(inner is layers for inner in module.modules()):
-                return Decoder(module, layers)
+                width = next(call.first_argument.shape[-1] for call in calls if call.module is layers[0])
+                output = next(call.output for call in calls if call.module is module)
+                return Decoder(module, layers, width, output[0].shape[-1])
         raise ModelError(f"{type(causal_lm).__name__} has no backbone apart from its head; is it a causal LM?")
     raise ModelError(
         f"{type(causal_lm).__name__} calls no list of decoder layers one after the other; experts need a decoder-only "
@@ -112,7 +121,17 @@ def _calls_of_a_forward(causal_lm: PreTrainedModel) -> list[_Call]:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(_Call(module, args[0] if args else next(iter(kwargs.values()), None)))
 
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in causal_lm.modules()]
+    def note_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        next(call for call in reversed(calls) if call.module is module).output = output
+
+    handles = [
+        handle
+        for module in causal_lm.modules()
+        for handle in (
+            module.register_forward_pre_hook(note, with_kwargs=True),
+            module.register_forward_hook(note_output),
+        )
+    ]
     ids = torch.zeros(1, 2, dtype=torch.long, device=causal_lm.device)
     try:
         with torch.no_grad(), evaluating(causal_lm):

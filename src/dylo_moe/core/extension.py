@@ -1,7 +1,7 @@
 """Give an object that exists more methods: it moves to a subclass of its own class.
 
-``torch.nn.utils.parametrize`` does the same to modules. Parameters, names and ``isinstance`` stay what they were, and so
-do pickling, ``copy.deepcopy`` and ``torch.save``.
+``torch.nn.utils.parametrize`` does the same to modules. Parameters, names and ``isinstance`` stay what they were; pickling,
+``copy.deepcopy`` and ``torch.save`` work.
 """
 
 import copyreg

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dylo_moe.core.context import Context, running_means
+from dylo_moe.core.decoder import evaluating, hidden_states_of
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.router import normalised
-from dylo_moe.core.decoder import evaluating, hidden_states_of
 from dylo_moe.core.routing import prefix_layer, reads_context
 from dylo_moe.errors import RoutingError
 
@@ -51,17 +51,17 @@ def base_features(model: DyLoRA_MoE, input_ids: Tensor, attention_mask: Tensor) 
         RoutingError: The router does not read frozen features.
     """
     check_frozen_features(model.routing)
-    inner, layers = model.experts.decoder
+    decoder = model.experts.decoder
     entering: list[Tensor] = []
 
     def hold(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entering.append(hidden_states_of(args, kwargs))
 
-    layer = layers[prefix_layer(model.routing)]
+    layer = decoder.layers[prefix_layer(model.routing)]
     hook = layer.register_forward_pre_hook(hold, with_kwargs=True)
     try:
-        with model.base_only(), evaluating(inner):
-            last: Tensor = inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        with model.base_only(), evaluating(decoder.backbone):
+            last: Tensor = decoder.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
     finally:
         hook.remove()
     read = last if model.routing == "final" else entering[0]

@@ -29,7 +29,12 @@ def plain_head(causal_lm: PreTrainedModel, backbone: nn.Module | None = None) ->
     """
     head: nn.Module | None = causal_lm.get_output_embeddings()
     # a head that is quantised, adapted, sharded or not loaded yet has its own way to multiply
-    if type(head) is not nn.Linear or is_wrapped(head) or head.weight.is_meta or head.weight.shape != (head.out_features, head.in_features):
+    if (
+        type(head) is not nn.Linear
+        or is_wrapped(head)
+        or head.weight.is_meta
+        or head.weight.shape != (head.out_features, head.in_features)
+    ):
         return None
     if "logits_to_keep" not in inspect.signature(causal_lm.forward).parameters:
         return None

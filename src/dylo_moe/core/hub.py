@@ -21,7 +21,9 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 def is_hub_id(source: str | Path) -> bool:
     """Tell whether a name can be a Hub id: ``name`` or ``user/name``, and no folder here."""
     name = str(source)
-    return not Path(name).exists() and not name.startswith(("/", ".", "~")) and name.count("/") <= 1 and "\\" not in name
+    return (
+        not Path(name).exists() and not name.startswith(("/", ".", "~")) and name.count("/") <= 1 and "\\" not in name
+    )
 
 
 def folder_of(source: str | Path, *, revision: str | None = None, subfolder: str = "", **hub: Any) -> Path:

@@ -4,8 +4,8 @@ This is where the parts meet: it owns the experts and the router, runs the one f
 and generation share, and sums the losses in one place. How to route, adapt, save or load is in its neighbours.
 
 A mixture is a ``PreTrainedModel``: the Trainer, TRL, pipelines and evaluation harnesses ask ``isinstance`` and a dozen
-methods of whatever they are given, and a saved mixture is a folder that ``AutoModelForCausalLM`` reads. Its ``config`` is
-the base model's own, since whoever reads it wants to know of the vocabulary, the positions or the attention.
+methods of whatever they are given, and a saved mixture is a folder that ``AutoModelForCausalLM`` reads. Its ``config``
+is the base model's own, since whoever reads it wants to know of the vocabulary, the positions or the attention.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +22,11 @@ from transformers.utils.generic import ModelOutput
 
 from dylo_moe.core import save_and_load
 from dylo_moe.core.base_model import fingerprint, load_base_model, name_of
+from dylo_moe.core.caches import with_cache_renamed
 from dylo_moe.core.checkpoint import LossEntry
 from dylo_moe.core.configuration import DyLoRAConfig, register
 from dylo_moe.core.context import real_tokens
-from dylo_moe.core.decoder import is_wrapped
+from dylo_moe.core.decoder import argument_names, is_wrapped
 from dylo_moe.core.expert import ExpertManager, check_blocks
 from dylo_moe.core.head import plain_head
 from dylo_moe.core.initialise import create_experts, initialise_eva
@@ -38,9 +39,9 @@ from dylo_moe.core.losses import (
 )
 from dylo_moe.core.ordinary_model import OrdinaryModel, rows_of_experts
 from dylo_moe.core.packed import check_segments, keeps_examples_apart, positions_in_segments
+from dylo_moe.core.routed_forward import check_weights
 from dylo_moe.core.router import MATURE, DynamicHybridRouter
 from dylo_moe.core.routing import RouterHooks, make_router, prefix_layer, resolve_routing
-from dylo_moe.core.routed_forward import check_weights
 from dylo_moe.core.routing_state import Record
 from dylo_moe.errors import RoutingError
 
@@ -49,8 +50,8 @@ from dylo_moe.errors import RoutingError
 class DyLoRAOutput(CausalLMOutputWithPast):
     """What a forward returns: what any causal LM does, and what became of the router.
 
-    ``loss`` is ``lm_loss + aux_loss`` while training, and ``lm_loss`` alone while evaluating, so that its exponential is
-    a perplexity; it is None without labels. ``logits`` are None with ``return_logits=False``.
+    ``loss`` is ``lm_loss + aux_loss`` while training, and ``lm_loss`` alone while evaluating, so that its exponential
+    is a perplexity; it is None without labels. ``logits`` are None with ``return_logits=False``.
 
     Attributes:
         lm_loss: Cross-entropy in nats per labelled token.
@@ -181,6 +182,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
         # taken while the weights are in one piece; the base never changes
         self._fingerprint = fingerprint(base)
         self._head_is_plain = plain_head(base, decoder.backbone) is not None
+        self._argument_names = argument_names(base)
         self._keeps_examples_apart: bool | None = None
         RouterHooks(base, decoder, routing, router, experts.routing_state, experts.active_indices)
         save_and_load.name_model(self, None)
@@ -228,7 +230,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
                 belongs to, counted from 1, and 0 for padding. Examples do not see each other. Takes the place of
                 ``attention_mask``.
             adapter_names: The expert of each row, or ``__base__`` for the base alone, instead of the router's choice.
-            **kwargs: Passed to the base model.
+            **kwargs: Passed to the base model; a cache as ``cache`` or ``past_key_values``.
 
         Returns:
             Losses, logits, cache and router logits.
@@ -238,6 +240,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
                 ``adapter_names`` are none of the active experts.
         """
         smoothing = kwargs.pop("label_smoothing", smoothing)
+        kwargs = with_cache_renamed(kwargs, self._argument_names)
         mask = attention_mask
         if segment_ids is not None:
             self._check_segments(segment_ids)
@@ -273,7 +276,9 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
             result.logits = None
         if record.outputs:
             result.router_logits = torch.stack([output.logits.to(outputs.logits.device) for output in record.outputs])
-            result.routing_weights = torch.stack([output.weights.to(outputs.logits.device) for output in record.outputs])
+            result.routing_weights = torch.stack(
+                [output.weights.to(outputs.logits.device) for output in record.outputs]
+            )
         if labels is not None:
             counted: dict[str, Any] = {"label_smoothing": smoothing, "num_items": num_items_in_batch}
             if record.features is None:
@@ -291,13 +296,11 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
                 self._keeps_examples_apart = keeps_examples_apart(self.experts.base_model)
         if not self._keeps_examples_apart:
             raise RoutingError(
-                f"segment_ids: {type(self.experts.base_model).__name__} lets the examples of a row see each other; give "
-                "each example a row of its own"
+                f"segment_ids: {type(self.experts.base_model).__name__} lets the examples of a row see each other; "
+                "give each example a row of its own"
             )
 
-    def _given_weights(
-        self, routing_weights: Tensor | None, adapter_names: Sequence[str] | None
-    ) -> Tensor | None:
+    def _given_weights(self, routing_weights: Tensor | None, adapter_names: Sequence[str] | None) -> Tensor | None:
         if adapter_names is None:
             return routing_weights
         if routing_weights is not None:
@@ -351,7 +354,9 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
     def _own_ways_to_generate(self) -> Iterator[None]:
         """Let the base model generate with what was set on this object, such as another way to stop."""
         base, own = vars(self.experts.base_model), vars(self)
-        changed = {name: own[name] for name in own if name not in base and callable(getattr(GenerationMixin, name, None))}
+        changed = {
+            name: own[name] for name in own if name not in base and callable(getattr(GenerationMixin, name, None))
+        }
         base.update(changed)
         try:
             yield
@@ -377,8 +382,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
         mode = self.routing.partition(":")[0]
         if mode in ("final", "context"):
             raise RoutingError(
-                f"routing {mode!r} does not work with continuous batching, whose cache holds keys and values alone; use "
-                "generate, or a mixture with routing per_layer or prefix:K"
+                f"routing {mode!r} does not work with continuous batching, whose cache holds keys and values alone; "
+                "use generate, or a mixture with routing per_layer or prefix:K"
             )
 
     @contextmanager

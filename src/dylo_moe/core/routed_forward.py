@@ -80,6 +80,8 @@ def _run_causal_lm(model: Any, method: Run, args: tuple[Any, ...], kwargs: dict[
         weights = check_weights(weights)
     elif state.scope.weights is not None and state.call is None:
         weights = _weights_of_a_text(state.scope.weights, args, kwargs)
+    if state.take_up is not None and (weights is not None or state.hooks is not None):
+        state.take_up()
     call = _new_call(state, model, weights)
     call.token_mask = mask
     if call.kept is not None:

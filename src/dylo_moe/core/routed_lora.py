@@ -9,12 +9,14 @@ Not covered: LoRA variants that do not add ``B A x`` (DoRA and others), LoRA on 
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from dylo_moe.core.decoder import is_wrapped
@@ -120,8 +122,14 @@ class RoutedLayer(Extension):
         return add_product(result, rank_space, self._stack(experts).up, in_place=own)
 
     def enable_adapters(self: Any, enabled: bool) -> None:
-        """As PEFT's, but which experts train is left alone: the end of ``disable_adapter`` must not unfreeze any."""
-        self._disable_adapters = not enabled
+        """Do as PEFT does; but where it would train all active adapters again, those train that did before."""
+        if not enabled and not self.disable_adapters:
+            self.trained_before = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.extended_from.enable_adapters(self, enabled)
+        if enabled and (trained := vars(self).pop("trained_before", None)) is not None:
+            self.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def _experts(self: Any) -> Experts:
         active, matrices, scalings = self.active_adapters, self.lora_A, self.scaling
@@ -137,11 +145,7 @@ class RoutedLayer(Extension):
     def _are_plain(self: Any, names: Iterable[str]) -> bool:
         """Tell whether the matrices of these experts are where their modules say, and the modules only multiply."""
         lora_a, lora_b = self.lora_A, self.lora_B
-        return not any(
-            is_wrapped(lora_a[name]) or is_wrapped(lora_b[name])
-            for name in names
-            if name in lora_a
-        )
+        return not any(is_wrapped(lora_a[name]) or is_wrapped(lora_b[name]) for name in names if name in lora_a)
 
     def _add_by_modules(self: Any, result: Tensor, x: Tensor, weights: TokenWeights) -> Tensor:
         """Return the result with one expert after the other, by the modules that hold their matrices.
@@ -313,13 +317,20 @@ def enable_routing(model: PeftModel) -> RoutingState:
             f"enable_routing needs a peft.PeftModel, got a {type(model).__name__}; make one with peft.get_peft_model, "
             "or a mixture with DyLoRA_MoE"
         )
-    causal_lm, tuner = model.get_base_model(), model.base_model
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    if not layers:
+    tuner = model.base_model
+    if not isinstance(tuner, BaseTuner) or not any(isinstance(module, LoraLayer) for module in model.modules()):
         raise RoutingError(f"routing needs a model with LoRA adapters, and {type(model).__name__} has none")
+    return _route_layers(tuner)
+
+
+def _route_layers(tuner: Any) -> RoutingState:
+    causal_lm = tuner.model
+    layers = [(name, module) for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)]
     for name, layer in layers:
         _check_layer(name, layer)
     state: RoutingState = vars(causal_lm).get("routing") or RoutingState()
+    state.take_up = partial(_take_up, tuner)
+    state.adapters = tuple(tuner.peft_config)
     for thing, extension in (
         (causal_lm, RoutedCausalLM),
         (tuner, RoutedTuner),
@@ -330,6 +341,12 @@ def enable_routing(model: PeftModel) -> RoutingState:
             extend(thing, extension)
     _find_layers_fed_alike(causal_lm, [layer for _, layer in layers])
     return state
+
+
+def _take_up(tuner: Any) -> None:
+    """Route the layers of adapters that were added since."""
+    if tuple(tuner.peft_config) != tuner.routing.adapters:
+        _route_layers(tuner)
 
 
 def _plain_again(tuner: Any, unloaded: nn.Module) -> nn.Module:
@@ -365,6 +382,11 @@ def _check_layer(name: str, layer: LoraLayer) -> None:
         )
     if any(layer.lora_bias.values()):
         raise RoutingError(f"lora_bias is set at {name}; train the adapter with lora_bias=False to route it")
+    if not isinstance(layer, RoutedLayer) and "forward" in vars(layer):
+        raise RoutingError(
+            f"the forward of {name} was replaced, by another way to mix adapters (X-LoRA) or by offloading; enable "
+            "routing on a plain LoRA model, before it is offloaded"
+        )
     own = layer.extended_from if isinstance(layer, RoutedLayer) else type(layer)
     if own.__name__ not in _LINEAR or not own.__module__.startswith("peft.tuners.lora."):
         raise RoutingError(

@@ -250,7 +250,7 @@ def make_router(
     base = experts.base_model
     gates = len(experts.decoder.layers) if routing == "per_layer" else 1
     carried = None if blocks is None else carried_by_layers(blocks, gates)
-    hidden_size = base.config.get_text_config().hidden_size
+    hidden_size = experts.decoder.output_width if routing == "final" else experts.decoder.layer_width
     return DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, gates, carried).to(base.device)
 
 

@@ -6,7 +6,7 @@ meet either. Nothing of a forward is left on the model, however the forward ends
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -177,16 +177,20 @@ class RoutingState:
 
     Attributes:
         hooks: The router's, where there is a router; its ``remove`` takes them off.
+        adapters: The names of the adapters whose layers are routed.
+        take_up: Called before a forward that routes: routes the layers of adapters that were added since.
     """
 
     def __init__(self) -> None:
         self.hooks: Any = None
+        self.adapters: tuple[str, ...] = ()
+        self.take_up: Callable[[], None] | None = None
         self._thread = threading.local()
         self._scope: ContextVar[Scope] = ContextVar("scope", default=Scope())  # noqa: B039 - it is immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle it without the calls and scopes of this process."""
-        return RoutingState, (), {"hooks": self.hooks}
+        return RoutingState, (), {"hooks": self.hooks, "adapters": self.adapters, "take_up": self.take_up}
 
     @property
     def call(self) -> Call | None:

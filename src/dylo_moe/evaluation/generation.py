@@ -29,6 +29,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
+from dylo_moe.core.caches import CACHE_NAME
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.errors import ConfigError
 
@@ -171,7 +172,6 @@ def _continued(
         output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             # a beam search cannot be continued
             max_new_tokens=min(_STRETCH, left) if settings.num_beams == 1 else left,
             num_beams=settings.num_beams,
@@ -182,6 +182,7 @@ def _continued(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends,
             return_dict_in_generate=True,
+            **{CACHE_NAME: cache},
             **_NEUTRAL,
         )
         for row, tokens in zip(rows, output.sequences[:, width:].tolist(), strict=True):
@@ -189,7 +190,7 @@ def _continued(
                 found[row] = tokens
                 if _sample(tokenizer, *batch[row], tokens, ends).ended:
                     unfinished.remove(row)
-        ids, cache = output.sequences, output.past_key_values
+        ids, cache = output.sequences, output[CACHE_NAME]
         mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
         if _can_drop(cache) and len(unfinished) < len(rows):
             keep = torch.tensor([place for place, row in enumerate(rows) if row in unfinished], device=ids.device)
