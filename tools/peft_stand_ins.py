@@ -37,6 +37,10 @@ T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_decoder_layers
 T5 |= {"decoder_start_token_id": 0}
 BART = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 100}
 BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+WHISPER = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "max_source_positions": 32, "num_mel_bins": 16}
+WHISPER |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2}
 EXPERTS = GROUPED | {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 32}
 
 # The Hub's name: class of the model, class of its config, the config's values.
@@ -119,10 +123,26 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "CLIPTextConfig",
         BERT | {"projection_dim": 32, "max_position_embeddings": 77, "eos_token_id": 2},
     ),
+    "tiiuae/falcon-mamba-tiny-dev": (
+        "FalconMambaForCausalLM",
+        "FalconMambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    ),
+    "trl-internal-testing/tiny-NemotronHForCausalLM-nano": (
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        GROUPED | MAMBA | {"layers_block_type": ["mamba", "attention"]},
+    ),
+    "peft-internal-testing/tiny-random-ResNetForImageClassification": (
+        "ResNetForImageClassification",
+        "ResNetConfig",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    ),
+    "openai/whisper-large": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
 }
 
-# Adapters on the Hub: the model that they belong to, and PEFT's task type.
-ADAPTERS: dict[str, tuple[str, str]] = {
+# Adapters on the Hub: the model that they belong to, and PEFT's task type, None for a class that PEFT has no name for.
+ADAPTERS: dict[str, tuple[str, str | None]] = {
     "peft-internal-testing/tiny-OPTForCausalLM-lora": (
         "peft-internal-testing/tiny-random-OPTForCausalLM",
         "CAUSAL_LM",
@@ -148,11 +168,13 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     ),
     "peft-internal-testing/tiny-random-BertModel-lora": (
         "hf-internal-testing/tiny-random-BertModel",
-        "FEATURE_EXTRACTION",
+        "CAUSAL_LM",
     ),
+    "peft-internal-testing/tiny_WhisperForConditionalGeneration-lora": ("openai/whisper-large", None),
 }
 
 AUTO_CLASSES = {
+    None: "AutoModelForSpeechSeq2Seq",
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -162,11 +184,14 @@ AUTO_CLASSES = {
 }
 
 # Further names of the newest revision that tests ask for.
-REVISIONS = {"peft-internal-testing/tiny-random-BertModel": ("v2.0.0",)}
+REVISIONS = {
+    "peft-internal-testing/tiny-random-BertModel": ("v2.0.0",),
+    "peft-internal-testing/tiny-random-BertModel-lora": ("v1.2.3",),
+}
 
 
-def write_stand_ins(cache: Path) -> list[str]:
-    """Write all stand-ins into an empty folder, and return the Hub's names of them."""
+def write_stand_ins(cache: Path) -> None:
+    """Write all stand-ins into a folder of the layout of the Hub's cache."""
     tokenizer = _tokenizer()
     for name in MODELS:
         folder = _new_snapshot(cache, name)
@@ -175,12 +200,13 @@ def write_stand_ins(cache: Path) -> list[str]:
     for name, (base, task_type) in ADAPTERS.items():
         folder = _new_snapshot(cache, name)
         auto_class = getattr(transformers, AUTO_CLASSES[task_type])
-        model = auto_class.from_pretrained(_snapshot(cache, base))
-        config = LoraConfig(task_type=task_type, init_lora_weights=False, base_model_name_or_path=base)
         torch.manual_seed(1)
+        model = auto_class.from_pretrained(_snapshot(cache, base))
+        # PEFT has default targets for each of these models but Whisper
+        targets = ["q_proj", "v_proj"] if task_type is None else None
+        config = LoraConfig(task_type=task_type, target_modules=targets, init_lora_weights=False)
         get_peft_model(model, config).save_pretrained(folder)
         _set_base_model(folder / "adapter_config.json", base)
-    return [*MODELS, *ADAPTERS]
 
 
 def build_model(name: str) -> PreTrainedModel:
