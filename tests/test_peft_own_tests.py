@@ -10,10 +10,8 @@ import peft_stand_ins
 import pytest
 from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
 from peft_own_tests import Difference, KnownDifference
-from peft_routing_plugin import fingerprint, may_build_lora, plain_class_name, refusal_reason, summarize
+from peft_routing_plugin import ModelRouter, fingerprint, may_build_lora, refusal_reason, summarize
 from torch import nn
-
-from dylo_moe import enable_routing
 
 TOOLS = Path(own.__file__).parent
 
@@ -74,6 +72,13 @@ def test_a_known_difference_explains_by_the_ids_beginning_and_the_error() -> Non
     assert own.explain([other_error], known)[0]["reason"] == "any"
 
 
+def test_known_differences_that_no_longer_occur_are_named() -> None:
+    known = [KnownDifference(("a.py::one",), "", "a"), KnownDifference(("b.py", "c.py"), "", "b")]
+    ran = ["a.py::one[x]", "c.py::two"]
+    assert own.outdated([Difference("a.py::one[x]", "passed", "failed", "")], known, ran) == ["b"]
+    assert own.outdated([], known, ["d.py::three"]) == []
+
+
 def test_the_committed_list_of_known_differences_can_be_read_and_gives_reasons() -> None:
     for entry in own.read_known(TOOLS / "peft_differences.json"):
         assert entry.tests and all(test.startswith("tests/test_") for test in entry.tests)
@@ -92,7 +97,7 @@ def test_outcomes_and_models_are_counted() -> None:
         record("failed", "E", refused=["conv", "conv"], changed_by_refusal=["conv"]),
         record("not collected: skipped"),
     ]
-    assert own.counts(records) == {"passed": 1, "failed": 1, "skipped": 0, "not collected": 1}
+    assert own.counts(records) == {"passed": 1, "failed": 1, "skipped": 0, "not run": 0, "not collected": 1}
     assert own.count_models(records) == {
         "routed": {"Linear": 2, "SVDLinear": 1},
         "refused": {"conv": 2},
@@ -112,9 +117,11 @@ def test_the_table_names_what_is_not_explained() -> None:
         "models": {"routed": {"Linear": 7}},
         "differences": [{"id": "t", "plain": "passed", "routed": "failed", "error": "E", "reason": None}],
         "unsteady": [],
+        "outdated": ["old"],
     }
     text = own.table(result)
     assert "1: NOT EXPLAINED\n  t: passed -> failed: E" in text and "      7  Linear" in text
+    assert "No longer differs: old" in text
 
 
 def test_a_record_has_the_worst_phase_and_all_notes() -> None:
@@ -152,12 +159,24 @@ def test_a_reason_for_a_refusal_is_the_same_for_all_models() -> None:
     assert refusal_reason(message, layers) == "LAYER uses NAME, LAYER and linear stay"
 
 
-def test_a_routed_layer_counts_as_the_class_that_it_extends_and_changes_the_fingerprint() -> None:
+def test_a_routed_layer_counts_as_the_class_that_it_extends() -> None:
+    router, test = ModelRouter(enable=True), SimpleNamespace(user_properties=[])
+    router.pytest_runtest_setup(test)  # type: ignore[arg-type]
     model = small()
-    layer, before = model.base_model.model[0], fingerprint(model)
-    assert plain_class_name(layer) == "lora.layer.Linear" and fingerprint(model) == before
-    enable_routing(model)
-    assert plain_class_name(layer) == "lora.layer.Linear" and fingerprint(model) != before
+    before = fingerprint(model)
+    router.route(model)
+    router.route(model)
+    assert fingerprint(model) != before
+    assert test.user_properties == [(key, ["lora.layer.Linear"]) for key in ("lora", "routed")] * 2
+
+
+def test_a_refused_model_is_counted_and_stays_as_it_was() -> None:
+    router, test = ModelRouter(enable=True), SimpleNamespace(user_properties=[])
+    router.pytest_runtest_setup(test)  # type: ignore[arg-type]
+    model = small(use_dora=True)
+    before = fingerprint(model)
+    router.route(model)
+    assert [key for key, _ in test.user_properties] == ["lora", "refused"] and fingerprint(model) == before
 
 
 def test_stand_ins_are_the_same_each_time_and_their_adapters_have_one() -> None:

@@ -88,6 +88,7 @@ class ModelRouter:
 
     def __init__(self, *, enable: bool) -> None:
         self.enable = enable
+        self.plain_classes: dict[type, type] = {}
         self.item: pytest.Item | None = None
 
     @pytest.hookimpl(tryfirst=True)
@@ -113,7 +114,9 @@ class ModelRouter:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         if not layers:
             return
-        self._note("lora", sorted({plain_class_name(layer) for layer in layers.values()}))
+        classes = [type(layer) for layer in layers.values()]
+        names = sorted({class_name(self.plain_classes.get(cls, cls)) for cls in classes})
+        self._note("lora", names)
         if not self.enable:
             return
         from dylo_moe import enable_routing
@@ -127,7 +130,10 @@ class ModelRouter:
             if fingerprint(model) != before:
                 self._note("changed_by_refusal", str(error))
         else:
-            self._note("routed", sorted({plain_class_name(layer) for layer in layers.values()}))
+            self._note("routed", names)
+            for layer, cls in zip(layers.values(), classes, strict=True):
+                if type(layer) is not cls:  # enable_routing extended the layer's class
+                    self.plain_classes[type(layer)] = cls
 
     def _note(self, key: str, value: object) -> None:
         if self.item is not None:
@@ -198,10 +204,9 @@ def error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
     return text.strip().partition("\n")[0][:300]
 
 
-def plain_class_name(layer: nn.Module) -> str:
-    """Return where PEFT defines the layer's class; a routed layer counts as the class that it extends."""
-    cls = next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("peft."))
-    return f"{cls.__module__.removeprefix('peft.tuners.')}.{cls.__name__}"
+def class_name(cls: type) -> str:
+    """Return the name of a layer's class with its module, without PEFT's own prefix."""
+    return f"{cls.__module__.removeprefix('peft.tuners.')}.{cls.__qualname__}"
 
 
 def fingerprint(model: nn.Module) -> list[tuple[str, type, int, int, tuple[str, ...]]]:
