@@ -298,7 +298,8 @@ def table(result: Record) -> str:
     for key, title in titles.items():
         lines.append(f"{title:28}" + "".join(f"{result[key][outcome]:15}" for outcome in OUTCOMES))
     for title, found in result["models"].items():
-        lines += ["", f"Models {title.replace('_', ' ')}:", *(f"{number:7}  {name}" for name, number in found.items())]
+        lines += ["", f"Calls of enable_routing, {title.replace('_', ' ')}:"]
+        lines += [f"{number:7}  {name}" for name, number in found.items()] or ["   none"]
     lines += ["", f"{len(result['differences'])} tests differ; {len(result['unsteady'])} more differed only once"]
     by_reason: dict[str, list[Record]] = {}
     for difference in result["differences"]:
