@@ -1,0 +1,320 @@
+"""Run PEFT's own tests with and without routing, and list what differs.
+
+    pip download --no-deps --no-binary :all: peft==0.21.2
+    pip install -r requirements.lock parameterized scipy scikit-learn diffusers
+    HF_HUB_OFFLINE=1 python tools/peft_own_tests.py peft-0.21.2.tar.gz --output results/peft.json
+
+The source distribution on PyPI contains ``tests/``; the wheel does not. It must be of the version that is installed,
+because the tests are unpacked to a temporary folder and run against the installed package. In the first run they run
+as they are. In the second run ``dylo_moe.enable_routing`` is applied to every model with LoRA layers (see
+``peft_routing_plugin.py``). A model without ``routing_weights`` must behave as in plain PEFT, so that every test
+should end as before. A test that ends differently is repeated in both ways. If it differs again, it must be explained
+in ``peft_differences.json``, or the exit code is 1.
+
+Offline, stand-ins replace the models of the Hub (see ``peft_stand_ins.py``).
+
+Not covered: tests of PEFT methods other than LoRA, which build no LoRA layer and are left out; tests that build no
+LoRA model in the first run are not repeated in the second; GPU tests; the mixture itself, which has tests here.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+TOOLS = Path(__file__).resolve().parent
+OUTCOMES = ("passed", "failed", "skipped", "not run", "not collected")
+PACKAGES = ("peft", "torch", "transformers", "accelerate", "pytest")
+
+Record = dict[str, Any]
+Records = dict[str, Record]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A test that ends differently with routing than without.
+
+    Attributes:
+        id: The id of the test in pytest.
+        plain: Outcome without routing.
+        routed: Outcome with routing.
+        error: First line of the error, of the routed run if it failed there.
+    """
+
+    id: str
+    plain: str
+    routed: str
+    error: str
+
+
+@dataclass(frozen=True)
+class KnownDifference:
+    """A difference that is understood.
+
+    Attributes:
+        tests: Beginnings of the ids that it explains.
+        error: Text that the error must contain; empty for any.
+        reason: Why routing makes the difference, and why that is right or not yet fixed.
+    """
+
+    tests: tuple[str, ...]
+    error: str
+    reason: str
+
+    def explains(self, difference: Difference) -> bool:
+        """Return whether the difference is this known one."""
+        return difference.id.startswith(self.tests) and self.error in difference.error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run both, report, and return the exit code."""
+    arguments = parse_arguments(argv)
+    with tempfile.TemporaryDirectory(prefix="peft-tests-") as folder:
+        suite = Suite(arguments, Path(folder))
+        plan = suite.plan()
+        selected = [test for test, may_build_lora in plan if may_build_lora]
+        plain = suite.run_plain(selected)
+        with_lora = [test for test in selected if plain.get(test, {}).get("lora")]
+        routed = suite.run("enable", with_lora)
+        if not any("routed" in record for record in routed.values()):
+            raise RuntimeError("no test has built a model that enable_routing accepts; nothing was compared")
+        suspects = compare(plain, routed)
+        again = [difference.id for difference in suspects]
+        repeated = compare(suite.run("observe", again), suite.run("enable", again)) if again else []
+    steady = {difference.id for difference in repeated}
+    differences = [difference for difference in suspects if difference.id in steady]
+    known = read_known(arguments.differences)
+    explained = explain(differences, known)
+    result = {
+        "versions": {name: version(name) for name in PACKAGES} | {"source": source_revision(arguments.source)},
+        "stand_ins": arguments.stand_ins,
+        "tests": {"collected": len(plan), "left_out": len(plan) - len(selected), "run": len(selected)},
+        "plain": counts(plain.values()),
+        "plain_with_lora": counts(plain[test] for test in with_lora),
+        "routed": counts(routed[test] for test in with_lora),
+        "models": count_models(routed.values()),
+        "differences": explained,
+        "unsteady": sorted(set(again) - steady),
+        "outdated": outdated(differences, known, with_lora),
+        "failed_in_both": errors_of_failed(plain.values()),
+    }
+    write(table(result))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    return int(any(difference["reason"] is None for difference in explained))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sdist", type=Path, help="PEFT's source distribution, a .tar.gz")
+    parser.add_argument("--source", type=Path, default=TOOLS.parent / "src", help="folder that contains dylo_moe")
+    parser.add_argument("--tests", nargs="+", default=["tests"], help="files below the distribution's root to run")
+    parser.add_argument("--output", type=Path, help="JSON file to write the result to")
+    parser.add_argument(
+        "--plain", type=Path, help="file that keeps the plain run's records; tests in it are not run again"
+    )
+    parser.add_argument("--differences", type=Path, default=TOOLS / "peft_differences.json", help="known differences")
+    parser.add_argument("--workers", type=int, default=1, help="processes that run tests")
+    parser.add_argument(
+        "--stand-ins",
+        action="store_true",
+        default=os.environ.get("HF_HUB_OFFLINE") == "1",
+        help="replace the Hub's models by tiny random ones; default: only if HF_HUB_OFFLINE=1",
+    )
+    return parser.parse_args(argv)
+
+
+class Suite:
+    """PEFT's tests, unpacked to a temporary folder."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.arguments = arguments
+        self.folder = folder
+        self.root = unpack(arguments.sdist, folder)
+        self.environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(TOOLS), str(arguments.source.resolve())]),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if arguments.stand_ins:
+            cache = folder / "hub"
+            self.environment |= {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+            command = [sys.executable, str(TOOLS / "peft_stand_ins.py"), str(cache)]
+            subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
+    def plan(self) -> list[tuple[str, bool]]:
+        """Return the id of each test, and whether it may build a LoRA model."""
+        path = self.folder / "plan.json"
+        self._pytest("observe", self.folder / "plan.jsonl", ["--collect-only", f"--plan={path}"])
+        return [(test, may_build_lora) for test, may_build_lora in json.loads(path.read_text())]
+
+    def run_plain(self, tests: list[str]) -> Records:
+        """Run tests without routing, except those that an earlier run's records have."""
+        path = self.arguments.plain
+        records = read_records(path.read_text()) if path is not None and path.exists() else {}
+        missing = [test for test in tests if test not in records]
+        if missing:
+            records |= self.run("observe", missing)
+        if path is not None:
+            path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
+        wanted = set(tests)
+        return {test: record for test, record in records.items() if test in wanted or "seconds" not in record}
+
+    def run(self, routing: str, tests: list[str]) -> Records:
+        """Run tests, and return what became of each."""
+        only, path = self.folder / "only.json", self.folder / f"{routing}.jsonl"
+        only.write_text(json.dumps(tests))
+        self._pytest(routing, path, [f"--only={only}", f"--numprocesses={self.arguments.workers}"])
+        not_run = {test: {"id": test, "outcome": "not run", "error": ""} for test in tests}
+        return not_run | read_records(path.read_text())
+
+    def _pytest(self, routing: str, records: Path, flags: list[str]) -> None:
+        command = [sys.executable, "-m", "pytest", *self.arguments.tests, "-p", "peft_routing_plugin"]
+        command += ["--quiet", "--tb=line", "--continue-on-collection-errors", "--disable-warnings"]
+        command += [f"--routing={routing}", f"--records={records}", *flags]
+        command += ["--offline"] if self.arguments.stand_ins else []
+        log = records.with_suffix(".log")
+        with log.open("w") as file:
+            code = subprocess.run(command, cwd=self.root, env=self.environment, stdout=file, stderr=file).returncode
+        if code not in (0, 1):
+            raise RuntimeError(f"pytest ended with {code}:\n" + log.read_text()[-4000:])
+
+
+def unpack(sdist: Path, folder: Path) -> Path:
+    """Unpack a source distribution, complete its tests to a package, and return the root."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    root = next(path for path in folder.iterdir() if path.is_dir())
+    wanted, found = f"peft-{version('peft')}", root.name
+    if found != wanted:
+        raise ValueError(f"{sdist} contains {found}, but {wanted} is installed; the versions must be equal")
+    (root / "tests" / "__init__.py").touch()
+    (root / "pytest.ini").write_text("[pytest]\n")
+    return root
+
+
+def read_records(text: str) -> Records:
+    """Return the records of JSON lines by the ids of their tests; the last one of an id counts."""
+    records = [json.loads(line) for line in text.splitlines()]
+    return {record["id"]: record for record in records}
+
+
+def read_known(path: Path) -> list[KnownDifference]:
+    """Return the known differences of a JSON file."""
+    entries = json.loads(path.read_text())
+    return [KnownDifference(tuple(entry["tests"]), entry.get("error", ""), entry["reason"]) for entry in entries]
+
+
+def compare(plain: Records, routed: Records) -> list[Difference]:
+    """Return the tests of the routed run that end differently than in the plain run.
+
+    A test differs if its outcome does, or if it fails in both with another type of exception.
+    """
+    differences = []
+    for test, record in routed.items():
+        before = plain.get(test, {"outcome": "not run"})
+        if before["outcome"] != record["outcome"] or exception_type(before) != exception_type(record):
+            error = record["error"] if record["outcome"] != "passed" else before.get("error", "")
+            differences.append(Difference(test, before["outcome"], record["outcome"], error))
+    return differences
+
+
+def exception_type(record: Record) -> str:
+    """Return the name of the exception that a test failed with; empty if it did not fail."""
+    if record["outcome"] != "failed":
+        return ""
+    name = record["error"].partition(":")[0]
+    return "AssertionError" if name.startswith("assert ") else name
+
+
+def explain(differences: list[Difference], known: list[KnownDifference]) -> list[Record]:
+    """Return the differences, each with the reason of the first known difference that explains it, or None."""
+    return [
+        vars(difference) | {"reason": next((entry.reason for entry in known if entry.explains(difference)), None)}
+        for difference in differences
+    ]
+
+
+def outdated(differences: list[Difference], known: list[KnownDifference], ran: list[str]) -> list[str]:
+    """Return the reasons of the known differences whose tests ran and ended alike."""
+    return [
+        entry.reason
+        for entry in known
+        if any(test.startswith(entry.tests) for test in ran) and not any(map(entry.explains, differences))
+    ]
+
+
+def counts(records: Iterable[Record]) -> dict[str, int]:
+    """Return how many tests had each outcome."""
+    found = Counter(record["outcome"].partition(":")[0] for record in records)
+    return {outcome: found[outcome] for outcome in OUTCOMES}
+
+
+def count_models(records: Iterable[Record]) -> dict[str, dict[str, int]]:
+    """Return how many calls of enable_routing met which layer classes, and how many were refused for which reason."""
+    records = list(records)
+    routed = Counter(name for record in records for names in record.get("routed", ()) for name in names)
+    refused = Counter(reason for record in records for reason in record.get("refused", ()))
+    changed = Counter(message for record in records for message in record.get("changed_by_refusal", ()))
+    return {
+        "routed": dict(routed.most_common()),
+        "refused": dict(refused.most_common()),
+        "changed_by_refusal": dict(changed.most_common()),
+    }
+
+
+def errors_of_failed(records: Iterable[Record]) -> dict[str, int]:
+    """Return how many tests failed with each error."""
+    return dict(Counter(record["error"] for record in records if record["outcome"] == "failed").most_common())
+
+
+def source_revision(source: Path) -> str:
+    """Return the git commit of the source under test, marked if files differ from it; empty outside of git."""
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def table(result: Record) -> str:
+    """Return the report as text."""
+    tests = result["tests"]
+    lines = [
+        ", ".join(f"{name} {number}" for name, number in result["versions"].items()),
+        f"{tests['collected']} tests collected, {tests['left_out']} of other methods left out, {tests['run']} run",
+        "",
+        " " * 28 + "".join(f"{outcome:>15}" for outcome in OUTCOMES),
+    ]
+    titles = {"plain": "plain", "plain_with_lora": "plain, with LoRA models", "routed": "routed, the same"}
+    for key, title in titles.items():
+        lines.append(f"{title:28}" + "".join(f"{result[key][outcome]:15}" for outcome in OUTCOMES))
+    for title, found in result["models"].items():
+        lines += ["", f"Calls of enable_routing, {title.replace('_', ' ')}:"]
+        lines += [f"{number:7}  {name}" for name, number in found.items()] or ["   none"]
+    lines += ["", f"{len(result['differences'])} tests differ; {len(result['unsteady'])} more differed only once"]
+    by_reason: dict[str, list[Record]] = {}
+    for difference in result["differences"]:
+        by_reason.setdefault(difference["reason"] or "NOT EXPLAINED", []).append(difference)
+    for reason, differences in by_reason.items():
+        lines += ["", f"{len(differences)}: {reason}"]
+        lines += [f"  {found['id']}: {found['plain']} -> {found['routed']}: {found['error']}" for found in differences]
+    lines += [f"No longer differs: {reason}" for reason in result["outdated"]]
+    return "\n".join(lines)
+
+
+def write(text: str) -> None:
+    """Write text to stdout."""
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
