@@ -184,8 +184,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         self._head_is_plain = plain_head(base, decoder.backbone) is not None
         self._argument_names = argument_names(base)
         self._keeps_examples_apart: bool | None = None
-        RouterHooks(base, decoder, routing, router, experts.routing_state, experts.active_indices)
-        save_and_load.name_model(self, None)
+        hooks = RouterHooks(base, decoder, routing, router, experts.routing_state, experts.active_indices)
+        self._mark_config(hooks.undo)
 
     def forward(
         self,

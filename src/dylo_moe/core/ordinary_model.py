@@ -5,6 +5,8 @@ they ask is answered by the base model: its configuration, its embeddings, its w
 bare base behind the mixture's back is refused by name.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from dylo_moe.errors import ModelError, RoutingError
 
 NOT_FOR_METRICS = ("lm_loss", "aux_loss", "balance_loss", "z_loss", "router_logits", "routing_weights")
 """What a forward returns beside the usual, and what the Trainer must not gather as predictions."""
+
+NOT_SAVED = "a mixture that is not saved: pass ref_model=copy.deepcopy(model), or call save_pretrained first"
+"""Stands where trainers look for a place to load a second copy from: they would take the bare base from its own."""
 
 _REFUSED = {
     "resize_token_embeddings": "resize the base model before you make the mixture",
@@ -57,8 +62,15 @@ class OrdinaryModel(PreTrainedModel):
         super().__init__(base.config)
         base.generation_config = generation_config
         self.loss_type = "ForCausalLM"
-        ignored = getattr(base.config, "keys_to_ignore_at_inference", [])
-        base.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, *NOT_FOR_METRICS])]
+
+    def _mark_config(self, undo: list[Callable[[], None]]) -> None:
+        """Put into the base's configuration what tools read there of the whole model; ``undo`` takes it out again."""
+        config = self.config
+        ignored = getattr(config, "keys_to_ignore_at_inference", [])
+        undo.append(partial(delattr, config, "keys_to_ignore_at_inference"))
+        config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, *NOT_FOR_METRICS])]
+        undo.append(partial(setattr, config, "_name_or_path", config._name_or_path))
+        config._name_or_path = self.name_or_path = NOT_SAVED
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from dylo_moe.core.model import DyLoRA_MoE
 
 _LOG = logging.getLogger(__name__)
-
-NOT_SAVED = "a mixture that is not saved: pass ref_model=copy.deepcopy(model), or call save_pretrained first"
-"""Stands where trainers look for a place to load a second copy from: they would take the bare base from its own."""
 
 _TRAINERS_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINED_FILE, TRAINED_INDEX = "trained.safetensors", "model.safetensors.index.json"
@@ -271,15 +267,10 @@ def load_weights(model: "DyLoRA_MoE", path: Path) -> None:
     model.router.maturity = [expert.maturity for expert in description.experts]
 
 
-def name_model(model: "DyLoRA_MoE", folder: Path | None) -> None:
+def name_model(model: "DyLoRA_MoE", folder: Path) -> None:
     """Let tools that load a second copy of a model find the mixture, and not its bare base."""
-    name = NOT_SAVED if folder is None else str(folder.absolute())
-    hooks, config = model.experts.routing_state.hooks, model.config
-    if folder is None:
-        hooks.undo.append(partial(setattr, config, "_name_or_path", config._name_or_path))
-    config._name_or_path = name
-    model.name_or_path = name
-    if folder is not None and model.tokenizer is None and (folder / "tokenizer_config.json").is_file():
+    model.config._name_or_path = model.name_or_path = str(folder.absolute())
+    if model.tokenizer is None and (folder / "tokenizer_config.json").is_file():
         model.tokenizer = AutoTokenizer.from_pretrained(str(folder))
 
 
