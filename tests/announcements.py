@@ -60,4 +60,5 @@ def _note(said: list[str], logger: str, message: str) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.is_relative_to(HERE) and "site-packages" not in path.parts and path != Path(__file__)
+    """Whether a file is the package's, wherever it is installed, or a test's."""
+    return "dylo_moe" in path.parts or (path.is_relative_to(HERE / "tests") and path != Path(__file__))
