@@ -49,7 +49,7 @@ _OURS = (
 
 _NO_EFFECT = ("max_shard_size", "save_function", "save_peft_format", "save_original_format", "token")
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
-_LOADERS_OWN = ("trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors", "weights_only")
+_LOADERS_OWN = ("adapter_kwargs", "low_cpu_mem_usage", "use_safetensors", "weights_only")
 
 
 def save(
