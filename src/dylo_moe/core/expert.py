@@ -15,15 +15,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.core.adapter_folder import (
+    ADAPTER_FILES,
     CONFIG_FILE,
     PLAIN_INITIALISATIONS,
     check_adapter,
     difference,
+    read_config,
     read_weights,
+    scalings,
     tensor_shapes,
 )
 from dylo_moe.core.checkpoint import atomic_directory, write_adapter
 from dylo_moe.core.decoder import find_decoder
+from dylo_moe.core.hub import folder_of
+from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.quantised import keep_trainable
 from dylo_moe.core.routed_lora import enable_routing
 from dylo_moe.core.routing_state import RoutingState
@@ -164,22 +169,22 @@ class ExpertManager:
         self._welcome(name, training)
         return name
 
-    def import_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Makes an existing PEFT LoRA adapter an expert, its weights as they are, and all experts active.
+    def import_adapter(self, path: str | Path, name: str | None = None, revision: str | None = None) -> str:
+        """Make an existing PEFT LoRA adapter an expert, its weights as they are, and all experts active.
 
         Args:
-            path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-            name: The folder's name by default.
+            path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id.
+            name: The name of the folder or the repository by default.
+            revision: Commit, tag or branch on the Hub.
 
         Returns:
             The expert's name.
 
         Raises:
             ExpertError: The folder is no LoRA adapter, does not fit the base model, or cannot be routed.
+            CheckpointError: There is no such folder, or the repository cannot be had.
         """
-        path = Path(path)
-        name = self._new_name(name or path.name)
-        check_adapter(path, self._linear_modules(), self._module_names())
+        name, path = self.check_import(path, name, revision)
         training = self.base_model.training
         if self._peft_model is None:
             self._peft_model = PeftModel.from_pretrained(self.base_model, str(path), adapter_name=name)
@@ -188,18 +193,32 @@ class ExpertManager:
         self._welcome(name, training)
         return name
 
+    def check_import(self, path: str | Path, name: str | None, revision: str | None) -> tuple[str, Path]:
+        """Return the name and the folder of an adapter that ``import_adapter`` would take; raise as it does."""
+        name = self._new_name(name or Path(path).absolute().name)
+        folder = folder_of(path, revision=revision, files=ADAPTER_FILES)
+        if not folder.is_dir():
+            raise ExpertError(f"there is no folder {str(path)!r} to import an adapter from")
+        check_adapter(folder, self._linear_modules(), self._module_names())
+        return name, folder
+
     def fitting_weights(self, name: str, path: str | Path) -> dict[str, Tensor]:
         """Reads the weights of an adapter folder for an expert of the same shape; changes nothing.
 
         Raises:
-            ExpertError: There is no such expert, or the folder's weights do not fit it.
+            ExpertError: There is no such expert, or the folder's weights or their scaling do not fit it.
         """
-        self.check_known([name])
-        weights = read_weights(Path(path))
+        ours_said = self[name].to_dict()
+        weights, said = read_weights(Path(path)), read_config(Path(path))
         ours = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
         wrong = difference(tensor_shapes(weights), tensor_shapes(ours))
         if wrong is not None:
             raise ExpertError(f"the weights in {path} do not fit expert {name!r}: {wrong}")
+        if scalings(said, weights) != scalings(ours_said, weights):
+            raise ExpertError(
+                f"the weights in {path} do not fit expert {name!r}: they are scaled by another lora_alpha, use_rslora or "
+                "alpha_pattern; import the folder as an expert of its own"
+            )
         return weights
 
     def load_weights(self, name: str, path: str | Path) -> None:
@@ -207,15 +226,19 @@ class ExpertManager:
         set_peft_model_state_dict(self.peft_model, self.fitting_weights(name, path), adapter_name=name)
 
     def export(self, name: str, path: str | Path) -> None:
-        """Writes an expert as an ordinary PEFT adapter folder.
+        """Write an expert as a PEFT adapter folder that every tool scales alike, by ``lora_alpha / r``.
+
+        One that is scaled otherwise (rsLoRA, patterns) has that moved into its weights; see ``plain_adapter``.
 
         Raises:
-            ExpertError: There is no such expert.
+            ExpertError: There is no such expert, or the folder holds something else than an adapter.
             CheckpointError: The folder cannot be written.
         """
         self.check_known([name])
+        check_target(Path(path))
         with atomic_directory(Path(path), marker=CONFIG_FILE) as folder:
             write_adapter(folder, self.peft_model, name)
+            make_plain(folder)
 
     def set_active(self, names: str | Iterable[str]) -> None:
         """Routes among these experts alone; with one, the model is the base with that adapter."""
