@@ -110,8 +110,8 @@ def local_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase 
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(model_source(name), revision=revision, local_files_only=True)  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:  # a ModelError among them
+        return AutoTokenizer.from_pretrained(model_source(name), revision=revision, local_files_only=True)
+    except (OSError, ValueError) as error:
         _LOG.debug("no tokenizer of %s on this machine: %s", name, error)
         return None
 

@@ -55,13 +55,19 @@ class ExpertManager:
         held: Experts of which the second half of the ranks is a constant; see ``initialise.initialise_pissa``.
 
     Raises:
-        ModelError: The base model carries adapters already.
+        ModelError: The base model carries adapters already, or is offloaded.
     """
 
     def __init__(self, base_model: PreTrainedModel, first_layer: int = 0, blocks: Sequence[int] | None = None) -> None:
         carried = next((name for name, module in base_model.named_modules() if isinstance(module, LoraLayer)), None)
         if carried is not None:
             raise ModelError(f"the base model carries adapters already (at {carried}); unload them, or load it anew")
+        away = next((name for name, parameter in base_model.named_parameters() if parameter.is_meta), None)
+        if away is not None:
+            raise ModelError(
+                f"the base model's weights are not here ({away} is offloaded): load it without offloading, make or "
+                "load the mixture, and then offload that, for instance with accelerate.cpu_offload"
+            )
         base_model.requires_grad_(False)
         keep_trainable(base_model)
         self.base_model = base_model

@@ -70,7 +70,7 @@ class DyLoRAOutput(CausalLMOutputWithPast):
     routing_weights: Tensor | None = None
 
 
-class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
+class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
     """A mixture of LoRA experts on one frozen causal language model.
 
     Args:
@@ -323,7 +323,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
         if self.training:
             result.loss = result.lm_loss + result.aux_loss.to(result.lm_loss.device)
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         *args: Any,
         routing_weights: Tensor | None = None,
@@ -348,7 +348,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
         if weights is not None:
             weights = check_weights(weights)
         with state.keeping_stacks(), state.scoped(weights=weights), self._own_ways_to_generate():
-            return self.experts.base_model.generate(*args, **kwargs)
+            base: Any = self.experts.base_model
+            return base.generate(*args, **kwargs)
 
     @contextmanager
     def _own_ways_to_generate(self) -> Iterator[None]:
@@ -487,7 +488,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
             ModelError: The base model cannot be had.
         """
         with torch.inference_mode(False):
-            return save_and_load.load(cls, pretrained_model_name_or_path, model, options)
+            loaded: Self = save_and_load.load(cls, pretrained_model_name_or_path, model, options)
+        return loaded
 
     def load_weights(self, path: str | Path) -> None:
         """Load the weights of a checkpoint into this model, which must have the same experts and routing.

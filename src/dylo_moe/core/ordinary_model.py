@@ -61,7 +61,7 @@ class OrdinaryModel(PreTrainedModel):
         base.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, *NOT_FOR_METRICS])]
 
     @property
-    def config(self) -> PreTrainedConfig:  # type: ignore[override]
+    def config(self) -> PreTrainedConfig:
         """The base model's configuration."""
         return self.experts.base_model.config
 
@@ -117,7 +117,8 @@ class OrdinaryModel(PreTrainedModel):
 
     @override
     def get_output_embeddings(self) -> nn.Module:
-        return self.experts.base_model.get_output_embeddings()
+        head: nn.Module = self.experts.base_model.get_output_embeddings()
+        return head
 
     @override
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -150,14 +151,14 @@ class OrdinaryModel(PreTrainedModel):
 
     def num_base_parameters(self) -> int:
         """Count the parameters of the frozen base."""
-        return count_parameters(self.model) - sum(map(self.experts.num_parameters, self.experts.names))  # type: ignore[arg-type]
+        return count_parameters(self.model) - sum(map(self.experts.num_parameters, self.experts.names))
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in the words of PEFT."""
         trained, every = self.num_trainable_parameters(), count_parameters(self)
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")  # noqa: T201
 
-    def activation_checkpointing_enable(
+    def activation_checkpointing_enable(  # type: ignore[override]
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Trade time for memory in training; the recomputation routes as the first run did.
@@ -195,7 +196,8 @@ class OrdinaryModel(PreTrainedModel):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Do as the base model does."""
-        return self.experts.base_model.prepare_inputs_for_generation(*args, **kwargs)
+        base: Any = self.experts.base_model
+        return base.prepare_inputs_for_generation(*args, **kwargs)
 
     @override
     def __repr__(self) -> str:

@@ -34,6 +34,23 @@ _TRAINERS_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINED_FILE, TRAINED_INDEX = "trained.safetensors", "model.safetensors.index.json"
 """What the Trainer of transformers goes on from: only files of these names, with the keys of ``state_dict``."""
 
+_OURS = (
+    checkpoint.EXPERTS_FOLDER,
+    checkpoint.ROUTER_FILE,
+    checkpoint.DESCRIPTION_FILE,
+    checkpoint.CARD_FILE,
+    "config.json",
+    MODELING_FILE,
+    "generation_config.json",
+    TRAINED_FILE,
+    TRAINED_INDEX,
+    "model.safetensors",
+    "adapter_config.json",
+    "skills.json",
+    "skills.safetensors",
+)
+"""What a mixture's folder has of ours, now or from an earlier save, and what another kind of model would have."""
+
 _NO_EFFECT = ("max_shard_size", "save_function", "save_peft_format", "save_original_format", "token")
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 _LOADERS_OWN = ("trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors", "weights_only")
@@ -54,7 +71,8 @@ def save(
     if not is_main_process:
         return
     in_trainers_checkpoint = _TRAINERS_CHECKPOINT.fullmatch(folder.name) is not None
-    with checkpoint.atomic_directory(folder, marker=checkpoint.DESCRIPTION_FILE, in_place=in_place) as target:
+    marker = checkpoint.DESCRIPTION_FILE
+    with checkpoint.atomic_directory(folder, marker=marker, in_place=in_place, ours=_OURS) as target:
         write_files(model, target, state, beside=folder)
         if in_trainers_checkpoint:
             _write_trained(model, target, state)
@@ -93,14 +111,15 @@ def write_files(
     if state is not None:
         adapters, router = _beginning_with("model.", state), _beginning_with("router.", state)
     description = describe(model, beside or folder)
-    checkpoint.write_files(folder, model.model, router, description, adapters)  # type: ignore[arg-type]
+    checkpoint.write_files(folder, model.model, router, description, adapters)
     config = folder_config(model.config)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / MODELING_FILE).write_text(MODELING_SOURCE)
     model.generation_config.save_pretrained(str(folder))
-    tokenizer = model.tokenizer if model.tokenizer is not None else local_tokenizer(model.base_name, model.revision)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+    if model.tokenizer is None:
+        model.tokenizer = local_tokenizer(model.base_name, model.revision)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(str(folder))
 
 
 def _write_trained(model: "DyLoRA_MoE", folder: Path, state: Mapping[str, Tensor] | None) -> None:
@@ -180,7 +199,7 @@ def load(
     self.router.maturity = [expert.maturity for expert in description.experts]
     self.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
     name_model(self, path)
-    self.eval()
+    self.train(False)
     return (self, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if with_info else self
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,9 +29,9 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     assert isinstance(args, GenerateArguments)
     transformers.logging.disable_progress_bar()
     prompt = None if args.instruction is not None else _prompt(args)
-    model = DyLoRA_MoE.from_pretrained(Path(args.trained_model)).eval()
+    model = DyLoRA_MoE.from_pretrained(Path(args.trained_model))
     if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+        torch.nn.Module.to(model, torch.accelerator.current_accelerator())
     tokenizer = load_tokenizer(model.base_name, revision=model.revision)
     if prompt is None:
         prompt = template_of(model.prompt_template or AUTO, tokenizer).render(asked(str(args.instruction)))
@@ -55,7 +56,9 @@ def _prompt(args: GenerateArguments) -> str:
 def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArguments) -> None:
     """Writes prompt and completion to standard output, token by token where there is one beam."""
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
+    )
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_beams == 1 else None
     output = model.generate(
         input_ids=ids,
