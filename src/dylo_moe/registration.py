@@ -13,6 +13,13 @@ from typing_extensions import override
 AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 """Where transformers keeps what ``AutoModelForCausalLM`` knows."""
 
+PEFT = "peft"
+
+
+def is_being_imported(module: str) -> bool:
+    """Tell whether the import of a module has begun and not ended."""
+    return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
+
 
 class AfterImport(MetaPathFinder):
     """Calls a function once, after the first import of a module.

@@ -190,7 +190,7 @@ class ExpertManager:
             ExpertError: The folder is no LoRA adapter, does not fit the base model, or cannot be routed.
             CheckpointError: There is no such folder, or the repository cannot be had.
         """
-        name, path = self.check_import(path, name, revision)
+        name, path = self.check_import(path, name, revision, self.names)
         training = self.base_model.training
         if self._peft_model is None:
             self._peft_model = PeftModel.from_pretrained(self.base_model, str(path), adapter_name=name)
@@ -199,9 +199,12 @@ class ExpertManager:
         self._welcome(name, training)
         return name
 
-    def check_import(self, path: str | Path, name: str | None, revision: str | None) -> tuple[str, Path]:
-        """Return the name and the folder of an adapter that ``import_adapter`` would take; raise as it does."""
-        name = self._new_name(name or Path(path).absolute().name)
+    def check_import(
+        self, path: str | Path, name: str | None, revision: str | None, taken: Iterable[str]
+    ) -> tuple[str, Path]:
+        """Return the name and the folder of an adapter to import beside the experts ``taken``; raise as the import."""
+        name = name or Path(path).absolute().name
+        check_new_name(name, taken, self._module_names())
         folder = folder_of(path, revision=revision, files=ADAPTER_FILES)
         if not folder.is_dir():
             raise ExpertError(f"there is no folder {str(path)!r} to import an adapter from")

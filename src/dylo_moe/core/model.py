@@ -408,7 +408,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         return name
 
     def import_expert(self, path: str | Path, name: str | None = None, revision: str | None = None) -> str:
-        """Add an existing PEFT adapter, by folder or Hub id, as a young expert; see ``ExpertManager.import_adapter``."""
+        """Add a PEFT adapter, a folder or Hub id, as a young expert; see ``ExpertManager.import_adapter``."""
         name = self.experts.import_adapter(path, name, revision)
         self.router.add_expert()
         return name

@@ -60,8 +60,8 @@ def make_plain(folder: Path) -> None:
 def folded(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return an adapter that adds the same and has one rank and one scaling, ``lora_alpha / r``.
 
-    Smaller ranks are filled up with zeros. Where one whole number can be ``lora_alpha`` for all modules, ``B`` keeps its
-    bits. Otherwise ``lora_alpha`` is ``r``, and ``B`` is multiplied by its module's scaling, in float32 at least.
+    Smaller ranks are filled up with zeros. Where one whole number can be ``lora_alpha`` for all modules, ``B`` keeps
+    its bits. Otherwise ``lora_alpha`` is ``r``, and ``B`` is multiplied by its module's scaling, in float32 at least.
 
     Args:
         config: The fields of ``adapter_config.json``.
