@@ -38,13 +38,16 @@ class AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self._module or self not in sys.meta_path:
             return None
+        place = sys.meta_path.index(self)
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
+        sys.meta_path.insert(place, self)  # whoever asks whether there is such a module need not import it
         loader: Any = spec and spec.loader
         if loader is not None:
             execute = loader.exec_module
 
             def execute_and_then(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 execute(module)
                 self._then()
 

@@ -202,7 +202,7 @@ class ExpertManager:
     def check_import(
         self, path: str | Path, name: str | None, revision: str | None, taken: Iterable[str]
     ) -> tuple[str, Path]:
-        """Return the name and the folder of an adapter to import beside the experts ``taken``; raise as the import."""
+        """Return the name and folder of an adapter to import next to the experts ``taken``; raise as that does."""
         name = name or Path(path).absolute().name
         check_new_name(name, taken, self._module_names())
         folder = folder_of(path, revision=revision, files=ADAPTER_FILES)
@@ -225,7 +225,7 @@ class ExpertManager:
             raise ExpertError(f"the weights in {path} do not fit expert {name!r}: {wrong}")
         if scalings(said, weights) != scalings(ours_said, weights):
             raise ExpertError(
-                f"the weights in {path} do not fit expert {name!r}: they are scaled by another lora_alpha, use_rslora or "
+                f"the weights in {path} do not fit expert {name!r}: they are scaled by another lora_alpha, rsLoRA or "
                 "alpha_pattern; import the folder as an expert of its own"
             )
         return weights
@@ -240,8 +240,8 @@ class ExpertManager:
         One that is scaled otherwise (rsLoRA, patterns) has that moved into its weights; see ``plain_adapter``.
 
         Raises:
-            ExpertError: There is no such expert, or the folder holds something else than an adapter.
-            CheckpointError: The folder cannot be written.
+            ExpertError: There is no such expert.
+            CheckpointError: The folder holds something else than an adapter, or cannot be written.
         """
         self.check_known([name])
         check_target(Path(path))

@@ -26,20 +26,19 @@ from dylo_moe.core.adapter_folder import (
     read_weights,
     scalings,
 )
-from dylo_moe.errors import ExpertError
+from dylo_moe.errors import CheckpointError
 
 _SCALED_OTHERWISE = ("use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def check_target(folder: Path) -> None:
-    """Raise ``ExpertError`` unless a folder can take an exported adapter: new, empty, or with an adapter alone."""
+    """Raise ``CheckpointError`` unless a folder can take an exported adapter: new, empty, or with an adapter alone."""
     if not folder.is_dir():
         return
     other = sorted({file.name for file in folder.iterdir()} - {*ADAPTER_FILES})
     if other:
-        raise ExpertError(
-            f"the folder {folder} holds something else ({other[0]}), and an export would replace it; "
-            "choose a new or empty folder"
+        raise CheckpointError(
+            f"{folder} holds other files ({other[0]}), and writing would replace them; choose a new or empty folder"
         )
 
 

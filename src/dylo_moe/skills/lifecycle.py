@@ -187,8 +187,8 @@ def export_expert(path: Path, name: str, folder: Path) -> ExportedAdapter:
     """Write an expert as a PEFT adapter folder that every tool scales alike; see ``core.plain_adapter``.
 
     Raises:
-        ExpertError: There is no such expert, its files are damaged, or the folder holds something else.
-        CheckpointError: The folder cannot be written.
+        ExpertError: There is no such expert, its files are damaged, or the folder is a part of the mixture.
+        CheckpointError: The folder holds something else than an adapter, or cannot be written.
     """
     description, _ = _opened(path, name)
     if path.resolve() in (folder.resolve(), *folder.resolve().parents):
