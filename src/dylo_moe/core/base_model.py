@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from filelock import FileLock
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -110,7 +111,10 @@ def local_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase 
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(model_source(name), revision=revision, local_files_only=True)
+        source = model_source(name)
+        if is_hub_id(source):  # transformers asks the Hub about an id, local files only or not
+            source = snapshot_download(source, revision=revision, local_files_only=True)
+        return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         _LOG.debug("no tokenizer of %s on this machine: %s", name, error)
         return None
@@ -126,10 +130,16 @@ def name_of(model: str | PreTrainedModel, revision: str | None) -> tuple[str, st
     if not name or not Path(name).is_dir():
         return name, revision
     folder = Path(name).resolve()
-    cached = _SNAPSHOT.search(folder.as_posix())
+    cached = cached_repository(folder)
     if cached is not None:
-        return cached["repo"].replace("--", "/", 1), cached["commit"]
+        return cached
     return (EMBEDDED if folder == _embedded_folder().resolve() else str(folder)), None
+
+
+def cached_repository(folder: str | Path) -> tuple[str, str] | None:
+    """Return the Hub id and the commit of a folder in a cache of the Hub; None for any other folder."""
+    found = _SNAPSHOT.search(Path(folder).resolve().as_posix())
+    return None if found is None else (found["repo"].replace("--", "/", 1), found["commit"])
 
 
 _SNAPSHOT = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")

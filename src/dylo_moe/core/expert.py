@@ -25,6 +25,7 @@ from dylo_moe.core.adapter_folder import (
     scalings,
     tensor_shapes,
 )
+from dylo_moe.core.base_model import cached_repository
 from dylo_moe.core.checkpoint import atomic_directory, write_adapter
 from dylo_moe.core.decoder import find_decoder
 from dylo_moe.core.hub import folder_of
@@ -173,6 +174,9 @@ class ExpertManager:
         else:
             self._peft_model.add_adapter(name, config)
         self._welcome(name, training)
+        cached = cached_repository(self.base_model.name_or_path or "")
+        if cached is not None:  # PEFT has noted the folder, which is on this machine alone
+            config.base_model_name_or_path, config.revision = cached
         return name
 
     def import_adapter(self, path: str | Path, name: str | None = None, revision: str | None = None) -> str:
