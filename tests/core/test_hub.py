@@ -11,7 +11,6 @@ import torch
 from dylo_moe import DyLoRA_MoE, ExpertManager
 from dylo_moe.core.base_model import (
     check_base_model,
-    empty_model,
     load_base_model,
     load_tokenizer,
     local_tokenizer,
@@ -106,7 +105,6 @@ LOADERS: dict[str, Callable[[str], object]] = {
     "tokenizer": load_tokenizer,
     "check": check_base_model,
     "modules": module_names,
-    "empty": empty_model,
     "new mixture": lambda name: DyLoRA_MoE(name, 1),
     "mixture": DyLoRA_MoE.from_pretrained,
     "adapter": lambda name: ExpertManager(tiny()).import_adapter(name, "sql"),

@@ -163,19 +163,9 @@ def module_names(name: str, *, revision: str | None = None) -> list[str]:
     Raises:
         ModelError: The configuration cannot be had.
     """
-    return [module for module, _ in empty_model(name, revision=revision).named_modules() if module]
-
-
-def empty_model(name: str, *, revision: str | None = None) -> PreTrainedModel:
-    """Return a causal LM without its weights, from its configuration alone.
-
-    Raises:
-        ModelError: The configuration cannot be had.
-    """
     with _readable_errors(name), init_empty_weights():
-        config = AutoConfig.from_pretrained(model_source(name), revision=revision)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_source(name), revision=revision))
+    return [module for module, _ in model.named_modules() if module]
 
 
 def model_source(name: str) -> str:

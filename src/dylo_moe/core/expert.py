@@ -194,26 +194,15 @@ class ExpertManager:
             ExpertError: The folder is no LoRA adapter, does not fit the base model, or cannot be routed.
             CheckpointError: There is no such folder, or the repository cannot be had.
         """
-        name, path = self.check_import(path, name, revision, self.names)
+        folder, name = adapter_folder_of(path, revision), name or Path(path).absolute().name
+        check_import(folder, name, self.base_model, self.first_layer, self.names)
         training = self.base_model.training
         if self._peft_model is None:
-            self._peft_model = PeftModel.from_pretrained(self.base_model, str(path), adapter_name=name)
+            self._peft_model = PeftModel.from_pretrained(self.base_model, str(folder), adapter_name=name)
         else:
-            self._peft_model.load_adapter(str(path), name)
+            self._peft_model.load_adapter(str(folder), name)
         self._welcome(name, training)
         return name
-
-    def check_import(
-        self, path: str | Path, name: str | None, revision: str | None, taken: Iterable[str]
-    ) -> tuple[str, Path]:
-        """Return the name and folder of an adapter to import next to the experts ``taken``; raise as that does."""
-        name = name or Path(path).absolute().name
-        check_new_name(name, taken, self._module_names())
-        folder = folder_of(path, revision=revision, files=ADAPTER_FILES)
-        if not folder.is_dir():
-            raise ExpertError(f"there is no folder {str(path)!r} to import an adapter from")
-        check_adapter(folder, self._linear_modules(), self._module_names())
-        return name, folder
 
     def fitting_weights(self, name: str, path: str | Path) -> dict[str, Tensor]:
         """Reads the weights of an adapter folder for an expert of the same shape; changes nothing.
@@ -308,7 +297,7 @@ class ExpertManager:
         if name is None:
             taken = [int(match[1]) for known in self.names if (match := re.fullmatch(r"expert_(\d+)", known))]
             name = f"expert_{max(taken, default=-1) + 1}"
-        check_new_name(name, self.names, self._module_names())
+        check_new_name(name, self.names, base_modules(self.base_model))
         return name
 
     def check_known(self, names: Iterable[str]) -> None:
@@ -318,26 +307,9 @@ class ExpertManager:
                 known = ", ".join(self.names)
                 raise ExpertError(f"there is no expert {name!r} (there are: {known}){did_you_mean(name, self.names)}")
 
-    def _module_names(self) -> list[str]:
-        """Full names of the base model's modules, as they are without adapters."""
-        inside = (".base_layer", ".lora_")
-        return [name for name, _ in self.base_model.named_modules() if not any(part in name for part in inside)]
-
-    def _linear_modules(self) -> dict[str, nn.Module]:
-        """Linear modules in the decoder layers that may carry experts, by their full names."""
-        layers = self.decoder.layers[self.first_layer :]
-        allowed = {id(module) for layer in layers for module in layer.modules()}
-        found: dict[str, nn.Module] = {}
-        for name in self._module_names():
-            module = self.base_model.get_submodule(name)
-            bare = module.get_base_layer() if isinstance(module, LoraLayer) else module
-            if id(module) in allowed and isinstance(bare, nn.Linear | Conv1D):
-                found[name] = bare
-        return found
-
     def _targets(self, wanted: str | Sequence[str] | None) -> tuple[list[str], bool]:
         """The target names, and whether their weights are stored as ``(in, out)`` (GPT-2's Conv1D)."""
-        linear = self._linear_modules()
+        linear = linear_modules(self.base_model, self.first_layer)
         have = sorted({name.rpartition(".")[2] for name in linear})
         if wanted == ALL_LINEAR:
             targets = have
@@ -368,6 +340,45 @@ class ExpertManager:
         if self.blocks is not None and number < max(self.blocks):
             layers = [layer for layer, carried in enumerate(carried_by_layers(self.blocks, count)) if carried > number]
         return layers if len(layers) < count else None
+
+
+def base_modules(base_model: PreTrainedModel) -> list[str]:
+    """Return the full names of a base model's modules, as they are without adapters."""
+    inside = (".base_layer", ".lora_")
+    return [name for name, _ in base_model.named_modules() if not any(part in name for part in inside)]
+
+
+def linear_modules(base_model: PreTrainedModel, first_layer: int) -> dict[str, nn.Module]:
+    """Return the linear modules in the decoder layers that may carry experts, by their full names."""
+    layers = find_decoder(base_model).layers[first_layer:]
+    allowed = {id(module) for layer in layers for module in layer.modules()}
+    found: dict[str, nn.Module] = {}
+    for name in base_modules(base_model):
+        module = base_model.get_submodule(name)
+        bare = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if id(module) in allowed and isinstance(bare, nn.Linear | Conv1D):
+            found[name] = bare
+    return found
+
+
+def adapter_folder_of(path: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of an adapter, fetched where ``path`` is a Hub id.
+
+    Raises:
+        ExpertError: There is no such folder.
+        CheckpointError: The repository cannot be had.
+    """
+    folder = folder_of(path, revision=revision, files=ADAPTER_FILES)
+    if not folder.is_dir():
+        raise ExpertError(f"there is no folder {str(path)!r} to import an adapter from")
+    return folder
+
+
+def check_import(folder: Path, name: str, base_model: PreTrainedModel, first_layer: int, taken: Iterable[str]) -> None:
+    """Raise ``ExpertError`` unless an adapter folder can become an expert of this name; see ``import_adapter``."""
+    modules = base_modules(base_model)
+    check_new_name(name, taken, modules)
+    check_adapter(folder, linear_modules(base_model, first_layer), modules)
 
 
 def check_new_name(name: str, taken: Iterable[str], modules: Iterable[str]) -> None:

@@ -33,7 +33,9 @@ _SCALED_OTHERWISE = ("use_rslora", "rank_pattern", "alpha_pattern")
 
 def check_target(folder: Path) -> None:
     """Raise ``CheckpointError`` unless a folder can take an exported adapter: new, empty, or with an adapter alone."""
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, and writing would replace it; choose a new or empty folder")
+    if not folder.exists():
         return
     other = sorted({file.name for file in folder.iterdir()} - {*ADAPTER_FILES})
     if other:

@@ -197,7 +197,7 @@ def load(
     attention = getattr(config, "_attn_implementation", None)
     if attention is not None:  # AutoConfig has taken the argument
         options.setdefault("attn_implementation", attention)
-    base, name, revision = _base_of(path, description.base_model, given, _base_options(options))
+    base, name, revision = base_of(path, description.base_model, given, _base_options(options))
     routing = description.routing
     experts = ExpertManager(base)
     mode = resolve_routing(routing.mode, len(experts.decoder.layers))
@@ -228,16 +228,21 @@ def _base_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "dtype": None if dtype == "auto" else dtype}
 
 
-def _base_of(
+def base_of(
     path: Path, entry: checkpoint.BaseModelEntry, given: str | PreTrainedModel | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, str, str | None]:
-    """Return the base model of a checkpoint, its name and its revision; what the caller gives comes first."""
+    """Return the base model of a checkpoint, its name and its revision; what the caller gives comes first.
+
+    Raises:
+        CheckpointError: It is not where the checkpoint says, or is another one.
+        ModelError: It cannot be had.
+    """
     if isinstance(given, PreTrainedModel):
         base, name, revision = given, entry.name, entry.revision
     else:
         place, revision = place_of_base(path, entry, given)
         base = load_base_model(
-            place, revision=revision, **{**options, "dtype": options["dtype"] or DTYPES[entry.dtype]}
+            place, revision=revision, **{**options, "dtype": options.get("dtype") or DTYPES[entry.dtype]}
         )
         name, revision = name_of(place, revision)
     if not same_base_model(fingerprint(base), entry.fingerprint):

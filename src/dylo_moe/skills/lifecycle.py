@@ -1,7 +1,7 @@
-"""Edit the experts of a checkpoint: list, rename, freeze, remove, merge, export, import; on the disk, no base weights.
+"""Edit the experts of a checkpoint: list, rename, freeze, remove, merge, export, import; on the disk.
 
 Each change writes the folder's own files anew and puts them in the place of the old ones, so that no reader sees half
-of it.
+of it. Only an import reads the base model's weights: they tell whether it is the right one.
 What the router knew is kept column by column; with skills, it is solved from their sums.
 """
 
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from dylo_moe.core import checkpoint
 from dylo_moe.core.adapter_folder import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, read_config, read_weights
-from dylo_moe.core.base_model import empty_model, module_names
+from dylo_moe.core.base_model import module_names
 from dylo_moe.core.checkpoint import Description, ExpertEntry
-from dylo_moe.core.expert import ExpertManager, check_new_name
+from dylo_moe.core.expert import adapter_folder_of, check_import, check_new_name
 from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.router import YOUNG, DynamicHybridRouter
 from dylo_moe.core.routing import prefix_layer
-from dylo_moe.core.save_and_load import TRAINED_FILE, TRAINED_INDEX, place_of_base
+from dylo_moe.core.save_and_load import TRAINED_FILE, TRAINED_INDEX, base_of, place_of_base
 from dylo_moe.errors import CheckpointError, ExpertError, did_you_mean, first_line
 from dylo_moe.skills.library import DESCRIPTION_FILE, TENSORS_FILE, SkillLibrary
 
@@ -229,13 +229,13 @@ def import_expert(
     Raises:
         ExpertError: The adapter does not fit the base or cannot be routed, or the name is taken or not usable.
         CheckpointError: The checkpoint is not whole, or the adapter cannot be had.
-        ModelError: The base model's configuration cannot be had.
+        ModelError: The base model cannot be had.
     """
     description = checkpoint.read_description(path)
     library = library_of(path)
-    place, base_revision = place_of_base(path, description.base_model, base_model)
-    manager = ExpertManager(empty_model(place, revision=base_revision), prefix_layer(description.routing.mode))
-    name, folder = manager.check_import(source, name, revision, _names(description))
+    folder, name = adapter_folder_of(source, revision), name or Path(source).absolute().name
+    base, _, _ = base_of(path, description.base_model, base_model, {})
+    check_import(folder, name, base, prefix_layer(description.routing.mode), _names(description))
     description.experts.append(ExpertEntry(name=name, maturity=YOUNG))
     with _rewritten(path, description, library, grown=True, anew=name) as target:
         _expert(target, name).mkdir(parents=True)
