@@ -166,7 +166,10 @@ def test_a_loaded_base_model_can_be_given(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     loaded = DyLoRA_MoE.from_pretrained(tmp_path / "saved", tiny(dtype=torch.float32))
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    with pytest.raises(CheckpointError, match=r"was made on a base model in memory; pass that as model=$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"was made on a base model in memory; pass that as model= \(on the command line: --base_model\)$",
+    ):
         DyLoRA_MoE.from_pretrained(tmp_path / "saved")
 
 

@@ -55,6 +55,8 @@ class ExpertEntry(_Entry):
     name: str
     maturity: Literal[0, 1]
     frozen: bool = False
+    pissa: bool = False
+    """Whether the second half of its ranks is the constant that PiSSA takes away; see ``initialise``."""
 
 
 class RoutingEntry(_Entry):

@@ -407,9 +407,9 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         self.router.add_expert()
         return name
 
-    def import_expert(self, path: str | Path, name: str | None = None) -> str:
-        """Adds an existing PEFT adapter as a young expert; see ``ExpertManager.import_adapter``."""
-        name = self.experts.import_adapter(path, name)
+    def import_expert(self, path: str | Path, name: str | None = None, revision: str | None = None) -> str:
+        """Add a PEFT adapter, a folder or Hub id, as a young expert; see ``ExpertManager.import_adapter``."""
+        name = self.experts.import_adapter(path, name, revision)
         self.router.add_expert()
         return name
 
@@ -464,9 +464,11 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         """
         save_and_load.save(self, Path(save_directory), is_main_process, state_dict, in_place, push_to_hub, kwargs)
 
-    def write_files(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the files of a checkpoint into a folder that is the caller's to make whole; ``state`` as above."""
-        save_and_load.write_files(self, folder, state)
+    def write_files(
+        self, folder: Path, state: Mapping[str, Tensor] | None = None, *, beside: Path | None = None
+    ) -> None:
+        """Write a checkpoint's files into a folder that the caller makes whole, as ``beside``; ``state`` as above."""
+        save_and_load.write_files(self, folder, state, beside=beside)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -14,10 +14,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dylo_moe.core import checkpoint
-from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model, local_tokenizer, same_base_model
+from dylo_moe.core.base_model import (
+    DTYPES,
+    EMBEDDED,
+    fingerprint,
+    load_base_model,
+    local_tokenizer,
+    name_of,
+    same_base_model,
+)
 from dylo_moe.core.configuration import MODELING_FILE, MODELING_SOURCE, DyLoRAConfig, folder_config
 from dylo_moe.core.expert import ExpertManager
-from dylo_moe.core.hub import folder_of
+from dylo_moe.core.hub import folder_of, is_hub_id
+from dylo_moe.core.initialise import hold_constant
 from dylo_moe.core.routing import make_router, prefix_layer, resolve_routing
 from dylo_moe.errors import CheckpointError
 
@@ -133,7 +142,12 @@ def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.Description:
     """Return what a mixture's folder says of itself."""
     router = model.router
     entries = [
-        checkpoint.ExpertEntry(name=name, maturity=maturity, frozen=name in model.experts.frozen)
+        checkpoint.ExpertEntry(
+            name=name,
+            maturity=maturity,
+            frozen=name in model.experts.frozen,
+            pissa=name in model.experts.held,
+        )
         for name, maturity in zip(model.experts.names, router.maturity, strict=True)
     ]
     return checkpoint.Description(
@@ -179,7 +193,7 @@ def load(
     attention = getattr(config, "_attn_implementation", None)
     if attention is not None:  # AutoConfig has taken the argument
         options.setdefault("attn_implementation", attention)
-    base, name, revision = _base_of(path, description.base_model, given, _base_options(options))
+    base, name, revision = base_of(path, description.base_model, given, _base_options(options))
     routing = description.routing
     experts = ExpertManager(base)
     mode = resolve_routing(routing.mode, len(experts.decoder.layers))
@@ -194,6 +208,7 @@ def load(
     self.router.load_state_dict(checkpoint.read_router(path, self.router.state_dict()))
     self.router.maturity = [expert.maturity for expert in description.experts]
     self.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
+    hold_constant(self.experts, [expert.name for expert in description.experts if expert.pissa])
     name_model(self, path)
     self.train(False)
     return (self, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if with_info else self
@@ -209,17 +224,23 @@ def _base_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "dtype": None if dtype == "auto" else dtype}
 
 
-def _base_of(
+def base_of(
     path: Path, entry: checkpoint.BaseModelEntry, given: str | PreTrainedModel | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, str, str | None]:
-    """Return the base model of a checkpoint, its name and its revision; what the caller gives comes first."""
+    """Return the base model of a checkpoint, its name and its revision; what the caller gives comes first.
+
+    Raises:
+        CheckpointError: It is not where the checkpoint says, or is another one.
+        ModelError: It cannot be had.
+    """
     if isinstance(given, PreTrainedModel):
         base, name, revision = given, entry.name, entry.revision
     else:
-        name, revision = (_place_of_base(path, entry), entry.revision) if given is None else (given, None)
-        if not name:
-            raise CheckpointError(f"the checkpoint {path} was made on a base model in memory; pass that as model=")
-        base = load_base_model(name, revision=revision, **{**options, "dtype": options["dtype"] or DTYPES[entry.dtype]})
+        place, revision = place_of_base(path, entry, given)
+        base = load_base_model(
+            place, revision=revision, **{**options, "dtype": options.get("dtype") or DTYPES[entry.dtype]}
+        )
+        name, revision = name_of(place, revision)
     if not same_base_model(fingerprint(base), entry.fingerprint):
         raise CheckpointError(
             f"the checkpoint {path} belongs to the base model {entry.name!r}, and "
@@ -228,16 +249,25 @@ def _base_of(
     return base, name, revision
 
 
-def _place_of_base(path: Path, entry: checkpoint.BaseModelEntry) -> str:
-    """Return where the base model is now: where it was, or as far from the mixture as it was.
+def place_of_base(path: Path, entry: checkpoint.BaseModelEntry, given: str | None = None) -> tuple[str, str | None]:
+    """Return where a mixture's base model is now, and its revision: what is given, else what the mixture says.
+
+    A folder is where it was, or as far from the mixture as it was.
 
     Raises:
-        CheckpointError: It was in a folder, and is in neither place.
+        CheckpointError: It was in a folder and is in neither place, or it was in memory.
     """
-    if not Path(entry.name).is_absolute() or Path(entry.name).is_dir():
-        return entry.name
+    if given is not None:
+        return given, entry.revision if given == entry.name else None
+    if not entry.name:
+        raise CheckpointError(
+            f"the checkpoint {path} was made on a base model in memory; pass that as model= (on the command line: "
+            "--base_model)"
+        )
+    if entry.name == EMBEDDED or is_hub_id(entry.name) or Path(entry.name).is_dir():
+        return entry.name, entry.revision
     if entry.from_here is not None and (moved := (path.resolve() / entry.from_here)).is_dir():
-        return str(moved.resolve())
+        return str(moved.resolve()), None
     raise CheckpointError(
         f"the base model of the checkpoint {path} was in {entry.name}, which is not there any more; say where it is by "
         "model= (on the command line: --base_model)"

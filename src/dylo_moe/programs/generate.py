@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +9,13 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from dylo_moe.config import GENERATE_GROUPS, GenerateArguments
-from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.prepare_data import encode_prompt
 from dylo_moe.data.rows import asked
 from dylo_moe.data.templates import AUTO, template_of
 from dylo_moe.errors import ConfigError
 from dylo_moe.flags import parse
+from dylo_moe.programs.mixtures import load_mixture
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
@@ -29,10 +28,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     assert isinstance(args, GenerateArguments)
     transformers.logging.disable_progress_bar()
     prompt = None if args.instruction is not None else _prompt(args)
-    model = DyLoRA_MoE.from_pretrained(Path(args.trained_model))
-    if torch.accelerator.is_available():
-        torch.nn.Module.to(model, torch.accelerator.current_accelerator())
-    tokenizer = load_tokenizer(model.base_name, revision=model.revision)
+    model, tokenizer = load_mixture(args.trained_model, args.base_model)
     if prompt is None:
         prompt = template_of(model.prompt_template or AUTO, tokenizer).render(asked(str(args.instruction)))
     if args.expert is not None:
