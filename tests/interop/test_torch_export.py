@@ -1,0 +1,35 @@
+"""``torch.export`` of a mixture; ``torch.compile`` is in tests/core/test_compile.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dylo_moe import DyLoRA_MoE
+from saved_mixture import mixture_on
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 40], [9, 30, 7, 100, 5, 41]])
+OTHER = torch.tensor([[40, 41, 42, 5, 7, 11, 12, 13], [3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17, 18]])
+
+
+class Logits(nn.Module):
+    """What is exported: token ids to logits, without a cache."""
+
+    def __init__(self, model: DyLoRA_MoE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("mature", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("routing", ["prefix:1", "per_layer"])
+def test_an_exported_mixture_computes_the_same(routing: str, mature: bool, base_folder: Path) -> None:
+    model = mixture_on(base_folder, routing)
+    if mature:
+        model.set_maturity()
+    with torch.no_grad():
+        program = torch.export.export(Logits(model), (IDS,))
+        assert torch.allclose(program.module()(IDS), model(IDS).logits, atol=1e-5)
