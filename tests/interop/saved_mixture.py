@@ -68,3 +68,10 @@ def moved(before: dict[str, Tensor], model: torch.nn.Module) -> set[str]:
     """Return which of experts, router and base are no longer, bit for bit, what they were."""
     after = model.state_dict()
     return {kind_of(name) for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def forward_in_child(model: DyLoRA_MoE, ids: Tensor, results: Any) -> None:
+    """Put the logits of a forward into a queue; it stands here since a spawned process can import this module."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        results.put(model(ids).logits.tolist())

@@ -10,8 +10,8 @@ from torch import nn
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.base_model import load_base_model
-from dylo_moe.core.routing_state import Record  # noqa: F401
-from saved_mixture import mixture_on, moved, tensors, write_mixture
+from dylo_moe.errors import ModelError
+from saved_mixture import mixture_on, moved, tensors
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40], [9, 30, 7, 100, 5, 41]])
 CPU = torch.device("cpu")
@@ -20,14 +20,12 @@ ROUTINGS = ("final", "prefix:1", "context:1", "per_layer")
 
 def dispatched(model: nn.Module, folder: Path) -> None:
     """Put half of the decoder layers on the disk."""
-    names = [name for name, _ in model.named_modules() if name.endswith((".layers.2", ".layers.3"))]
-    names = names or ["model.layers.2", "model.layers.3"]
-    places: dict[str, str] = dict.fromkeys(names, "disk")
-    layers = names[0].rpartition(".")[0]
-    whole = {name: "cpu" for name, _ in model.named_modules() if name and not list(model.get_submodule(name).children())}
-    places |= {name: "cpu" for name in whole if not name.startswith(tuple(f"{layer}." for layer in names))}
-    del layers
-    dispatch_model(model, places, main_device=CPU, offload_dir=str(folder), force_hooks=True)
+    base = "model.base_model.model." if isinstance(model, DyLoRA_MoE) else ""
+    parts = {f"{base}model.{name}": "cpu" for name in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")}
+    parts |= {f"{base}model.layers.2": "disk", f"{base}model.layers.3": "disk", f"{base}lm_head": "cpu"}
+    if base:
+        parts["router"] = "cpu"
+    dispatch_model(model, parts, main_device=CPU, offload_dir=str(folder))
 
 
 WAYS: dict[str, Callable[[nn.Module, Path], object]] = {
@@ -61,29 +59,54 @@ def test_an_offloaded_mixture_computes_the_same(way: str, routing: str, base_fol
     model = mixture_on(base_folder, routing)
     with torch.no_grad():
         wanted = model(IDS, labels=IDS)
+        wanted_of_one = model(IDS, adapter_names=[model.experts.names[0], "__base__"]).logits
         alone = model.generate(IDS, max_new_tokens=4, do_sample=False)
     WAYS[way](model, tmp_path)
     with torch.no_grad():
         got = model(IDS, labels=IDS)
         in_chunks = model(IDS, labels=IDS, return_logits=False)
+        one = model(IDS, adapter_names=[model.experts.names[0], "__base__"]).logits
         generated = model.generate(IDS, max_new_tokens=4, do_sample=False)
     assert torch.allclose(got.logits, wanted.logits, atol=1e-5)
     assert torch.allclose(got.routing_weights, wanted.routing_weights, atol=1e-6)
     assert got.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
     assert in_chunks.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
+    assert torch.allclose(one, wanted_of_one, atol=1e-5)
     assert torch.equal(generated, alone)
+    assert model.device == CPU
+
+
+def test_a_base_with_a_device_map_carries_a_mixture(folder: Path, base_folder: Path, tmp_path: Path) -> None:
+    before = DyLoRA_MoE.from_pretrained(folder)
+    base = load_base_model(str(base_folder))
+    dispatched(base, tmp_path / "weights")
+    model = DyLoRA_MoE.from_pretrained(folder, model=base)
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, before(IDS).logits, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "saved", model=str(base_folder))
+    assert moved(tensors(before), again) == set()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_mixture_is_loaded_onto_an_offloaded_base(way: str, base_folder: Path, tmp_path: Path) -> None:
-    folder = write_mixture(tmp_path / "mixture", base_folder)
-    with torch.no_grad():
-        wanted = DyLoRA_MoE.from_pretrained(folder)(IDS).logits
+def test_what_would_be_lost_on_an_offloaded_base_is_refused(
+    way: str, folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """PEFT writes into weights that lie elsewhere without an effect and without an error."""
     base = load_base_model(str(base_folder))
-    WAYS[way](base, tmp_path / "offloaded")
-    model = DyLoRA_MoE.from_pretrained(folder, model=base)
-    with torch.no_grad():
-        assert torch.allclose(model(IDS).logits, wanted, atol=1e-5)
+    WAYS[way](base, tmp_path / "base")
+    with pytest.raises(ModelError, match="no expert can be made"):
+        DyLoRA_MoE(base)
+    if way != "dispatch_model":
+        with pytest.raises(ModelError, match="no adapter can be loaded"):
+            DyLoRA_MoE.from_pretrained(folder, model=base)
+    model = DyLoRA_MoE.from_pretrained(folder)
+    WAYS[way](model, tmp_path / "mixture")
+    with pytest.raises(ModelError, match="no expert can be made"):
+        model.add_expert()
+    with pytest.raises(ModelError, match="no weights can be loaded"):
+        model.load_weights(folder)
+    assert len(model.experts) == 3
 
 
 def test_an_offloaded_mixture_is_saved_whole(base_folder: Path, tmp_path: Path) -> None:
@@ -92,3 +115,7 @@ def test_an_offloaded_mixture_is_saved_whole(base_folder: Path, tmp_path: Path) 
     cpu_offload(model, CPU)
     model.save_pretrained(tmp_path / "saved")
     assert moved(before, DyLoRA_MoE.from_pretrained(tmp_path / "saved")) == set()
+    name = model.experts.names[1]
+    model.experts.export(name, tmp_path / "one")
+    files = (place / "adapter_model.safetensors" for place in (tmp_path / "one", tmp_path / "saved" / "experts" / name))
+    assert len({file.read_bytes() for file in files}) == 1

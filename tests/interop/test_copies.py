@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from torch import Tensor
 
 from dylo_moe import DyLoRA_MoE
-from saved_mixture import mixture_on, tensors
+from saved_mixture import forward_in_child, mixture_on, tensors
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40]])
 ROUTINGS = ("final", "prefix:1", "context:1", "per_layer")
@@ -66,19 +65,13 @@ def test_a_copy_trains_saves_and_takes_a_new_expert(base_folder: Path, tmp_path:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
-def forward_in_child(model: DyLoRA_MoE, ids: Tensor, results: "torch.multiprocessing.Queue") -> None:
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        results.put(model(ids).logits.tolist())
-
-
 def test_a_spawned_process_computes_the_same(base_folder: Path) -> None:
     model = mixture_on(base_folder)
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     child = context.Process(target=forward_in_child, args=(model, IDS, results))
     child.start()
-    got = torch.tensor(results.get(timeout=120))
+    got = torch.tensor(results.get(timeout=60))
     child.join(timeout=60)
     assert child.exitcode == 0
     with torch.no_grad():

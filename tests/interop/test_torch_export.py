@@ -25,11 +25,16 @@ class Logits(nn.Module):
 
 
 @pytest.mark.parametrize("mature", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("routing", ["prefix:1", "per_layer"])
-def test_an_exported_mixture_computes_the_same(routing: str, mature: bool, base_folder: Path) -> None:
+@pytest.mark.parametrize("routing", ["final", "prefix:1", "context:1", "per_layer"])
+def test_an_exported_mixture_computes_the_same_for_other_shapes(
+    routing: str, mature: bool, base_folder: Path, tmp_path: Path
+) -> None:
     model = mixture_on(base_folder, routing)
     if mature:
         model.set_maturity()
+    shapes = {"input_ids": {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("seq", max=256)}}
     with torch.no_grad():
-        program = torch.export.export(Logits(model), (IDS,))
-        assert torch.allclose(program.module()(IDS), model(IDS).logits, atol=1e-5)
+        torch.export.save(torch.export.export(Logits(model), (IDS,), dynamic_shapes=shapes), tmp_path / "mixture.pt2")
+        exported = torch.export.load(tmp_path / "mixture.pt2").module()
+        for ids in (IDS, OTHER):
+            assert torch.allclose(exported(ids), model(ids).logits, atol=1e-5)

@@ -24,6 +24,7 @@ from dylo_moe.core.adapter_folder import (
 )
 from dylo_moe.core.checkpoint import atomic_directory, write_adapter
 from dylo_moe.core.decoder import find_decoder
+from dylo_moe.core.offload import is_offloaded, refuse_offloaded, state_in_place
 from dylo_moe.core.quantised import keep_trainable
 from dylo_moe.core.routed_lora import enable_routing
 from dylo_moe.core.routing_state import RoutingState
@@ -132,9 +133,10 @@ class ExpertManager:
 
         Raises:
             ExpertError: The name is taken or not usable, or a number is out of its range.
-            ModelError: The base model has none of the target modules.
+            ModelError: The base model has none of the target modules, or is offloaded.
         """
         name = self._new_name(name)
+        refuse_offloaded(self.base_model, "no expert can be made on it; make the mixture first, and offload that")
         if rank < 1:
             raise ExpertError(f"the rank of an expert must be at least 1, got {rank}")
         if not 0 <= dropout < 1:
@@ -176,8 +178,11 @@ class ExpertManager:
 
         Raises:
             ExpertError: The folder is no LoRA adapter, does not fit the base model, or cannot be routed.
+            ModelError: The base model is offloaded otherwise than by a ``device_map``.
         """
         path = Path(path)
+        if not hasattr(self.base_model, "hf_device_map"):  # by which PEFT puts an adapter where its layer is
+            refuse_offloaded(self.base_model, "no adapter can be loaded onto it; offload the mixture instead")
         name = self._new_name(name or path.name)
         check_adapter(path, self._linear_modules(), self._module_names())
         training = self.base_model.training
@@ -193,8 +198,10 @@ class ExpertManager:
 
         Raises:
             ExpertError: There is no such expert, or the folder's weights do not fit it.
+            ModelError: The base model is offloaded.
         """
         self.check_known([name])
+        refuse_offloaded(self.base_model, "no weights can be loaded into its experts; use from_pretrained instead")
         weights = read_weights(Path(path))
         ours = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
         wrong = difference(tensor_shapes(weights), tensor_shapes(ours))
@@ -215,7 +222,8 @@ class ExpertManager:
         """
         self.check_known([name])
         with atomic_directory(Path(path), marker=CONFIG_FILE) as folder:
-            write_adapter(folder, self.peft_model, name)
+            away = is_offloaded(self.base_model)
+            write_adapter(folder, self.peft_model, name, state_in_place(self.peft_model) if away else None)
 
     def set_active(self, names: str | Iterable[str]) -> None:
         """Routes among these experts alone; with one, the model is the base with that adapter."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from dylo_moe.core.offload import in_place
 from dylo_moe.errors import RoutingError
 
 YOUNG, MATURE = 0, 1
@@ -126,7 +127,8 @@ class DynamicHybridRouter(nn.Module):
             ``(batch, seq, len(experts))``; each row of weights sums to 1. Where the gate does not have an expert, the
             weight is 0 and the logit -inf.
         """
-        weight, bias = self.gates[gate], self.selection_bias[gate]
+        with in_place(self.gates):
+            weight, bias = self.gates[gate], self.selection_bias[gate]
         if experts is not None and len(experts) < self.num_experts:
             chosen = list(experts)
             weight, bias = weight[chosen], bias[chosen]
@@ -162,7 +164,8 @@ class DynamicHybridRouter(nn.Module):
             return None
         if self.selection_bias.any() or self.experts_per_gate is not None:
             return None
-        weight = self.gates[gate]
+        with in_place(self.gates):
+            weight = self.gates[gate]
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).view(-1)
         return int(torch.mv(weight.to(wide.dtype), wide).argmax())
 

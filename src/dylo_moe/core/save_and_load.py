@@ -19,6 +19,7 @@ from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model, local
 from dylo_moe.core.configuration import MODELING_FILE, MODELING_SOURCE, DyLoRAConfig, folder_config
 from dylo_moe.core.expert import ExpertManager
 from dylo_moe.core.hub import folder_of
+from dylo_moe.core.offload import is_offloaded, state_in_place
 from dylo_moe.core.routing import make_router, prefix_layer, resolve_routing
 from dylo_moe.errors import CheckpointError
 
@@ -53,6 +54,8 @@ def save(
     _check_options(options)
     if not is_main_process:
         return
+    if state is None and is_offloaded(model):
+        state = state_in_place(model)
     in_trainers_checkpoint = _TRAINERS_CHECKPOINT.fullmatch(folder.name) is not None
     with checkpoint.atomic_directory(folder, marker=checkpoint.DESCRIPTION_FILE, in_place=in_place) as target:
         write_files(model, target, state, beside=folder)
