@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dylo_moe.core.checkpoint import atomic_directory
 from dylo_moe.core.hub import is_hub_id
+from dylo_moe.core.offload import parameters_in_place
 from dylo_moe.core.quantised import quantisation
 from dylo_moe.errors import ModelError, causes_of, first_line
 
@@ -187,13 +188,13 @@ def fingerprint(model: nn.Module) -> str:
     quantisation leaves alone; a sample of their values as bfloat16; and a sample of the other matrices, which is
     empty where those are quantised.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     shapes = hashlib.sha256()
     plain, matrices = "", ""
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_in_place(model):
         if "lora_" in name:
             continue
-        if parameter.dim() == 1 or id(parameter) in embeddings:
+        if parameter.dim() == 1 or name in embeddings:
             shapes.update(f"{tuple(parameter.shape)}".encode())
             plain += _sample(parameter, 32)
         elif parameter.is_floating_point():

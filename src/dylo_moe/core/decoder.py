@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dylo_moe.core.offload import device_of
 from dylo_moe.errors import ModelError, first_line
 
 
@@ -132,7 +133,7 @@ def _calls_of_a_forward(causal_lm: PreTrainedModel) -> list[_Call]:
             module.register_forward_hook(note_output),
         )
     ]
-    ids = torch.zeros(1, 2, dtype=torch.long, device=causal_lm.device)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(causal_lm))
     try:
         with torch.no_grad(), evaluating(causal_lm):
             causal_lm(input_ids=ids, use_cache=False)

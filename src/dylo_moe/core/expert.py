@@ -29,6 +29,7 @@ from dylo_moe.core.base_model import cached_repository
 from dylo_moe.core.checkpoint import atomic_directory, write_adapter
 from dylo_moe.core.decoder import find_decoder
 from dylo_moe.core.hub import folder_of
+from dylo_moe.core.offload import is_offloaded, refuse_offloaded, state_in_place
 from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.quantised import keep_trainable
 from dylo_moe.core.routed_lora import enable_routing
@@ -56,19 +57,13 @@ class ExpertManager:
         held: Experts of which the second half of the ranks is a constant; see ``initialise.initialise_pissa``.
 
     Raises:
-        ModelError: The base model carries adapters already, or is offloaded.
+        ModelError: The base model carries adapters already.
     """
 
     def __init__(self, base_model: PreTrainedModel, first_layer: int = 0, blocks: Sequence[int] | None = None) -> None:
         carried = next((name for name, module in base_model.named_modules() if isinstance(module, LoraLayer)), None)
         if carried is not None:
             raise ModelError(f"the base model carries adapters already (at {carried}); unload them, or load it anew")
-        away = next((name for name, parameter in base_model.named_parameters() if parameter.is_meta), None)
-        if away is not None:
-            raise ModelError(
-                f"the base model's weights are not here ({away} is offloaded): load it without offloading, make or "
-                "load the mixture, and then offload that, for instance with accelerate.cpu_offload"
-            )
         base_model.requires_grad_(False)
         keep_trainable(base_model)
         self.base_model = base_model
@@ -144,9 +139,10 @@ class ExpertManager:
 
         Raises:
             ExpertError: The name is taken or not usable, or a number is out of its range.
-            ModelError: The base model has none of the target modules.
+            ModelError: The base model has none of the target modules, or is offloaded.
         """
         name = self._new_name(name)
+        refuse_offloaded(self.base_model, "no expert can be made on it; make the mixture first, and offload that")
         if rank < 1:
             raise ExpertError(f"the rank of an expert must be at least 1, got {rank}")
         if not 0 <= dropout < 1:
@@ -193,7 +189,10 @@ class ExpertManager:
         Raises:
             ExpertError: The folder is no LoRA adapter, does not fit the base model, or cannot be routed.
             CheckpointError: There is no such folder, or the repository cannot be had.
+            ModelError: The base model is offloaded otherwise than by a ``device_map``.
         """
+        if not hasattr(self.base_model, "hf_device_map"):  # by which PEFT puts an adapter where its layer is
+            refuse_offloaded(self.base_model, "no adapter can be loaded onto it; offload the mixture instead")
         folder, name = adapter_folder_of(path, revision), name or Path(path).absolute().name
         check_import(folder, name, self.base_model, self.first_layer, self.names)
         training = self.base_model.training
@@ -209,8 +208,10 @@ class ExpertManager:
 
         Raises:
             ExpertError: There is no such expert, or the folder's weights or their scaling do not fit it.
+            ModelError: The base model is offloaded.
         """
         ours_said = self[name].to_dict()
+        refuse_offloaded(self.base_model, "no weights can be loaded into its experts; use from_pretrained instead")
         weights, said = read_weights(Path(path)), read_config(Path(path))
         ours = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
         wrong = difference(tensor_shapes(weights), tensor_shapes(ours))
@@ -239,7 +240,8 @@ class ExpertManager:
         self.check_known([name])
         check_target(Path(path))
         with atomic_directory(Path(path), marker=CONFIG_FILE) as folder:
-            write_adapter(folder, self.peft_model, name)
+            away = is_offloaded(self.base_model)
+            write_adapter(folder, self.peft_model, name, state_in_place(self.peft_model) if away else None)
             make_plain(folder)
 
     def set_active(self, names: str | Iterable[str]) -> None:

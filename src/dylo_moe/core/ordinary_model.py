@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from dylo_moe.core.expert import ExpertManager, count_parameters
+from dylo_moe.core.offload import device_of
 from dylo_moe.errors import ModelError, RoutingError
 
 NOT_FOR_METRICS = ("lm_loss", "aux_loss", "balance_loss", "z_loss", "router_logits", "routing_weights")
@@ -98,8 +99,8 @@ class OrdinaryModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the base model is."""
-        return self.experts.base_model.device
+        """Where the base model computes."""
+        return device_of(self.experts.base_model)
 
     @property
     def dtype(self) -> torch.dtype:

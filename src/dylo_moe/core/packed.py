@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dylo_moe.core.offload import device_of
 from dylo_moe.errors import RoutingError
 
 _LEAK = 0.05
@@ -51,7 +52,7 @@ def keeps_examples_apart(model: PreTrainedModel) -> bool:
     model.eval()
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    first, second = (torch.randint(vocabulary, (1, 6), generator=generator).to(model.device) for _ in range(2))
+    first, second = (torch.randint(vocabulary, (1, 6), generator=generator).to(device_of(model)) for _ in range(2))
     both = torch.cat([first, second], dim=1)
     segments = torch.cat([torch.ones_like(first), torch.full_like(second, 2)], dim=1)
     try:

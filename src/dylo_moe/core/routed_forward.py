@@ -105,6 +105,8 @@ def _run_backbone(backbone: Any, method: Run, args: tuple[Any, ...], kwargs: dic
     if call is not None:
         return _within(call, backbone, run, args, kwargs)
     call = _new_call(state, backbone, None)
+    if backbone.training:  # without its causal LM, as TRL runs it
+        _keep_routing_in_recomputation(state, backbone)
     with state.forward(call):
         output = _within(call, backbone, run, args, kwargs)
     state.hooks.check(call)
@@ -162,9 +164,9 @@ def _is_token_mask(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
-def _keep_routing_in_recomputation(state: RoutingState, causal_lm: nn.Module) -> None:
+def _keep_routing_in_recomputation(state: RoutingState, model: nn.Module) -> None:
     """Let gradient checkpointing run a layer a second time, in the backward pass, with the weights it had."""
-    for module in causal_lm.modules():
+    for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, RoutedCheckpoint):
             module._gradient_checkpointing_func = RoutedCheckpoint(state, checkpoint)  # type: ignore[assignment]

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from typing_extensions import override
 
-from dylo_moe.core.decoder import is_wrapped
+from dylo_moe.core.offload import in_place
 from dylo_moe.errors import RoutingError
 
 YOUNG, MATURE = 0, 1
@@ -129,13 +128,8 @@ class DynamicHybridRouter(nn.Module):
             ``(batch, seq, len(experts))``; each row of weights sums to 1. Where the gate does not have an expert, the
             weight is 0 and the logit -inf.
         """
-        if is_wrapped(self.gates):
-            # offloaded: nobody calls the list of gates, so that its hook would never bring them
-            with align_module_device(self.gates):
-                weight = self.gates[gate].clone()
-        else:
-            weight = self.gates[gate]
-        bias = self.selection_bias[gate]
+        with in_place(self.gates):
+            weight, bias = self.gates[gate], self.selection_bias[gate]
         if experts is not None and len(experts) < self.num_experts:
             chosen = list(experts)
             weight, bias = weight[chosen], bias[chosen]
@@ -169,9 +163,10 @@ class DynamicHybridRouter(nn.Module):
             return None
         if torch.is_grad_enabled() or (experts is not None and len(experts) < self.num_experts):
             return None
-        if self.selection_bias.any() or self.experts_per_gate is not None or is_wrapped(self.gates):
+        if self.selection_bias.any() or self.experts_per_gate is not None:
             return None
-        weight = self.gates[gate]
+        with in_place(self.gates):
+            weight = self.gates[gate]
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).view(-1)
         return int(torch.mv(weight.to(wide.dtype), wide).argmax())
 

@@ -30,6 +30,7 @@ from dylo_moe.core.decoder import Decoder, argument_names, evaluating, hidden_st
 from dylo_moe.core.expert import ExpertManager, carried_by_layers
 from dylo_moe.core.extension import extend, restore
 from dylo_moe.core.mixture import TokenWeights, one_expert
+from dylo_moe.core.offload import device_of
 from dylo_moe.core.routed_forward import RoutedBackbone
 from dylo_moe.core.router import DynamicHybridRouter
 from dylo_moe.core.routing_state import Call, RoutingState
@@ -251,7 +252,7 @@ def make_router(
     gates = len(experts.decoder.layers) if routing == "per_layer" else 1
     carried = None if blocks is None else carried_by_layers(blocks, gates)
     hidden_size = experts.decoder.output_width if routing == "final" else experts.decoder.layer_width
-    return DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, gates, carried).to(base.device)
+    return DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, gates, carried).to(device_of(base))
 
 
 def _layers_to_read(decoder: Decoder, routing: str) -> list[nn.Module]:

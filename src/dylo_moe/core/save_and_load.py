@@ -27,6 +27,7 @@ from dylo_moe.core.configuration import MODELING_FILE, MODELING_SOURCE, DyLoRACo
 from dylo_moe.core.expert import ExpertManager
 from dylo_moe.core.hub import folder_of, is_hub_id
 from dylo_moe.core.initialise import hold_constant
+from dylo_moe.core.offload import is_offloaded, state_in_place
 from dylo_moe.core.routing import make_router, prefix_layer, resolve_routing
 from dylo_moe.errors import CheckpointError
 
@@ -75,6 +76,8 @@ def save(
     _check_options(options)
     if not is_main_process:
         return
+    if state is None and is_offloaded(model):
+        state = state_in_place(model)
     in_trainers_checkpoint = _TRAINERS_CHECKPOINT.fullmatch(folder.name) is not None
     marker = checkpoint.DESCRIPTION_FILE
     with checkpoint.atomic_directory(folder, marker=marker, in_place=in_place, ours=_OURS) as target:
