@@ -53,7 +53,8 @@ def find_decoder(causal_lm: PreTrainedModel) -> Decoder:
     for layers in causal_lm.modules():
         if not isinstance(layers, nn.ModuleList) or not len(layers) or not {*map(id, layers)} <= hidden:
             continue
-        if [id(module) for module in called if module in list(layers)] != [*map(id, layers)]:
+        # routing ``final`` runs a mixture's layers twice
+        if [id(module) for module in called if module in list(layers)][: len(layers)] != [*map(id, layers)]:
             continue
         for module in called:
             if module is not causal_lm and any(inner is layers for inner in module.modules()):
