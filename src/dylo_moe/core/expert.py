@@ -104,6 +104,11 @@ class ExpertManager:
         self.blocks = None if blocks is None else list(blocks)
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers that may carry experts."""
+        return list(self.decoder.layers[self.first_layer :])
+
+    @property
     def peft_model(self) -> PeftModel:
         """The base model with its adapters."""
         if self._peft_model is None:
@@ -195,7 +200,7 @@ class ExpertManager:
             CheckpointError: There is no such folder, or the repository cannot be had.
         """
         folder, name = adapter_folder_of(path, revision), name or Path(path).absolute().name
-        check_import(folder, name, self.base_model, self.first_layer, self.names)
+        check_import(folder, name, self.base_model, self.layers, self.names)
         training = self.base_model.training
         if self._peft_model is None:
             self._peft_model = PeftModel.from_pretrained(self.base_model, str(folder), adapter_name=name)
@@ -309,7 +314,7 @@ class ExpertManager:
 
     def _targets(self, wanted: str | Sequence[str] | None) -> tuple[list[str], bool]:
         """The target names, and whether their weights are stored as ``(in, out)`` (GPT-2's Conv1D)."""
-        linear = linear_modules(self.base_model, self.first_layer)
+        linear = linear_modules(self.base_model, self.layers)
         have = sorted({name.rpartition(".")[2] for name in linear})
         if wanted == ALL_LINEAR:
             targets = have
@@ -348,9 +353,8 @@ def base_modules(base_model: PreTrainedModel) -> list[str]:
     return [name for name, _ in base_model.named_modules() if not any(part in name for part in inside)]
 
 
-def linear_modules(base_model: PreTrainedModel, first_layer: int) -> dict[str, nn.Module]:
-    """Return the linear modules in the decoder layers that may carry experts, by their full names."""
-    layers = find_decoder(base_model).layers[first_layer:]
+def linear_modules(base_model: PreTrainedModel, layers: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Return the linear modules in these layers of a base model, by their full names."""
     allowed = {id(module) for layer in layers for module in layer.modules()}
     found: dict[str, nn.Module] = {}
     for name in base_modules(base_model):
@@ -374,11 +378,13 @@ def adapter_folder_of(path: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
-def check_import(folder: Path, name: str, base_model: PreTrainedModel, first_layer: int, taken: Iterable[str]) -> None:
+def check_import(
+    folder: Path, name: str, base_model: PreTrainedModel, layers: Iterable[nn.Module], taken: Iterable[str]
+) -> None:
     """Raise ``ExpertError`` unless an adapter folder can become an expert of this name; see ``import_adapter``."""
     modules = base_modules(base_model)
     check_new_name(name, taken, modules)
-    check_adapter(folder, linear_modules(base_model, first_layer), modules)
+    check_adapter(folder, linear_modules(base_model, layers), modules)
 
 
 def check_new_name(name: str, taken: Iterable[str], modules: Iterable[str]) -> None:

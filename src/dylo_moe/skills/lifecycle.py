@@ -23,6 +23,7 @@ from dylo_moe.core import checkpoint
 from dylo_moe.core.adapter_folder import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, read_config, read_weights
 from dylo_moe.core.base_model import module_names
 from dylo_moe.core.checkpoint import Description, ExpertEntry
+from dylo_moe.core.decoder import find_decoder
 from dylo_moe.core.expert import adapter_folder_of, check_import, check_new_name
 from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.router import YOUNG, DynamicHybridRouter
@@ -235,7 +236,8 @@ def import_expert(
     library = library_of(path)
     folder, name = adapter_folder_of(source, revision), name or Path(source).absolute().name
     base, _, _ = base_of(path, description.base_model, base_model, {})
-    check_import(folder, name, base, prefix_layer(description.routing.mode), _names(description))
+    layers = find_decoder(base).layers[prefix_layer(description.routing.mode) :]
+    check_import(folder, name, base, layers, _names(description))
     description.experts.append(ExpertEntry(name=name, maturity=YOUNG))
     with _rewritten(path, description, library, grown=True, anew=name) as target:
         _expert(target, name).mkdir(parents=True)
