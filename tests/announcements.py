@@ -15,6 +15,8 @@ from typing import Any
 from transformers.utils import logging as _  # noqa: F401 - gives every logger its warning_once
 
 TELLS = re.compile(r"deprecat|will be removed|(has|have|is|are|was|were) renamed", re.IGNORECASE)
+LIBRARIES_OWN = "Passing `generation_config` together with generation-related arguments"
+"""Said by transformers of its own call, in which assisted decoding asks the assistant for tokens."""
 LIBRARIES = ("transformers", "peft")
 HERE = Path(__file__).parents[1]
 
@@ -52,7 +54,7 @@ def announcements() -> Iterator[list[str]]:
 
 
 def _note(said: list[str], logger: str, message: str) -> None:
-    if logger.partition(".")[0] in LIBRARIES and TELLS.search(message):
+    if logger.partition(".")[0] in LIBRARIES and TELLS.search(message) and LIBRARIES_OWN not in message:
         ours = [f for f in traceback.extract_stack() if _is_ours(Path(f.filename))]
         line = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}: " if ours else ""
         if f"{line}{message}" not in said:

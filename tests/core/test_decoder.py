@@ -91,7 +91,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         attn_layer_offset=1,
         expert_layer_period=2,
         num_experts=2,
-        use_mamba_kernels=False,
         mamba_dt_rank=4,
         mamba_d_state=4,
     ),

@@ -35,7 +35,7 @@ def rows(file: Path) -> Path:
 
 @pytest.fixture
 def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with ``mixture``, ``sql`` (an adapter) and ``data.jsonl``; the base is in ``away``, not in ``base``."""
+    """``mixture``, ``sql`` (an adapter) and ``data.jsonl`` here; the base is in ``away``, and was in ``base``."""
     monkeypatch.chdir(tmp_path)
     base = write_tiny_folder(tmp_path / "base")
     torch.manual_seed(1)

@@ -205,10 +205,10 @@ def with_cache_renamed(kwargs: dict[str, Any], names: Collection[str]) -> dict[s
         kwargs: With the cache as ``cache`` or ``past_key_values``, if there is one.
         names: The names of the model's arguments.
     """
-    given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
-    if not given or set(given) <= {*names}:
+    given = {name: kwargs[name] for name in ("cache", "past_key_values") if name in kwargs}
+    if set(given) <= {*names}:
         return kwargs
-    (cache,) = given.values()
+    cache = next((value for value in given.values() if value is not None), None)
     wanted = next(
         (name for name in (CACHE_NAME, "cache", "past_key_values", "cache_params") if name in names), CACHE_NAME
     )

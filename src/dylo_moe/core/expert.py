@@ -99,6 +99,11 @@ class ExpertManager:
         self.blocks = None if blocks is None else list(blocks)
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers that may carry experts."""
+        return list(self.decoder.layers[self.first_layer :])
+
+    @property
     def peft_model(self) -> PeftModel:
         """The base model with its adapters."""
         if self._peft_model is None:
@@ -194,7 +199,7 @@ class ExpertManager:
         if not hasattr(self.base_model, "hf_device_map"):  # by which PEFT puts an adapter where its layer is
             refuse_offloaded(self.base_model, "no adapter can be loaded onto it; offload the mixture instead")
         folder, name = adapter_folder_of(path, revision), name or Path(path).absolute().name
-        check_import(folder, name, self.base_model, self.decoder.layers[self.first_layer :], self.names)
+        check_import(folder, name, self.base_model, self.layers, self.names)
         training = self.base_model.training
         if self._peft_model is None:
             self._peft_model = PeftModel.from_pretrained(self.base_model, str(folder), adapter_name=name)
@@ -311,7 +316,7 @@ class ExpertManager:
 
     def _targets(self, wanted: str | Sequence[str] | None) -> tuple[list[str], bool]:
         """The target names, and whether their weights are stored as ``(in, out)`` (GPT-2's Conv1D)."""
-        linear = linear_modules(self.base_model, self.decoder.layers[self.first_layer :])
+        linear = linear_modules(self.base_model, self.layers)
         have = sorted({name.rpartition(".")[2] for name in linear})
         if wanted == ALL_LINEAR:
             targets = have
