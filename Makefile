@@ -14,7 +14,7 @@ def count_lines(path):
 endef
 export DEMO_PROMPT
 
-.PHONY: demo test check lint format docs bench lock clean
+.PHONY: demo test test-interop check lint format docs bench lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe train --config recipes/demo.yaml
@@ -23,6 +23,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n auto
+
+# With the tools of docs/interop.md, some 300 MB beside what is there; without them their tests are skipped.
+test-interop: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[interop]'
+	$(BIN)/python -m pytest -q -n 2 tests/interop
 
 check: lint test
 
