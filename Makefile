@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOWEST := $(VENV)-lowest
+NEWEST := $(VENV)-newest
 INSTALLED := $(VENV)/.installed
 
 define DEMO_PROMPT
@@ -14,7 +16,11 @@ def count_lines(path):
 endef
 export DEMO_PROMPT
 
-.PHONY: demo test test-interop check lint format docs bench lock clean
+# What holds at both ends of the window of versions: the tests that need no optional package.
+WINDOW_TESTS := tests/core tests/data tests/skills tests/test_config.py tests/test_imports.py tests/test_install.py \
+  tests/test_versions.py
+
+.PHONY: demo test test-interop test-lowest test-newest check lint format docs bench lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe train --config recipes/demo.yaml
@@ -28,6 +34,26 @@ test: $(INSTALLED)
 test-interop: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[interop]'
 	$(BIN)/python -m pytest -q -n 2 tests/interop
+
+# The oldest versions that pyproject.toml admits, and what pip installs today: each end in an environment of its own.
+test-lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	rm -rf build
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check -c requirements-lowest.txt . pytest pytest-xdist
+	rm -r build
+	$(call test_window,$(LOWEST))
+
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	rm -rf build
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check . pytest pytest-xdist
+	rm -r build
+	$(call test_window,$(NEWEST))
+
+define test_window
+$(1)/bin/python -m pytest -q -n auto -p no:cacheprovider $(WINDOW_TESTS); \
+  status=$$?; $(1)/bin/python tools/show_versions.py; exit $$status
+endef
 
 check: lint test
 
@@ -61,7 +87,7 @@ lock:
 	rm -r $(VENV)-lock build
 
 clean:
-	rm -rf $(VENV) results build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) results build .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements.lock pyproject.toml

@@ -52,7 +52,8 @@ def _passed_on(group: type[PassedOn]) -> str:
 
 
 def _row(field: "dataclasses.Field[object]") -> str:
-    names = [f"--{field.name}", *(alias for alias in field.metadata.get("aliases", ()) if "-" not in alias[2:])]
+    aliases = [alias for alias in field.metadata.get("aliases", ()) if "-" not in alias[2:]]
+    names = list(dict.fromkeys([f"--{field.name.rstrip('_')}", *aliases]))
     default = "" if field.default is None else f"`{field.default}`"
     return f"| {', '.join(f'`{name}`' for name in names)} | {default} | {field.metadata['help']} |"
 

@@ -1,4 +1,4 @@
-"""What every test shares: one thread for each worker, no network, and the embedded model made once for a run."""
+"""What every test shares: one thread a worker, no network, no old names, and the embedded model made once for a run."""
 
 import importlib.util
 import os
@@ -10,7 +10,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+from announcements import announcements
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_old_names() -> Iterator[None]:
+    """Fails a test that uses what transformers or PEFT announce to rename or remove, as a warning would."""
+    with announcements() as said:
+        yield
+    if said:
+        pytest.fail("announced through a logger:\n" + "\n".join(said), pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -68,3 +68,10 @@ def test_help_and_a_mistyped_program_do_not_wait_for_torch() -> None:
     code = "import sys; from dylo_moe.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     for word in ("--help", "trian"):
         subprocess.run([sys.executable, "-c", code, word], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("first", ["import peft", "from transformers import TrainingArguments", "import transformers"])
+def test_the_auto_classes_know_of_mixtures_whatever_is_imported_after_the_package(first: str) -> None:
+    asks = "AutoModelForCausalLM._model_mapping._extra_content"
+    code = f"import dylo_moe; {first}; from transformers import AutoModelForCausalLM; assert {asks}"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from dylo_moe.registration import AUTO_CLASSES, AfterImport
+from dylo_moe.registration import AUTO_CLASSES, PEFT, AfterImport, is_being_imported
 
 if TYPE_CHECKING:
     from dylo_moe.core.configuration import DyLoRAConfig
@@ -53,8 +53,14 @@ def _register() -> None:
     import_module(f"{__name__}.core.model")
 
 
+def _register_or_wait_for_peft() -> None:
+    # PEFT imports the Auto classes half-way through its own import, and what registers mixtures needs it whole
+    if not is_being_imported(PEFT):
+        _register()
+
+
 # transformers' Auto classes know of mixtures after ``import dylo_moe``, which itself imports neither them nor torch
 if AUTO_CLASSES in sys.modules:
     _register()
 else:
-    sys.meta_path.insert(0, AfterImport(AUTO_CLASSES, _register))
+    sys.meta_path[:0] = [AfterImport(AUTO_CLASSES, _register_or_wait_for_peft), AfterImport(PEFT, _register)]

@@ -108,14 +108,36 @@ class ExpertsArguments:
     unfreeze: str | None = _flag(default=None, help="Lift --freeze.")
     remove: str | None = _flag(default=None, help="Remove this expert, and the skills that it alone learned.")
     merge: str | None = _flag(default=None, help="ONE,OTHER: make one expert that adds what both of them do.")
+    export: list[str] | None = _flag(
+        default=None, help="NAME FOLDER: write this expert to a new folder, as a PEFT adapter for any tool."
+    )
+    import_: str | None = _flag(
+        default=None,
+        aliases=["--import"],
+        help="Add this PEFT adapter, a folder or a Hub id, as a young expert; routing is dense while one is young.",
+    )
+    as_: str | None = _flag(
+        default=None,
+        aliases=["--as"],
+        help="Name of the imported expert; that of the folder or repository if not given.",
+    )
+    revision: str | None = _flag(default=None, help="Commit, tag or branch of what --import names on the Hub.")
+    base_model: str | None = _flag(
+        default=None,
+        help="Where the base model is now, a folder or Hub id, for --rename and --import; where the checkpoint says if "
+        "not given.",
+    )
 
     def __post_init__(self) -> None:
-        given = [
-            name for name in ("rename", "freeze", "unfreeze", "remove", "merge") if getattr(self, name) is not None
-        ]
+        changes = ("rename", "freeze", "unfreeze", "remove", "merge", "export", "import_")
+        given = [name.rstrip("_") for name in changes if getattr(self, name) is not None]
         _require(len(given) <= 1, given[-1] if given else "rename", "left out where another change is given", given)
         for name, sign in (("rename", "="), ("merge", ",")):
             value = getattr(self, name)
             parts = [] if value is None else [part.strip() for part in value.split(sign)]
             ok = value is None or (len(parts) == 2 and all(parts) and parts[0] != parts[1])
             _require(ok, name, f"two different names with {sign!r} between them", repr(value))
+        ok = self.export is None or len(self.export) == 2
+        _require(ok, "export", "the name of an expert and a folder", " ".join(self.export or []))
+        for name, value in (("as", self.as_), ("revision", self.revision)):
+            _require(value is None or self.import_ is not None, name, "left out without --import", repr(value))

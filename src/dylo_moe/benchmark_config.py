@@ -69,8 +69,9 @@ class BenchmarkArguments:
     )
     base_model: str | None = _flag(
         default=None,
-        help="Score a model without experts in the mixture's place: this Hub id, folder or 'demo'; without a name, "
-        "the one that --trained_model was made on, or google/codegemma-2b.",
+        help="Score a model without experts: this Hub id, folder or 'demo'; without a name, the one that "
+        "--trained_model was made on, or google/codegemma-2b. A name beside --trained_model, --wandb_artifact or "
+        "--compare says where the mixture's base model is now, and the mixture is scored.",
         nargs="?",
         const=OWN_BASE,
     )
@@ -122,9 +123,16 @@ class BenchmarkArguments:
         _require(greedy or self.num_beams == 1, "num_beams", "1 where --temperature is above 0", self.num_beams)
         _require(not greedy or self.n_samples == 1, "n_samples", "1 where --temperature is 0", self.n_samples)
         _require(self.output is None or self.output.endswith(".json"), "output", "a .json file", self.output)
-        both = self.compare is not None and (
-            self.trained_model or self.wandb_artifact or self.base_model or self.output
-        )
+        own = self.base_model == OWN_BASE
+        both = self.compare is not None and (self.trained_model or self.wandb_artifact or own or self.output)
         _require(not both, "compare", "given without other models and --output", "them as well")
+        moved = self.scores_mixture and self.base_model is not None
+        _require(not moved or not self.revision, "revision", "left out where a mixture is scored", self.revision)
         two = self.trained_model is not None and self.wandb_artifact is not None
         _require(not two, "wandb_artifact", "left out where --trained_model is given", "both")
+
+    @property
+    def scores_mixture(self) -> bool:
+        """Whether a mixture is scored, and ``base_model`` only says where its base is."""
+        named = self.trained_model is not None or self.wandb_artifact is not None
+        return self.base_model is None or (named and self.base_model != OWN_BASE)

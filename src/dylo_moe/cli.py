@@ -13,7 +13,7 @@ from dylo_moe.errors import DISK_REFUSED, EXIT_USER_ERROR, DyLoRAError, did_you_
 PROGRAMS = {
     "train": "train a mixture of experts on a frozen base model",
     "acquire": "learn skills one after the other, each with an expert of its own",
-    "experts": "show a mixture's experts; rename, freeze, remove or merge them",
+    "experts": "show a mixture's experts; rename, freeze, remove, merge, import or export them",
     "benchmark": "score a mixture or a base model on HumanEval(+) and MBPP(+)",
     "generate": "generate text with a trained mixture",
     "submit": "train on Vertex AI, on spot machines",

@@ -251,7 +251,10 @@ class GenerateArguments:
 
     _argument_group_name: ClassVar[str] = "generation"
 
-    trained_model: str = _flag(default="./results/best_model", help="Checkpoint folder.")
+    trained_model: str = _flag(default="./results/best_model", help="Checkpoint folder, or a Hub id.")
+    base_model: str | None = _flag(
+        default=None, help="Where its base model is now, a folder or Hub id; where the checkpoint says if not given."
+    )
     prompt: str | None = _flag(default=None, help="Text to go on from; read from standard input if not given.")
     instruction: str | None = _flag(
         default=None, help="A task in words, put into the template of the instruction datasets."

@@ -75,7 +75,8 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
         if action.const is True:
             return f"--[no_]{action.dest}" if action.default is True else f"--{action.dest}"
         value = {int: "N", float: "X"}.get(action.type, "TEXT")
-        return f"--{action.dest} {self._format_args(action, value)}"
+        # a flag that is a word of Python's has an underscore behind it
+        return f"--{action.dest.rstrip('_')} {self._format_args(action, value)}"
 
     @override
     def _get_help_string(self, action: Any) -> str | None:

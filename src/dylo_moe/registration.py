@@ -13,6 +13,13 @@ from typing_extensions import override
 AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 """Where transformers keeps what ``AutoModelForCausalLM`` knows."""
 
+PEFT = "peft"
+
+
+def is_being_imported(module: str) -> bool:
+    """Tell whether the import of a module has begun and not ended."""
+    return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
+
 
 class AfterImport(MetaPathFinder):
     """Calls a function once, after the first import of a module.
@@ -31,13 +38,16 @@ class AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self._module or self not in sys.meta_path:
             return None
+        place = sys.meta_path.index(self)
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
+        sys.meta_path.insert(place, self)  # whoever asks whether there is such a module need not import it
         loader: Any = spec and spec.loader
         if loader is not None:
             execute = loader.exec_module
 
             def execute_and_then(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 execute(module)
                 self._then()
 

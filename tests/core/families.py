@@ -29,6 +29,9 @@ HIDDEN = 32
 LAYERS = 3
 PAD = 0
 
+TIED = "ignore:Model has `tie_word_embeddings=True`:UserWarning"
+"""A mark's text: PEFT 0.19 warns of an adapted embedding or head even where the two are not tied."""
+
 ROUTINGS = ("final", "prefix:1", "context:1", "per_layer")
 
 _COMMON = {
@@ -116,6 +119,12 @@ def mixture(
     if mature:
         model.set_maturity()
     return model.eval()
+
+
+def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool) -> None:
+    """Enables activation checkpointing by the name that the installed transformers has for it (new in 5.23)."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": use_reentrant})
 
 
 def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:

@@ -48,7 +48,7 @@ def test_a_folder_is_loaded_frozen_in_the_dtype_that_was_asked_for(tmp_path: Pat
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all"])
 @pytest.mark.parametrize("load", [load_base_model, load_tokenizer, check_base_model])
 def test_a_folder_that_is_not_there_is_refused_in_one_line(name: str, load: object) -> None:
-    with pytest.raises(ModelError, match=f"^there is no folder '{name}'; check --model_name$"):
+    with pytest.raises(ModelError, match=f"^there is no folder '{name}'; check --base_model$"):
         load(name)
 
 
@@ -69,7 +69,7 @@ def test_a_model_that_is_no_causal_lm_is_refused_in_one_line(tmp_path: Path) -> 
 
 def test_without_the_hub_the_message_names_the_ways_out() -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1", "tests must not reach for the network"
-    with pytest.raises(ModelError, match=r"'nobody/nothing' could not be fetched .* use --model_name demo$") as refused:
+    with pytest.raises(ModelError, match=r"'nobody/nothing' could not be fetched .* use --base_model demo$") as refused:
         load_base_model("nobody/nothing")
     assert "\n" not in str(refused.value)
 

@@ -166,7 +166,10 @@ def test_a_loaded_base_model_can_be_given(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     loaded = DyLoRA_MoE.from_pretrained(tmp_path / "saved", tiny(dtype=torch.float32))
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    with pytest.raises(CheckpointError, match=r"was made on a base model in memory; pass that as model=$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"was made on a base model in memory; pass that as model= \(on the command line: --base_model\)$",
+    ):
         DyLoRA_MoE.from_pretrained(tmp_path / "saved")
 
 
@@ -518,11 +521,36 @@ def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("three years of work")
     model = mixture()
+    with pytest.raises(CheckpointError, match=r"holds other files .*, and writing would replace them"):
+        model.experts.export("expert_0", tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+    (tmp_path / "thesis" / "config.json").write_text("another model's")
+    with pytest.raises(CheckpointError, match=r"holds other files \(config.json\), and writing would replace them"):
+        model.save_pretrained(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "config.json").read_text() == "another model's"
     for write in (model.save_pretrained, lambda path: model.experts.export("expert_0", path)):
-        with pytest.raises(CheckpointError, match="holds other files, and writing would replace them"):
-            write(tmp_path / "thesis")
-        assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
         (tmp_path / "empty").mkdir(exist_ok=True)
         write(tmp_path / "empty")
         write(tmp_path / "empty")
         shutil.rmtree(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_else_is_in_the_folder_survives_a_save(tmp_path: Path, in_place: bool) -> None:
+    folder, model = tmp_path / "results", mixture()
+    (folder / "checkpoint-10").mkdir(parents=True)
+    (folder / "checkpoint-10" / "optimizer.pt").write_text("of a Trainer")
+    (folder / "notes.md").write_text("mine")
+    (folder / "link").symlink_to("notes.md")
+    with (folder / "events").open("w") as log:
+        for name in ("expert_0", "sql"):
+            model.save_pretrained(folder, in_place=in_place)
+            log.write(f"{name} ")
+            log.flush()
+            if name == "expert_0":
+                model.add_expert("sql")
+    assert (folder / "events").read_text() == "expert_0 sql ", "a file that is open goes on being the same"
+    assert (folder / "checkpoint-10" / "optimizer.pt").read_text() == "of a Trainer"
+    assert (folder / "notes.md").read_text() == "mine" and (folder / "link").is_symlink()
+    assert sorted(path.name for path in (folder / "experts").iterdir()) == ["expert_0", "expert_1", "expert_2", "sql"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results"]

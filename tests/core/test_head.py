@@ -10,7 +10,19 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.head import plain_head
-from families import CONFIGS, FAMILIES, ROUTINGS, gradients, mixture, padded, relative_error, stir, tiny, token_ids
+from families import (
+    CONFIGS,
+    FAMILIES,
+    ROUTINGS,
+    TIED,
+    gradients,
+    mixture,
+    padded,
+    relative_error,
+    stir,
+    tiny,
+    token_ids,
+)
 
 ROWS = [token_ids(1, length, seed=length)[0] for length in (9, 4, 7)]
 _SIZES = {
@@ -54,6 +66,7 @@ def test_a_head_is_plain_where_nothing_follows_it(family: str, dtype: torch.dtyp
     assert not model._forward_hooks and not model.base_model._forward_hooks
 
 
+@pytest.mark.filterwarnings(TIED)
 def test_an_adapted_head_is_not_plain() -> None:
     base = tiny()
     get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head"]))

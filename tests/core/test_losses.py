@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dylo_moe.core import losses
 from dylo_moe.core.losses import (
     IGNORE_INDEX,
+    ROWS_AT_ONCE,
     causal_lm_loss,
     expert_load,
     linear_causal_lm_loss,
@@ -69,6 +71,16 @@ def test_each_token_has_its_own_share_of_the_loss() -> None:
     assert (shares.sum() / 5).item() == pytest.approx(whole.item())
 
 
+@pytest.fixture(params=["fused", "recomputed"])
+def chunked_loss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to the loss in chunks: torch's own, and ours for a torch that has none."""
+    if request.param == "recomputed":
+        monkeypatch.setattr(losses, "_Options", None)
+    elif not hasattr(nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this torch has no linear_cross_entropy")
+
+
+@pytest.mark.usefixtures("chunked_loss")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])
@@ -78,27 +90,40 @@ def test_each_token_has_its_own_share_of_the_loss() -> None:
 def test_the_loss_without_logits_is_the_loss_with_them(
     dtype: torch.dtype, tolerance: float, rows: int, biased: bool, smoothing: float
 ) -> None:
-    hidden = torch.randn(rows, 400, 16).to(dtype).requires_grad_()  # several chunks
+    hidden = torch.randn(rows, 400, 16).to(dtype)  # several chunks
     weight, bias = torch.randn(50, 16).to(dtype), torch.randn(50).to(dtype) if biased else None
     labels = torch.randint(0, 50, (rows, 400))
     labels[0, :70] = IGNORE_INDEX
+    leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias) if leaf is not None]
     # the truth is in float64: in bfloat16 the logits themselves are rounded, here and there
-    precise = hidden.detach().double().requires_grad_()
-    logits = torch.nn.functional.linear(precise, weight.double(), None if bias is None else bias.double())
-    wanted = causal_lm_loss(logits, labels, label_smoothing=smoothing, num_items=500)
+    precise = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = causal_lm_loss(nn.functional.linear(*precise), labels, label_smoothing=smoothing, num_items=500)
     got = linear_causal_lm_loss(hidden, weight, labels, bias=bias, label_smoothing=smoothing, num_items=500)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert got.item() == pytest.approx(wanted.item(), rel=tolerance)
-    (gradient,) = torch.autograd.grad(got, hidden)
-    (true_gradient,) = torch.autograd.grad(wanted, precise)
-    assert ((gradient.double() - true_gradient).norm() / true_gradient.norm()).item() < tolerance
+    for gradient, true_gradient in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(wanted, precise), strict=True
+    ):
+        assert ((gradient.double() - true_gradient).norm() / true_gradient.norm()).item() < tolerance
 
 
+@pytest.mark.usefixtures("chunked_loss")
 def test_a_batch_without_labels_has_no_loss() -> None:
     hidden = torch.randn(1, 4, 16, requires_grad=True)
     loss = linear_causal_lm_loss(hidden, torch.randn(50, 16), torch.full((1, 4), IGNORE_INDEX))
     loss.backward()
     assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
+
+
+def test_without_the_kernel_no_more_logits_than_one_chunk_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_Options", None)
+    hidden, vocabulary = torch.randn(1, 4 * ROWS_AT_ONCE + 1, 16, requires_grad=True), 500
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: kept.append(saved.numel()) or saved, lambda saved: saved
+    ):
+        linear_causal_lm_loss(hidden, torch.randn(vocabulary, 16), torch.ones(hidden.shape[:2], dtype=torch.long))
+    assert kept and max(kept) < ROWS_AT_ONCE * vocabulary
 
 
 def test_labels_that_padding_would_predict_are_left_out() -> None:

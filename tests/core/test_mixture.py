@@ -23,6 +23,7 @@ from families import relative_error
 IN, OUT, RANK = 24, 40, 4
 TOLERANCES = [(torch.float32, 1e-5), (torch.bfloat16, 0.03)]
 """Relative errors allowed; in bfloat16 two products of inputs with 8 significant bits, and a rounded sum of them."""
+GROUPED = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped product")
 
 
 def experts(count: int, ranks: list[int], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], tuple[float, ...]]:
@@ -59,7 +60,9 @@ def sparse_delta(
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("even", [True, False], ids=["even ranks", "uneven ranks"])
-@pytest.mark.parametrize(("shape", "grouped"), [((3, 11), True), ((2, 1), False), ((1, 2), False)])
+@pytest.mark.parametrize(
+    ("shape", "grouped"), [pytest.param((3, 11), True, marks=GROUPED), ((2, 1), False), ((1, 2), False)]
+)
 def test_the_sparse_paths_equal_the_loop(
     monkeypatch: pytest.MonkeyPatch,
     shape: tuple[int, int],
@@ -75,8 +78,9 @@ def test_the_sparse_paths_equal_the_loop(
     routing = sparse_routing(*shape, count, top_k)
     x = torch.randn(*shape, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
     calls: list[object] = []
-    real = F.grouped_mm
-    monkeypatch.setattr(F, "grouped_mm", lambda *args, **options: calls.append(args) or real(*args, **options))
+    if grouped:
+        real = F.grouped_mm
+        monkeypatch.setattr(F, "grouped_mm", lambda *args, **options: calls.append(args) or real(*args, **options))
     with torch.no_grad():
         assert has_sparse_product(lora_a, lora_b, routing)
         got = sparse_delta(x, lora_a, lora_b, scalings, routing)
@@ -84,7 +88,7 @@ def test_the_sparse_paths_equal_the_loop(
     assert relative_error(got.double(), loop(x, lora_a, lora_b, scalings, routing.weights)) < tolerance
 
 
-@pytest.mark.parametrize("shape", [(3, 11), (2, 1)])
+@pytest.mark.parametrize("shape", [pytest.param((3, 11), marks=GROUPED), (2, 1)])
 @pytest.mark.parametrize("even", [True, False], ids=["even ranks", "uneven ranks"])
 def test_layers_that_are_fed_the_same_go_down_together(shape: tuple[int, int], even: bool) -> None:
     count, layers = 13, 3
@@ -104,6 +108,7 @@ def test_layers_that_are_fed_the_same_go_down_together(shape: tuple[int, int], e
             assert relative_error(got.double(), loop(x, lora_a, lora_b, scalings, routing.weights)) < 1e-5
 
 
+@GROUPED
 def test_an_expert_that_no_token_chooses_does_no_harm() -> None:
     lora_a, lora_b, scalings = experts(9, [4] * 9, torch.float32)
     chosen = torch.full((2, 8, 1), 3)
@@ -118,6 +123,15 @@ def test_where_no_grouped_product_exists_the_caller_is_told(rank: int, dtype: to
     lora_a, lora_b, _ = experts(5, [rank] * 5, dtype)
     assert not has_sparse_product(lora_a, lora_b, sparse_routing(2, 9, 5, 1))
     assert has_sparse_product(lora_a, lora_b, sparse_routing(1, 1, 5, 1)), "for few tokens any type will do"
+
+
+def test_a_torch_without_grouped_products_computes_only_few_tokens_sparsely(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora_a, lora_b, _ = experts(5, [8] * 5, torch.float32)
+    many, few = sparse_routing(2, 9, 5, 1), sparse_routing(1, 1, 5, 1)
+    assert has_sparse_product(lora_a, lora_b, many) == hasattr(F, "grouped_mm")
+    monkeypatch.delattr(F, "grouped_mm", raising=False)
+    assert not has_sparse_product(lora_a, lora_b, many)
+    assert has_sparse_product(lora_a, lora_b, few)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

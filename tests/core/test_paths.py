@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
@@ -49,6 +50,7 @@ def test_many_experts_are_not_all_computed(monkeypatch: pytest.MonkeyPatch, expe
     downs, ups, stacks = (spy(monkeypatch, name) for name in ("sparse_down", "sparse_up", "stack_rows"))
     with torch.no_grad():
         model(token_ids(3, 9), use_cache=False)
+    sparse = sparse and hasattr(F, "grouped_mm")  # torch 2.9 computes them all
     assert (len(downs), len(ups), len(stacks)) == ((4, 8, 0) if sparse else (0, 0, 4)), (
         "in each of two layers down twice, for q, k and v together and for o, and up for each"
     )

@@ -1,6 +1,7 @@
 """The fused mixture against a plain loop over experts, and the state that routed layers share."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dylo_moe import enable_routing
 from dylo_moe.core.mixture import routed_delta
 from dylo_moe.core.routing_state import RoutingState, Scope
 from dylo_moe.errors import RoutingError
-from families import PAD, VOCABULARY, gradients, relative_error, stir, tiny, token_ids
+from families import PAD, TIED, VOCABULARY, enable_checkpointing, gradients, relative_error, stir, tiny, token_ids
 
 RANKS = (1, 8, 3, 5)
 SCALINGS = (2.0, 0.3, 1.1, -1.7)  # not all of them exact in float32
@@ -94,13 +95,14 @@ def test_experts_share_one_dropout_mask() -> None:
     assert relative_error(got, loop(**{**tensors, "x": dropout(tensors["x"])})) < 1e-10
 
 
-def lora_model(family: str = "llama", **options: object) -> PeftModel:
+def lora_model(family: str = "llama", *, names: Sequence[str] = ("first", "second"), **options: object) -> PeftModel:
     config = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **options}
     torch.manual_seed(7)
-    model = get_peft_model(tiny(family, dtype=torch.float32), LoraConfig(**config), adapter_name="first")
-    model.add_adapter("second", LoraConfig(**{**config, "r": 6}))
+    model = get_peft_model(tiny(family, dtype=torch.float32), LoraConfig(**config), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(**{**config, "r": 6}))
     stir(model)
-    model.base_model.set_adapter(["first", "second"])
+    model.base_model.set_adapter(list(names))
     return model.eval()
 
 
@@ -174,8 +176,9 @@ def test_an_exception_in_the_base_model_leaves_no_weights_behind() -> None:
     ],
     ids=["dora", "lora_bias", "embedding", "parameter"],
 )
+@pytest.mark.filterwarnings(TIED)
 def test_layers_that_cannot_be_routed_are_refused(options: dict[str, object], message: str) -> None:
-    model = lora_model(**options)
+    model = lora_model(names=["first"], **options)
     before = model(IDS).logits
     with pytest.raises(RoutingError, match=message):
         enable_routing(model)
@@ -241,7 +244,7 @@ def test_gradient_checkpointing_on_plain_peft_keeps_every_gradient(reentrant: bo
         enable_routing(model)
         model.enable_input_require_grads()
         if checkpointing:
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model.get_base_model(), use_reentrant=reentrant)
         weights = weights_for(IDS).requires_grad_()
         loss = model(IDS, routing_weights=weights, labels=IDS.masked_fill(IDS == PAD, -100), use_cache=False).loss
         loss.backward()

@@ -106,7 +106,7 @@ GOOD = b'{"prompt": "p", "response": "r"}'
         ("a.csv", b'prompt,response\na,"b\n', "broken CSV"),
         ("a.csv", b"prompt,response\na,\xfc\n", "line 2 is not UTF-8 (byte 0xfc)"),
         ("a.jsonl.gz", b"no gzip at all", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 9, mtime=0)[:-9], "cannot be read"),
         ("a.parquet", b"no parquet", "is no Parquet file"),
     ],
 )

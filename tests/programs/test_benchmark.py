@@ -160,7 +160,7 @@ def test_evalplus_benchmarks_share_their_answers(models: tuple[Path, Path], monk
     ("arguments", "message"),
     [
         ([], "there is no mixture in results/best_model yet: name one by --trained_model, or give --base_model"),
-        (["--trained_model", "gone"], "gone is no checkpoint of this program"),
+        (["--trained_model", "gone"], "there is no folder 'gone'"),
         (["--base_model", "./gone"], "there is no folder './gone'"),
         (["--benchmarks", "humanevil"], "got 'humanevil'; did you mean 'humaneval'"),
         (["--benchmarks", "mbppplus"], "--benchmarks must be humaneval or mbpp with --no_evalplus, got mbppplus"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.errors import ConfigError
+from dylo_moe.programs.trainer_arguments import CHECKPOINTING
 from dylo_moe.training.processes import check_sharding
 from tiny_folder import write_tiny_folder
 
@@ -22,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "unpacked": {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 3},
     "packed": {"max_steps": STEPS, "packed": True},
     "final": {"max_steps": 1, "routing": "final"},
-    "per_layer": {"max_steps": 1, "routing": "per_layer", "activation_checkpointing": True},
+    "per_layer": {"max_steps": 1, "routing": "per_layer", CHECKPOINTING: True},
 }
 SECOND_EPOCH = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 7}
 

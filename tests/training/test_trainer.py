@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 
 from dylo_moe.core.losses import causal_lm_loss, load_balance_loss, router_z_loss
+from dylo_moe.programs.trainer_arguments import CHECKPOINTING
 from dylo_moe.training.trainer import DyLoRATrainer
 from tiny_folder import tiny_tokenizer, write_tiny_folder
 from tiny_trainer import rows, trainer_of
@@ -78,7 +79,7 @@ def test_every_expert_and_the_router_move_and_the_base_does_not(folder: Path, tm
 def test_gradient_checkpointing_trains_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
     for routing in ROUTINGS:
         plain = trained_parameters(trainer_of(folder, tmp_path, routing, max_steps=2))
-        saving = trained_parameters(trainer_of(folder, tmp_path, routing, max_steps=2, activation_checkpointing=True))
+        saving = trained_parameters(trainer_of(folder, tmp_path, routing, max_steps=2, **{CHECKPOINTING: True}))
         for name, parameter in plain.items():
             torch.testing.assert_close(saving[name], parameter, rtol=1e-12, atol=0, msg=f"{routing} {name}")
 

@@ -6,8 +6,10 @@ the base model. A refusal therefore leaves nothing to undo.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -21,6 +23,7 @@ from dylo_moe.errors import ExpertError, first_line
 
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _KEY_PREFIX = "base_model.model."
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 _NOT_ROUTED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias")
 """Options of ``LoraConfig`` that change more than ``B A x`` adds up to."""
 
@@ -67,6 +70,38 @@ def difference(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
         if got[key] != wanted[key]:
             return f"its {key} is {got[key]}, and {wanted[key]} is needed"
     return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the fields of an adapter's configuration as they are written.
+
+    Raises:
+        ExpertError: The file is missing or damaged.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ExpertError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
+    return config
+
+
+def module_of(key: str) -> str:
+    """Return the full name of the module that a tensor of an adapter file adapts."""
+    return key.removeprefix(_KEY_PREFIX).removesuffix(DOWN).removesuffix(UP)
+
+
+def scalings(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the factor by which PEFT multiplies ``B A`` of each module, by the module's full name."""
+    patterns = config.get("alpha_pattern") or {}
+    found = {}
+    for key, down in weights.items():
+        if not key.endswith(DOWN):
+            continue
+        module = module_of(key)
+        alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
+        rank = down.shape[0]
+        found[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return found
 
 
 def tensor_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from filelock import FileLock
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dylo_moe.core.checkpoint import atomic_directory
+from dylo_moe.core.hub import is_hub_id
 from dylo_moe.core.offload import parameters_in_place
 from dylo_moe.core.quantised import quantisation
 from dylo_moe.errors import ModelError, causes_of, first_line
@@ -74,7 +76,6 @@ def load_base_model(
     Raises:
         ModelError: The model cannot be reached, read, or is no causal LM.
     """
-    check_is_there(name)
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation, **more}
     if bits is not None:
         options["quantization_config"] = quantisation(bits, dtype)
@@ -111,7 +112,10 @@ def local_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase 
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(model_source(name), revision=revision, local_files_only=True)  # type: ignore[no-any-return]
+        source = model_source(name)
+        if is_hub_id(source):  # transformers asks the Hub about an id, local files only or not
+            source = snapshot_download(source, revision=revision, local_files_only=True)
+        return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         _LOG.debug("no tokenizer of %s on this machine: %s", name, error)
         return None
@@ -127,19 +131,25 @@ def name_of(model: str | PreTrainedModel, revision: str | None) -> tuple[str, st
     if not name or not Path(name).is_dir():
         return name, revision
     folder = Path(name).resolve()
-    cached = _SNAPSHOT.search(str(folder))
+    cached = cached_repository(folder)
     if cached is not None:
-        return cached["repo"].replace("--", "/", 1), cached["commit"]
+        return cached
     return (EMBEDDED if folder == _embedded_folder().resolve() else str(folder)), None
+
+
+def cached_repository(folder: str | Path) -> tuple[str, str] | None:
+    """Return the Hub id and the commit of a folder in a cache of the Hub; None for any other folder."""
+    found = _SNAPSHOT.search(Path(folder).resolve().as_posix())
+    return None if found is None else (found["repo"].replace("--", "/", 1), found["commit"])
 
 
 _SNAPSHOT = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
 
 def check_is_there(name: str) -> None:
-    """Raise ModelError for a path that is no folder, so that the Hub is not asked for it."""
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise ModelError(f"there is no folder {name!r}; check --model_name")
+    """Raise ModelError for what can only be a path and is no folder, so that the Hub is not asked for it."""
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise ModelError(f"there is no folder {name!r}; check --base_model")
 
 
 def check_base_model(name: str, *, revision: str | None = None) -> None:
@@ -160,8 +170,15 @@ def module_names(name: str, *, revision: str | None = None) -> list[str]:
 
 
 def model_source(name: str) -> str:
-    """The name as transformers takes it: ``demo`` becomes the folder of the embedded model."""
-    return str(embedded_model()) if name == EMBEDDED else name
+    """Return the name as transformers takes it: ``demo`` becomes the folder of the embedded model.
+
+    Raises:
+        ModelError: It is a path, and there is no folder.
+    """
+    if name == EMBEDDED:
+        return str(embedded_model())
+    check_is_there(name)
+    return name
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -292,17 +309,15 @@ def _explain(name: str, error: BaseException) -> str:
     if GatedRepoError in causes:
         return (
             f"the model {name!r} is gated: accept its licence on its Hub page, then set HF_TOKEN to a token "
-            f"of that account, or use --model_name {EMBEDDED}"
+            f"of that account, or use --base_model {EMBEDDED}"
         )
     if RepositoryNotFoundError in causes:
-        return f"the Hub has no model {name!r}, or HF_TOKEN may not see it; check --model_name"
+        return f"the Hub has no model {name!r}, or HF_TOKEN may not see it; check --base_model"
     if Path(name).is_dir():
         return f"the folder {name!r} holds no causal LM that transformers can load: {first_line(error)}"
-    if name.startswith(("/", ".", "~")):
-        return f"there is no folder {name!r}; check --model_name"
     if any(issubclass(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError) for cause in causes):
         return (
             f"the model {name!r} could not be fetched and is not in the local cache: the Hub cannot be reached "
-            f"(or HF_HUB_OFFLINE is set); connect, name a folder with --model_name, or use --model_name {EMBEDDED}"
+            f"(or HF_HUB_OFFLINE is set); connect, name a folder with --base_model, or use --base_model {EMBEDDED}"
         )
     return f"the model {name!r} cannot be loaded: {first_line(error)}"

@@ -7,7 +7,7 @@ or drops rows of it does the same to its router part.
 
 import copy
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -110,7 +110,8 @@ class ContextPart(RouterPart):
         elif method in _ROWS:
             (change,) = (*args, *kwargs.values())
             # what reorders rows, such as a beam search, takes no token back
-            self._newest = [Sums(*(_ROWS[method](total, change) for total in self._newest[-1]))]
+            change_rows = _ROWS[method]
+            self._newest = [Sums(*(change_rows(total, change) for total in self._newest[-1]))]
 
     def _take_back(self, tokens: int) -> None:
         if tokens >= (known := sum(map(_tokens, self._newest))):
@@ -126,7 +127,7 @@ def _tokens(sums: Sums) -> int:
     return sums.counts.shape[1]
 
 
-_ROWS = {
+_ROWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "reorder_cache": lambda total, rows: total.index_select(0, rows.to(total.device)),
     "batch_select_indices": lambda total, rows: total[rows],
     "batch_repeat_interleave": lambda total, repeats: total.repeat_interleave(repeats, dim=0),

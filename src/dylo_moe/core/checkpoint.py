@@ -12,7 +12,7 @@ them is the business of ``model.py``.
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -55,6 +55,8 @@ class ExpertEntry(_Entry):
     name: str
     maturity: Literal[0, 1]
     frozen: bool = False
+    pissa: bool = False
+    """Whether the second half of its ranks is the constant that PiSSA takes away; see ``initialise``."""
 
 
 class RoutingEntry(_Entry):
@@ -86,8 +88,10 @@ class Description(_Entry):
 
 
 @contextmanager
-def atomic_directory(path: Path, *, marker: str, in_place: bool = False) -> Iterator[Path]:
-    """Gives a sibling folder to write into; it takes the place of ``path`` once all of it is on the disk.
+def atomic_directory(
+    path: Path, *, marker: str, in_place: bool = False, ours: Collection[str] | None = None
+) -> Iterator[Path]:
+    """Give a sibling folder to write into; it takes the place of ``path`` once all of it is on the disk.
 
     Where writing fails, the sibling is removed and ``path`` stays as it was.
 
@@ -97,14 +101,22 @@ def atomic_directory(path: Path, *, marker: str, in_place: bool = False) -> Iter
             else's, and is not replaced.
         in_place: Rename no folder, as object storage cannot: what was written elsewhere is copied to ``path``, and the
             marker, without which no reader takes it for one of this kind, goes first and comes last.
+        ours: The names that are written, or may be left from the last time. With them, whatever else is in ``path``
+            stays there, and only one with other weights of these names is somebody else's.
 
     Raises:
         CheckpointError: ``path`` holds something else, or the file system refused: full, read-only, no permission.
     """
     path = path.absolute()
-    ours = (path / marker).is_file() or unfinished_mark(path).exists()
-    if path.is_dir() and any(path.iterdir()) and not ours:
-        raise CheckpointError(f"{path} holds other files, and writing would replace them; choose a new or empty folder")
+    known = (path / marker).is_file() or unfinished_mark(path).exists()
+    if path.is_dir() and not known:
+        others = sorted(entry.name for entry in path.iterdir())
+        if ours is not None:
+            others = [name for name in others if name in ours and name != CARD_FILE]
+        if others:
+            raise CheckpointError(
+                f"{path} holds other files ({others[0]}), and writing would replace them; choose a new or empty folder"
+            )
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,8 +125,10 @@ def atomic_directory(path: Path, *, marker: str, in_place: bool = False) -> Iter
         target.mkdir()
         yield target
         if in_place:
-            _copy_over(target, path, marker)
+            _copy_over(target, path, marker, ours)
         else:
+            if ours is not None and path.is_dir():
+                _link_others(path, target, ours)
             _sync_tree(target)
             _rename_over(target, path, scratch / "previous")
         sync(path.parent)
@@ -263,17 +277,43 @@ def _rename_over(new: Path, path: Path, previous: Path) -> None:
         raise
 
 
-def _copy_over(new: Path, path: Path, marker: str) -> None:
+def _copy_over(new: Path, path: Path, marker: str, ours: Collection[str] | None) -> None:
     mark = unfinished_mark(path)
     mark.touch()
     if path.exists():
         (path / marker).unlink(missing_ok=True)
-        shutil.rmtree(path)
-    shutil.copytree(new, path, ignore=lambda folder, names: {marker} if Path(folder) == new else set())
+        for entry in [path] if ours is None else [path / name for name in ours]:
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+    others = ours is not None
+    skip = {marker}
+    shutil.copytree(
+        new, path, ignore=lambda folder, names: skip if Path(folder) == new else set(), dirs_exist_ok=others
+    )
     _sync_tree(path)
     shutil.copyfile(new / marker, path / marker)
     _sync_tree(path)
     mark.unlink()
+
+
+def _link_others(old: Path, new: Path, ours: Collection[str]) -> None:
+    """Give the new folder what else is in the old one: the same files, by another link or, failing that, a copy."""
+    for entry in old.iterdir():
+        if entry.name in ours or (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, new / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def unfinished_mark(folder: Path) -> Path:

@@ -70,4 +70,4 @@ def register(model_class: type[Any]) -> None:
     AutoConfig.register(MODEL_TYPE, DyLoRAConfig, exist_ok=True)
     AutoModelForCausalLM.register(DyLoRAConfig, model_class, exist_ok=True)
     # where transformers looks up by name what a causal LM is: the Trainer's label smoother, pipelines, its server
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = CLASS_NAME  # type: ignore[index]
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = CLASS_NAME

@@ -15,16 +15,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.core.adapter_folder import (
+    ADAPTER_FILES,
     CONFIG_FILE,
     PLAIN_INITIALISATIONS,
     check_adapter,
     difference,
+    read_config,
     read_weights,
+    scalings,
     tensor_shapes,
 )
+from dylo_moe.core.base_model import cached_repository
 from dylo_moe.core.checkpoint import atomic_directory, write_adapter
 from dylo_moe.core.decoder import find_decoder
+from dylo_moe.core.hub import folder_of
 from dylo_moe.core.offload import is_offloaded, refuse_offloaded, state_in_place
+from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.quantised import keep_trainable
 from dylo_moe.core.routed_lora import enable_routing
 from dylo_moe.core.routing_state import RoutingState
@@ -164,32 +170,36 @@ class ExpertManager:
         else:
             self._peft_model.add_adapter(name, config)
         self._welcome(name, training)
+        cached = cached_repository(self.base_model.name_or_path or "")
+        if cached is not None:  # PEFT has noted the folder, which is on this machine alone
+            config.base_model_name_or_path, config.revision = cached
         return name
 
-    def import_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Makes an existing PEFT LoRA adapter an expert, its weights as they are, and all experts active.
+    def import_adapter(self, path: str | Path, name: str | None = None, revision: str | None = None) -> str:
+        """Make an existing PEFT LoRA adapter an expert, its weights as they are, and all experts active.
 
         Args:
-            path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-            name: The folder's name by default.
+            path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id.
+            name: The name of the folder or the repository by default.
+            revision: Commit, tag or branch on the Hub.
 
         Returns:
             The expert's name.
 
         Raises:
             ExpertError: The folder is no LoRA adapter, does not fit the base model, or cannot be routed.
+            CheckpointError: There is no such folder, or the repository cannot be had.
             ModelError: The base model is offloaded otherwise than by a ``device_map``.
         """
-        path = Path(path)
         if not hasattr(self.base_model, "hf_device_map"):  # by which PEFT puts an adapter where its layer is
             refuse_offloaded(self.base_model, "no adapter can be loaded onto it; offload the mixture instead")
-        name = self._new_name(name or path.name)
-        check_adapter(path, self._linear_modules(), self._module_names())
+        folder, name = adapter_folder_of(path, revision), name or Path(path).absolute().name
+        check_import(folder, name, self.base_model, self.first_layer, self.names)
         training = self.base_model.training
         if self._peft_model is None:
-            self._peft_model = PeftModel.from_pretrained(self.base_model, str(path), adapter_name=name)
+            self._peft_model = PeftModel.from_pretrained(self.base_model, str(folder), adapter_name=name)
         else:
-            self._peft_model.load_adapter(str(path), name)
+            self._peft_model.load_adapter(str(folder), name)
         self._welcome(name, training)
         return name
 
@@ -197,16 +207,21 @@ class ExpertManager:
         """Reads the weights of an adapter folder for an expert of the same shape; changes nothing.
 
         Raises:
-            ExpertError: There is no such expert, or the folder's weights do not fit it.
+            ExpertError: There is no such expert, or the folder's weights or their scaling do not fit it.
             ModelError: The base model is offloaded.
         """
-        self.check_known([name])
+        ours_said = self[name].to_dict()
         refuse_offloaded(self.base_model, "no weights can be loaded into its experts; use from_pretrained instead")
-        weights = read_weights(Path(path))
+        weights, said = read_weights(Path(path)), read_config(Path(path))
         ours = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
         wrong = difference(tensor_shapes(weights), tensor_shapes(ours))
         if wrong is not None:
             raise ExpertError(f"the weights in {path} do not fit expert {name!r}: {wrong}")
+        if scalings(said, weights) != scalings(ours_said, weights):
+            raise ExpertError(
+                f"the weights in {path} do not fit expert {name!r}: they are scaled by another lora_alpha, rsLoRA or "
+                "alpha_pattern; import the folder as an expert of its own"
+            )
         return weights
 
     def load_weights(self, name: str, path: str | Path) -> None:
@@ -214,16 +229,20 @@ class ExpertManager:
         set_peft_model_state_dict(self.peft_model, self.fitting_weights(name, path), adapter_name=name)
 
     def export(self, name: str, path: str | Path) -> None:
-        """Writes an expert as an ordinary PEFT adapter folder.
+        """Write an expert as a PEFT adapter folder that every tool scales alike, by ``lora_alpha / r``.
+
+        One that is scaled otherwise (rsLoRA, patterns) has that moved into its weights; see ``plain_adapter``.
 
         Raises:
             ExpertError: There is no such expert.
-            CheckpointError: The folder cannot be written.
+            CheckpointError: The folder holds something else than an adapter, or cannot be written.
         """
         self.check_known([name])
+        check_target(Path(path))
         with atomic_directory(Path(path), marker=CONFIG_FILE) as folder:
             away = is_offloaded(self.base_model)
             write_adapter(folder, self.peft_model, name, state_in_place(self.peft_model) if away else None)
+            make_plain(folder)
 
     def set_active(self, names: str | Iterable[str]) -> None:
         """Routes among these experts alone; with one, the model is the base with that adapter."""
@@ -280,7 +299,7 @@ class ExpertManager:
         if name is None:
             taken = [int(match[1]) for known in self.names if (match := re.fullmatch(r"expert_(\d+)", known))]
             name = f"expert_{max(taken, default=-1) + 1}"
-        check_new_name(name, self.names, self._module_names())
+        check_new_name(name, self.names, base_modules(self.base_model))
         return name
 
     def check_known(self, names: Iterable[str]) -> None:
@@ -290,26 +309,9 @@ class ExpertManager:
                 known = ", ".join(self.names)
                 raise ExpertError(f"there is no expert {name!r} (there are: {known}){did_you_mean(name, self.names)}")
 
-    def _module_names(self) -> list[str]:
-        """Full names of the base model's modules, as they are without adapters."""
-        inside = (".base_layer", ".lora_")
-        return [name for name, _ in self.base_model.named_modules() if not any(part in name for part in inside)]
-
-    def _linear_modules(self) -> dict[str, nn.Module]:
-        """Linear modules in the decoder layers that may carry experts, by their full names."""
-        layers = self.decoder.layers[self.first_layer :]
-        allowed = {id(module) for layer in layers for module in layer.modules()}
-        found: dict[str, nn.Module] = {}
-        for name in self._module_names():
-            module = self.base_model.get_submodule(name)
-            bare = module.get_base_layer() if isinstance(module, LoraLayer) else module
-            if id(module) in allowed and isinstance(bare, nn.Linear | Conv1D):
-                found[name] = bare
-        return found
-
     def _targets(self, wanted: str | Sequence[str] | None) -> tuple[list[str], bool]:
         """The target names, and whether their weights are stored as ``(in, out)`` (GPT-2's Conv1D)."""
-        linear = self._linear_modules()
+        linear = linear_modules(self.base_model, self.first_layer)
         have = sorted({name.rpartition(".")[2] for name in linear})
         if wanted == ALL_LINEAR:
             targets = have
@@ -340,6 +342,45 @@ class ExpertManager:
         if self.blocks is not None and number < max(self.blocks):
             layers = [layer for layer, carried in enumerate(carried_by_layers(self.blocks, count)) if carried > number]
         return layers if len(layers) < count else None
+
+
+def base_modules(base_model: PreTrainedModel) -> list[str]:
+    """Return the full names of a base model's modules, as they are without adapters."""
+    inside = (".base_layer", ".lora_")
+    return [name for name, _ in base_model.named_modules() if not any(part in name for part in inside)]
+
+
+def linear_modules(base_model: PreTrainedModel, first_layer: int) -> dict[str, nn.Module]:
+    """Return the linear modules in the decoder layers that may carry experts, by their full names."""
+    layers = find_decoder(base_model).layers[first_layer:]
+    allowed = {id(module) for layer in layers for module in layer.modules()}
+    found: dict[str, nn.Module] = {}
+    for name in base_modules(base_model):
+        module = base_model.get_submodule(name)
+        bare = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if id(module) in allowed and isinstance(bare, nn.Linear | Conv1D):
+            found[name] = bare
+    return found
+
+
+def adapter_folder_of(path: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of an adapter, fetched where ``path`` is a Hub id.
+
+    Raises:
+        ExpertError: There is no such folder.
+        CheckpointError: The repository cannot be had.
+    """
+    folder = folder_of(path, revision=revision, files=ADAPTER_FILES)
+    if not folder.is_dir():
+        raise ExpertError(f"there is no folder {str(path)!r} to import an adapter from")
+    return folder
+
+
+def check_import(folder: Path, name: str, base_model: PreTrainedModel, first_layer: int, taken: Iterable[str]) -> None:
+    """Raise ``ExpertError`` unless an adapter folder can become an expert of this name; see ``import_adapter``."""
+    modules = base_modules(base_model)
+    check_new_name(name, taken, modules)
+    check_adapter(folder, linear_modules(base_model, first_layer), modules)
 
 
 def check_new_name(name: str, taken: Iterable[str], modules: Iterable[str]) -> None:

@@ -1,12 +1,11 @@
 """Give an object that exists more methods: it moves to a subclass of its own class.
 
-``torch.nn.utils.parametrize`` does the same to modules. Parameters, names and ``isinstance`` stay what they were; pickling,
-``copy.deepcopy`` and ``torch.save`` work.
+``torch.nn.utils.parametrize`` does the same to modules. Parameters, names and ``isinstance`` stay what they were, and
+pickling, ``copy.deepcopy`` and ``torch.save`` work.
 """
 
 import copyreg
 import functools
-from functools import cache
 from typing import Any, ClassVar
 
 
@@ -42,9 +41,17 @@ def restore(thing: Any, extension: type[Extension]) -> None:
         thing.__class__ = thing.extended_from
 
 
-@cache
-def extended_class(own: type, extension: type[Extension]) -> type:
+def extended_class(own: type, extension: type[Extension]) -> Any:
     """Return the subclass of ``own`` with the methods of ``extension``; it goes by the name of ``own``."""
+    if (own, extension) not in _CLASSES:
+        _CLASSES[own, extension] = _make_class(own, extension)
+    return _CLASSES[own, extension]
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def _make_class(own: type, extension: type[Extension]) -> type:
     names = [name for name in (*extension.overrides, "__reduce_ex__") if hasattr(own, name)]
     namespace = {name: _in_place_of(own, name, extension) for name in names}
     namespace |= {"extended_from": own, "__module__": own.__module__, "__qualname__": own.__qualname__}

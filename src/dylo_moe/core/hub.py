@@ -1,5 +1,6 @@
 """Folders by path or by Hub id: mixtures and adapters, whichever way a user names them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from huggingface_hub.errors import (
 
 from dylo_moe.errors import CheckpointError, causes_of, first_line
 
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -26,13 +27,21 @@ def is_hub_id(source: str | Path) -> bool:
     )
 
 
-def folder_of(source: str | Path, *, revision: str | None = None, subfolder: str = "", **hub: Any) -> Path:
+def folder_of(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    files: Sequence[str] = FILES,
+    **hub: Any,
+) -> Path:
     """Return a folder by its path, or a snapshot of a Hub repository by its id.
 
     Args:
         source: A path or a Hub id.
         revision: Commit, tag or branch on the Hub.
         subfolder: Within the repository or folder.
+        files: Patterns of the files to fetch.
         **hub: Passed to ``huggingface_hub.snapshot_download``.
 
     Raises:
@@ -44,7 +53,7 @@ def folder_of(source: str | Path, *, revision: str | None = None, subfolder: str
     if name.count("/") != 1:
         raise CheckpointError(f"there is no folder {name!r}; give a folder, or a Hub id of the form user/name")
     try:
-        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FILES]
+        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in files]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub)) / subfolder
     except (OSError, ValueError) as error:
         raise CheckpointError(_explain(name, revision, error)) from error

@@ -93,9 +93,17 @@ def initialise_pissa(experts: ExpertManager) -> None:
             down, up = root[:, None] * right[:, share].T, left[:, share] * root
             layer.lora_A[name].weight.copy_(torch.cat([down, down]))
             layer.lora_B[name].weight.copy_(torch.cat([up, -up], dim=1))
-            _hold_second_half(layer.lora_A[name].weight, dim=0)
-            _hold_second_half(layer.lora_B[name].weight, dim=1)
-    experts.held.update(experts.names)
+    hold_constant(experts, experts.names)
+
+
+def hold_constant(experts: ExpertManager, names: Sequence[str]) -> None:
+    """Give the second half of these experts' ranks no gradient, as ``initialise_pissa`` says."""
+    for _, layer in _lora_layers(experts):
+        for name in names:
+            if name in layer.r:
+                _hold_second_half(layer.lora_A[name].weight, dim=0)
+                _hold_second_half(layer.lora_B[name].weight, dim=1)
+    experts.held.update(names)
 
 
 def _hold_second_half(parameter: Tensor, dim: int) -> None:

@@ -7,12 +7,15 @@ batch gives; with no count given, each function divides by its own.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 ROWS_AT_ONCE = 256
 """Tokens whose logits ``linear_causal_lm_loss`` holds at a time: enough for a quick product, few beside a batch."""
+
+_Options = getattr(nn, "LinearCrossEntropyOptions", None)
+"""The options of torch's chunked loss; None before torch 2.13, which has no such loss."""
 
 
 def causal_lm_loss(
@@ -68,8 +71,9 @@ def linear_causal_lm_loss(
 ) -> Tensor:
     """``causal_lm_loss`` of ``hidden_states @ weight.T + bias``, without ever holding all of these logits.
 
-    The logits are made for the labelled tokens alone, ``ROWS_AT_ONCE`` at a time, by torch's chunked
-    ``linear_cross_entropy``; their gradients are made in the forward, so that ``backward`` can run once.
+    The logits are made for the labelled tokens alone, ``ROWS_AT_ONCE`` at a time. Torch's chunked
+    ``linear_cross_entropy`` makes their gradients in the forward, so that ``backward`` can run once; where torch
+    lacks it, the logits of each chunk are computed a second time in the backward.
 
     Args:
         hidden_states: ``(batch, seq, hidden_size)``, the input of the language-modelling head.
@@ -85,16 +89,11 @@ def linear_causal_lm_loss(
     targets = labels[:, 1:].to(hidden_states.device)
     labelled = targets != IGNORE_INDEX
     hidden, targets = hidden_states[:, :-1][labelled].to(weight.dtype), targets[labelled]
-    options = LinearCrossEntropyOptions(batch_chunk_size=ROWS_AT_ONCE, chunking_method=None)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     # cut here as well, and summed in float32: torch rounds each sum to the dtype of the weight
     chunks = zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
-    total = torch.stack(
-        [
-            F.linear_cross_entropy(rows, weight, wanted, linear_bias=bias, reduction="sum", options=options).to(dtype)
-            for rows, wanted in chunks
-        ]
-    ).sum()
+    chunk_loss = _recomputed_cross_entropy if _Options is None else _fused_cross_entropy
+    total = torch.stack([chunk_loss(rows, weight, wanted, bias).to(dtype) for rows, wanted in chunks]).sum()
     if label_smoothing:
         # Smoothing swaps a share of the target's logit for the mean logit, and both are linear in the hidden state.
         gap = (hidden * (weight[targets] - weight.mean(dim=0))).sum(dtype=dtype)
@@ -102,6 +101,26 @@ def linear_causal_lm_loss(
             gap = gap + (bias[targets] - bias.mean()).sum(dtype=dtype)
         total = total + label_smoothing * gap
     return total / _count(labelled, num_items)
+
+
+def _fused_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the summed cross-entropy of one chunk by torch's own kernel."""
+    assert _Options is not None
+    options = _Options(batch_chunk_size=ROWS_AT_ONCE, chunking_method=None)
+    return F.linear_cross_entropy(rows, weight, targets, linear_bias=bias, reduction="sum", options=options)
+
+
+def _recomputed_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the summed cross-entropy of one chunk, whose logits live only during the forward and the backward."""
+    return checkpoint(  # type: ignore[no-any-return]
+        _cross_entropy_sum, rows, weight, targets, bias, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def _cross_entropy_sum(rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the summed cross-entropy of ``rows @ weight.T + bias``, in float32 at least."""
+    logits = F.linear(rows, weight, bias)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 
 def without_padding(labels: Tensor, mask: Tensor) -> Tensor:

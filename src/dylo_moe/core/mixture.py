@@ -243,10 +243,12 @@ def pays_sparse(num_experts: int, top_k: int) -> bool:
 def has_sparse_product(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], routing: TokenWeights) -> bool:
     """Whether a kernel computes the chosen experts alone, for matrices of these shapes and types.
 
-    ``grouped_mm`` takes no float64, only rows of whole 16 bytes, and only bfloat16 when compiled.
+    ``grouped_mm`` takes no float64, only rows of whole 16 bytes, and only bfloat16 when compiled. Torch 2.9 lacks it.
     """
     if _are_few(routing):
         return True
+    if not hasattr(F, "grouped_mm"):
+        return False
     first = lora_a[0]
     if torch.compiler.is_compiling() and first.dtype != torch.bfloat16:
         return False

@@ -70,7 +70,7 @@ class DyLoRAOutput(CausalLMOutputWithPast):
     routing_weights: Tensor | None = None
 
 
-class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
+class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
     """A mixture of LoRA experts on one frozen causal language model.
 
     Args:
@@ -184,8 +184,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
         self._head_is_plain = plain_head(base, decoder.backbone) is not None
         self._argument_names = argument_names(base)
         self._keeps_examples_apart: bool | None = None
-        RouterHooks(base, decoder, routing, router, experts.routing_state, experts.active_indices)
-        save_and_load.name_model(self, None)
+        hooks = RouterHooks(base, decoder, routing, router, experts.routing_state, experts.active_indices)
+        self._mark_config(hooks.undo)
 
     def forward(
         self,
@@ -323,7 +323,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
         if self.training:
             result.loss = result.lm_loss + result.aux_loss.to(result.lm_loss.device)
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         *args: Any,
         routing_weights: Tensor | None = None,
@@ -348,7 +348,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
         if weights is not None:
             weights = check_weights(weights)
         with state.keeping_stacks(), state.scoped(weights=weights), self._own_ways_to_generate():
-            return self.experts.base_model.generate(*args, **kwargs)
+            base: Any = self.experts.base_model
+            return base.generate(*args, **kwargs)
 
     @contextmanager
     def _own_ways_to_generate(self) -> Iterator[None]:
@@ -406,9 +407,9 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
         self.router.add_expert()
         return name
 
-    def import_expert(self, path: str | Path, name: str | None = None) -> str:
-        """Adds an existing PEFT adapter as a young expert; see ``ExpertManager.import_adapter``."""
-        name = self.experts.import_adapter(path, name)
+    def import_expert(self, path: str | Path, name: str | None = None, revision: str | None = None) -> str:
+        """Add a PEFT adapter, a folder or Hub id, as a young expert; see ``ExpertManager.import_adapter``."""
+        name = self.experts.import_adapter(path, name, revision)
         self.router.add_expert()
         return name
 
@@ -463,9 +464,11 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
         """
         save_and_load.save(self, Path(save_directory), is_main_process, state_dict, in_place, push_to_hub, kwargs)
 
-    def write_files(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the files of a checkpoint into a folder that is the caller's to make whole; ``state`` as above."""
-        save_and_load.write_files(self, folder, state)
+    def write_files(
+        self, folder: Path, state: Mapping[str, Tensor] | None = None, *, beside: Path | None = None
+    ) -> None:
+        """Write a checkpoint's files into a folder that the caller makes whole, as ``beside``; ``state`` as above."""
+        save_and_load.write_files(self, folder, state, beside=beside)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -485,7 +488,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):  # type: ignore[misc]
             ModelError: The base model cannot be had.
         """
         with torch.inference_mode(False):
-            return save_and_load.load(cls, pretrained_model_name_or_path, model, options)
+            loaded: Self = save_and_load.load(cls, pretrained_model_name_or_path, model, options)
+        return loaded
 
     def load_weights(self, path: str | Path) -> None:
         """Load the weights of a checkpoint into this model, which must have the same experts and routing.

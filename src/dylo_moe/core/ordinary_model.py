@@ -5,6 +5,8 @@ they ask is answered by the base model: its configuration, its embeddings, its w
 bare base behind the mixture's back is refused by name.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from dylo_moe.errors import ModelError, RoutingError
 
 NOT_FOR_METRICS = ("lm_loss", "aux_loss", "balance_loss", "z_loss", "router_logits", "routing_weights")
 """What a forward returns beside the usual, and what the Trainer must not gather as predictions."""
+
+NOT_SAVED = "a mixture that is not saved: pass ref_model=copy.deepcopy(model), or call save_pretrained first"
+"""Stands where trainers look for a place to load a second copy from: they would take the bare base from its own."""
 
 _REFUSED = {
     "resize_token_embeddings": "resize the base model before you make the mixture",
@@ -58,11 +63,18 @@ class OrdinaryModel(PreTrainedModel):
         super().__init__(base.config)
         base.generation_config = generation_config
         self.loss_type = "ForCausalLM"
-        ignored = getattr(base.config, "keys_to_ignore_at_inference", [])
-        base.config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, *NOT_FOR_METRICS])]
+
+    def _mark_config(self, undo: list[Callable[[], None]]) -> None:
+        """Put into the base's configuration what tools read there of the whole model; ``undo`` takes it out again."""
+        config = self.config
+        ignored = getattr(config, "keys_to_ignore_at_inference", [])
+        undo.append(partial(delattr, config, "keys_to_ignore_at_inference"))
+        config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, *NOT_FOR_METRICS])]
+        undo.append(partial(setattr, config, "_name_or_path", config._name_or_path))
+        config._name_or_path = self.name_or_path = NOT_SAVED
 
     @property
-    def config(self) -> PreTrainedConfig:  # type: ignore[override]
+    def config(self) -> PreTrainedConfig:
         """The base model's configuration."""
         return self.experts.base_model.config
 
@@ -118,7 +130,8 @@ class OrdinaryModel(PreTrainedModel):
 
     @override
     def get_output_embeddings(self) -> nn.Module:
-        return self.experts.base_model.get_output_embeddings()
+        head: nn.Module = self.experts.base_model.get_output_embeddings()
+        return head
 
     @override
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -151,14 +164,14 @@ class OrdinaryModel(PreTrainedModel):
 
     def num_base_parameters(self) -> int:
         """Count the parameters of the frozen base."""
-        return count_parameters(self.model) - sum(map(self.experts.num_parameters, self.experts.names))  # type: ignore[arg-type]
+        return count_parameters(self.model) - sum(map(self.experts.num_parameters, self.experts.names))
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in the words of PEFT."""
         trained, every = self.num_trainable_parameters(), count_parameters(self)
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")  # noqa: T201
 
-    def activation_checkpointing_enable(
+    def activation_checkpointing_enable(  # type: ignore[override]
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Trade time for memory in training; the recomputation routes as the first run did.
@@ -196,7 +209,8 @@ class OrdinaryModel(PreTrainedModel):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Do as the base model does."""
-        return self.experts.base_model.prepare_inputs_for_generation(*args, **kwargs)
+        base: Any = self.experts.base_model
+        return base.prepare_inputs_for_generation(*args, **kwargs)
 
     @override
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ def check_quantisation(bits: int) -> None:
     if not is_bitsandbytes_available():
         raise ModelError(
             f"--load_in_{bits}bit needs bitsandbytes, and it is not installed or too old; "
-            "run: pip install 'bitsandbytes>=0.48', or leave the flag out"
+            "run: pip install 'dylora-moe[quantisation]', or leave the flag out"
         )
     if not validate_bnb_backend_availability():
         raise ModelError(

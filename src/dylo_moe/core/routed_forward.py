@@ -148,7 +148,7 @@ def _weights_of_a_text(weights: Tensor, args: tuple[Any, ...], kwargs: dict[str,
         args: What the causal LM was called with.
         kwargs: Likewise.
     """
-    tokens = kwargs.get("input_ids", args[0] if args else None)
+    tokens: Any = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     rows, length = tokens.shape[:2]
     if rows % len(weights) == 0 and len(weights) > 1:

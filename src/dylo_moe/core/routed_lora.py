@@ -337,7 +337,7 @@ def _route_layers(tuner: Any) -> RoutingState:
         *((layer, RoutedLayer) for _, layer in layers),
     ):
         if not isinstance(thing, extension):
-            thing.routing = state  # type: ignore[union-attr, assignment]
+            thing.routing = state
             extend(thing, extension)
     _find_layers_fed_alike(causal_lm, [layer for _, layer in layers])
     return state

@@ -101,7 +101,8 @@ class DynamicHybridRouter(nn.Module):
             narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
             return tensor.to(moved.device) if narrow else moved
 
-        return super()._apply(widened, recurse)
+        super()._apply(widened, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def num_experts(self) -> int:

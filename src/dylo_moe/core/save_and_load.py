@@ -5,7 +5,6 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dylo_moe.core import checkpoint
-from dylo_moe.core.base_model import DTYPES, fingerprint, load_base_model, local_tokenizer, same_base_model
+from dylo_moe.core.base_model import (
+    DTYPES,
+    EMBEDDED,
+    fingerprint,
+    load_base_model,
+    local_tokenizer,
+    name_of,
+    same_base_model,
+)
 from dylo_moe.core.configuration import MODELING_FILE, MODELING_SOURCE, DyLoRAConfig, folder_config
 from dylo_moe.core.expert import ExpertManager
-from dylo_moe.core.hub import folder_of
+from dylo_moe.core.hub import folder_of, is_hub_id
+from dylo_moe.core.initialise import hold_constant
 from dylo_moe.core.offload import is_offloaded, state_in_place
 from dylo_moe.core.routing import make_router, prefix_layer, resolve_routing
 from dylo_moe.errors import CheckpointError
@@ -28,16 +36,30 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-NOT_SAVED = "a mixture that is not saved: pass ref_model=copy.deepcopy(model), or call save_pretrained first"
-"""Stands where trainers look for a place to load a second copy from: they would take the bare base from its own."""
-
 _TRAINERS_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINED_FILE, TRAINED_INDEX = "trained.safetensors", "model.safetensors.index.json"
 """What the Trainer of transformers goes on from: only files of these names, with the keys of ``state_dict``."""
 
+_OURS = (
+    checkpoint.EXPERTS_FOLDER,
+    checkpoint.ROUTER_FILE,
+    checkpoint.DESCRIPTION_FILE,
+    checkpoint.CARD_FILE,
+    "config.json",
+    MODELING_FILE,
+    "generation_config.json",
+    TRAINED_FILE,
+    TRAINED_INDEX,
+    "model.safetensors",
+    "adapter_config.json",
+    "skills.json",
+    "skills.safetensors",
+)
+"""What a mixture's folder has of ours, now or from an earlier save, and what another kind of model would have."""
+
 _NO_EFFECT = ("max_shard_size", "save_function", "save_peft_format", "save_original_format", "token")
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
-_LOADERS_OWN = ("trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors", "weights_only")
+_LOADERS_OWN = ("adapter_kwargs", "low_cpu_mem_usage", "use_safetensors", "weights_only")
 
 
 def save(
@@ -57,7 +79,8 @@ def save(
     if state is None and is_offloaded(model):
         state = state_in_place(model)
     in_trainers_checkpoint = _TRAINERS_CHECKPOINT.fullmatch(folder.name) is not None
-    with checkpoint.atomic_directory(folder, marker=checkpoint.DESCRIPTION_FILE, in_place=in_place) as target:
+    marker = checkpoint.DESCRIPTION_FILE
+    with checkpoint.atomic_directory(folder, marker=marker, in_place=in_place, ours=_OURS) as target:
         write_files(model, target, state, beside=folder)
         if in_trainers_checkpoint:
             _write_trained(model, target, state)
@@ -96,14 +119,15 @@ def write_files(
     if state is not None:
         adapters, router = _beginning_with("model.", state), _beginning_with("router.", state)
     description = describe(model, beside or folder)
-    checkpoint.write_files(folder, model.model, router, description, adapters)  # type: ignore[arg-type]
+    checkpoint.write_files(folder, model.model, router, description, adapters)
     config = folder_config(model.config)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / MODELING_FILE).write_text(MODELING_SOURCE)
     model.generation_config.save_pretrained(str(folder))
-    tokenizer = model.tokenizer if model.tokenizer is not None else local_tokenizer(model.base_name, model.revision)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+    if model.tokenizer is None:
+        model.tokenizer = local_tokenizer(model.base_name, model.revision)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(str(folder))
 
 
 def _write_trained(model: "DyLoRA_MoE", folder: Path, state: Mapping[str, Tensor] | None) -> None:
@@ -121,7 +145,12 @@ def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.Description:
     """Return what a mixture's folder says of itself."""
     router = model.router
     entries = [
-        checkpoint.ExpertEntry(name=name, maturity=maturity, frozen=name in model.experts.frozen)
+        checkpoint.ExpertEntry(
+            name=name,
+            maturity=maturity,
+            frozen=name in model.experts.frozen,
+            pissa=name in model.experts.held,
+        )
         for name, maturity in zip(model.experts.names, router.maturity, strict=True)
     ]
     return checkpoint.Description(
@@ -167,7 +196,7 @@ def load(
     attention = getattr(config, "_attn_implementation", None)
     if attention is not None:  # AutoConfig has taken the argument
         options.setdefault("attn_implementation", attention)
-    base, name, revision = _base_of(path, description.base_model, given, _base_options(options))
+    base, name, revision = base_of(path, description.base_model, given, _base_options(options))
     routing = description.routing
     experts = ExpertManager(base)
     mode = resolve_routing(routing.mode, len(experts.decoder.layers))
@@ -182,8 +211,9 @@ def load(
     self.router.load_state_dict(checkpoint.read_router(path, self.router.state_dict()))
     self.router.maturity = [expert.maturity for expert in description.experts]
     self.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
+    hold_constant(self.experts, [expert.name for expert in description.experts if expert.pissa])
     name_model(self, path)
-    self.eval()
+    self.train(False)
     return (self, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if with_info else self
 
 
@@ -197,17 +227,23 @@ def _base_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "dtype": None if dtype == "auto" else dtype}
 
 
-def _base_of(
+def base_of(
     path: Path, entry: checkpoint.BaseModelEntry, given: str | PreTrainedModel | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, str, str | None]:
-    """Return the base model of a checkpoint, its name and its revision; what the caller gives comes first."""
+    """Return the base model of a checkpoint, its name and its revision; what the caller gives comes first.
+
+    Raises:
+        CheckpointError: It is not where the checkpoint says, or is another one.
+        ModelError: It cannot be had.
+    """
     if isinstance(given, PreTrainedModel):
         base, name, revision = given, entry.name, entry.revision
     else:
-        name, revision = (_place_of_base(path, entry), entry.revision) if given is None else (given, None)
-        if not name:
-            raise CheckpointError(f"the checkpoint {path} was made on a base model in memory; pass that as model=")
-        base = load_base_model(name, revision=revision, **{**options, "dtype": options["dtype"] or DTYPES[entry.dtype]})
+        place, revision = place_of_base(path, entry, given)
+        base = load_base_model(
+            place, revision=revision, **{**options, "dtype": options.get("dtype") or DTYPES[entry.dtype]}
+        )
+        name, revision = name_of(place, revision)
     if not same_base_model(fingerprint(base), entry.fingerprint):
         raise CheckpointError(
             f"the checkpoint {path} belongs to the base model {entry.name!r}, and "
@@ -216,16 +252,25 @@ def _base_of(
     return base, name, revision
 
 
-def _place_of_base(path: Path, entry: checkpoint.BaseModelEntry) -> str:
-    """Return where the base model is now: where it was, or as far from the mixture as it was.
+def place_of_base(path: Path, entry: checkpoint.BaseModelEntry, given: str | None = None) -> tuple[str, str | None]:
+    """Return where a mixture's base model is now, and its revision: what is given, else what the mixture says.
+
+    A folder is where it was, or as far from the mixture as it was.
 
     Raises:
-        CheckpointError: It was in a folder, and is in neither place.
+        CheckpointError: It was in a folder and is in neither place, or it was in memory.
     """
-    if not Path(entry.name).is_absolute() or Path(entry.name).is_dir():
-        return entry.name
+    if given is not None:
+        return given, entry.revision if given == entry.name else None
+    if not entry.name:
+        raise CheckpointError(
+            f"the checkpoint {path} was made on a base model in memory; pass that as model= (on the command line: "
+            "--base_model)"
+        )
+    if entry.name == EMBEDDED or is_hub_id(entry.name) or Path(entry.name).is_dir():
+        return entry.name, entry.revision
     if entry.from_here is not None and (moved := (path.resolve() / entry.from_here)).is_dir():
-        return str(moved.resolve())
+        return str(moved.resolve()), None
     raise CheckpointError(
         f"the base model of the checkpoint {path} was in {entry.name}, which is not there any more; say where it is by "
         "model= (on the command line: --base_model)"
@@ -255,15 +300,10 @@ def load_weights(model: "DyLoRA_MoE", path: Path) -> None:
     model.router.maturity = [expert.maturity for expert in description.experts]
 
 
-def name_model(model: "DyLoRA_MoE", folder: Path | None) -> None:
+def name_model(model: "DyLoRA_MoE", folder: Path) -> None:
     """Let tools that load a second copy of a model find the mixture, and not its bare base."""
-    name = NOT_SAVED if folder is None else str(folder.absolute())
-    hooks, config = model.experts.routing_state.hooks, model.config
-    if folder is None:
-        hooks.undo.append(partial(setattr, config, "_name_or_path", config._name_or_path))
-    config._name_or_path = name
-    model.name_or_path = name
-    if folder is not None and model.tokenizer is None and (folder / "tokenizer_config.json").is_file():
+    model.config._name_or_path = model.name_or_path = str(folder.absolute())
+    if model.tokenizer is None and (folder / "tokenizer_config.json").is_file():
         model.tokenizer = AutoTokenizer.from_pretrained(str(folder))
 
 

@@ -312,7 +312,7 @@ def _seed(seed: int, task_id: str, index: int) -> int:
 def _evaluating(model: Model) -> Iterator[None]:
     """Evaluation mode for a block of code, then each module as it was."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    model.train(False)
     try:
         yield
     finally:

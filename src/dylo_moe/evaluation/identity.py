@@ -36,7 +36,7 @@ def model_digest(model: Model) -> str:
     adapters = cast(dict[str, LoraConfig], model.model.peft_config)
     described = {
         "base": fingerprint(model.experts.base_model),
-        "base_only": model.experts.routing_state.base_only,
+        "base_only": model.experts.routing_state.scope.base_only,
         "active": model.experts.active,
         "scaling": [[name, one.r, one.lora_alpha, one.use_rslora] for name, one in adapters.items()],
         "routing": [model.routing, router.top_k, router.temperature, list(router.maturity)],

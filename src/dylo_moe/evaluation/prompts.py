@@ -67,7 +67,7 @@ def sanitiser() -> Callable[[str, str], str]:
         from evalplus.sanitize import sanitize
     except ImportError as error:
         raise EvaluationError(
-            f"the package evalplus is not whole ({error}): install dylora-moe[evaluation], or give --no_evalplus"
+            f"EvalPlus is not installed whole ({error}): pip install 'dylora-moe[evaluation]', or give --no_evalplus"
         ) from error
 
     def sanitised(text: str, entry_point: str) -> str:

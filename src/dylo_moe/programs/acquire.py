@@ -29,6 +29,7 @@ from dylo_moe.data.prepare_data import PreparedData
 from dylo_moe.errors import ConfigError
 from dylo_moe.flags import parse, to_yaml
 from dylo_moe.programs.building import build_model, build_trainer, check_inputs, check_packing, prepare
+from dylo_moe.programs.mixtures import to_device
 from dylo_moe.programs.resuming import resume_folder
 from dylo_moe.programs.train import runs_to_the_end
 from dylo_moe.programs.trainer_arguments import trainer_arguments
@@ -97,8 +98,8 @@ class Stream:
     def _model(self) -> tuple[DyLoRA_MoE, SkillLibrary]:
         """What an earlier run has left, or a new model with one expert that no skill has claimed."""
         if (self.folder / DESCRIPTION_FILE).is_file():
-            model = DyLoRA_MoE.from_pretrained(self.folder)
-            _to_device(model)
+            model = DyLoRA_MoE.from_pretrained(self.folder, self.flags.model.model_name)
+            to_device(model)
             return model, SkillLibrary.load(self.folder, model.experts.names)
         set_seed(self.flags.training.seed)
         model = build_model(self.flags)
@@ -106,7 +107,7 @@ class Stream:
         if rank != self.flags.experts.lora_r:
             set_seed(self.flags.training.seed)
             model = build_model(self.flags._replace(experts=replace(self.flags.experts, lora_r=rank)))
-        _to_device(model)
+        to_device(model)
         return model, SkillLibrary(model.router.hidden_size)
 
     def _acquire(self, number: int, name: str, wanted: str) -> bool:
@@ -205,11 +206,6 @@ def _rank_of(model: DyLoRA_MoE, expert: str) -> int:
     config: Any = model.experts.peft_model.peft_config[expert]
     rank: int = config.r
     return rank
-
-
-def _to_device(model: torch.nn.Module) -> None:
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
 
 
 def _check(flags: TrainFlags) -> None:

@@ -17,6 +17,7 @@ from dylo_moe.config import BENCHMARK_GROUPS
 from dylo_moe.core.base_model import DTYPES, load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
 from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core.save_and_load import place_of_base
 from dylo_moe.data.examples import read_rows
 from dylo_moe.data.prepare_data import encode_prompt
 from dylo_moe.data.registry import resolve
@@ -32,6 +33,7 @@ from dylo_moe.evaluation.results import BenchmarkResult, compared, read_result, 
 from dylo_moe.evaluation.run import BenchmarkRun, Questions
 from dylo_moe.flags import parse
 from dylo_moe.model_config import ModelArguments
+from dylo_moe.programs.mixtures import load_mixture, to_device
 from dylo_moe.reports.benchmark_tables import comparison_table, result_table
 from dylo_moe.training.fetching import fetched_mixture
 
@@ -106,20 +108,22 @@ def load_model(args: BenchmarkArguments) -> tuple[Model, PreTrainedTokenizerBase
     Raises:
         DyLoRAError: It cannot be had.
     """
-    if args.base_model is None:
+    if args.scores_mixture:
         folder = _checkpoint(args)
-        mixture = DyLoRA_MoE.from_pretrained(folder)
-        _to_device(mixture)
-        return mixture, load_tokenizer(mixture.base_name, revision=mixture.revision), str(folder)
+        mixture, tokenizer = load_mixture(folder, args.base_model)
+        return mixture, tokenizer, str(folder)
+    assert args.base_model is not None
     name, revision = args.base_model, args.revision
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     if name == OWN_BASE:
         name = ModelArguments.model_name
         if args.trained_model is not None or args.wandb_artifact is not None:
-            entry = read_description(_checkpoint(args)).base_model
-            name, revision, dtype = entry.name, entry.revision, DTYPES[entry.dtype]
+            folder = _checkpoint(args)
+            entry = read_description(folder).base_model
+            name, revision = place_of_base(folder, entry)
+            dtype = DTYPES[entry.dtype]
     base = load_base_model(name, revision=revision, dtype=dtype).eval()
-    _to_device(base)
+    to_device(base)
     return base, load_tokenizer(name, revision=revision), name
 
 
@@ -131,11 +135,6 @@ def _checkpoint(args: BenchmarkArguments) -> Path:
     if args.trained_model is None and not (folder / DESCRIPTION_FILE).is_file():
         raise ConfigError(f"there is no mixture in {folder} yet: name one by --trained_model, or give --base_model")
     return folder
-
-
-def _to_device(model: torch.nn.Module) -> None:
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
 
 
 def style_of(choice: str, template: str | None, tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
@@ -188,7 +187,7 @@ def _each_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:
             compare=None,
             prompt_style=style,
             trained_model=name if Path(name) in mixtures else None,
-            base_model=None if Path(name) in mixtures else name,
+            base_model=args.base_model if Path(name) in mixtures else name,
         )
         for name in args.compare
     ]

@@ -1,4 +1,4 @@
-"""``experts``: shows the experts of a checkpoint and their skills, renames, freezes, removes or merges them."""
+"""``experts``: show the experts of a checkpoint and their skills; rename, freeze, remove, merge, im- or export them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +8,11 @@ from rich.console import Console
 from dylo_moe.acquire_config import ExpertsArguments
 from dylo_moe.config import EXPERTS_GROUPS
 from dylo_moe.flags import parse
-from dylo_moe.reports.skill_tables import experts_table, loss_table
+from dylo_moe.reports.skill_tables import experts_table, exported_line, loss_table
 from dylo_moe.skills.lifecycle import (
+    export_expert,
     freeze_expert,
+    import_expert,
     library_of,
     list_experts,
     merge_experts,
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
     assert isinstance(args, ExpertsArguments)
     path, console = Path(args.checkpoint), Console()
     if args.rename is not None:
-        rename_expert(path, *(part.strip() for part in args.rename.split("=")))
+        old, new = (part.strip() for part in args.rename.split("="))
+        rename_expert(path, old, new, args.base_model)
     if args.freeze is not None:
         freeze_expert(path, args.freeze)
     if args.unfreeze is not None:
@@ -42,6 +45,12 @@ def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
         remove_expert(path, args.remove)
     if args.merge is not None:
         merge_experts(path, *(part.strip() for part in args.merge.split(",")))
+    if args.export is not None:
+        name, folder = args.export
+        exported = export_expert(path, name, Path(folder))
+        console.print(exported_line(name, folder, exported), highlight=False, soft_wrap=True)
+    if args.import_ is not None:
+        import_expert(path, args.import_, args.as_, revision=args.revision, base_model=args.base_model)
     library = library_of(path)
     console.print(experts_table(list_experts(path), library))
     if library is not None:

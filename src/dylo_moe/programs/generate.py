@@ -2,20 +2,20 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from dylo_moe.config import GENERATE_GROUPS, GenerateArguments
-from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.prepare_data import encode_prompt
 from dylo_moe.data.rows import asked
 from dylo_moe.data.templates import AUTO, template_of
 from dylo_moe.errors import ConfigError
 from dylo_moe.flags import parse
+from dylo_moe.programs.mixtures import load_mixture
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
@@ -28,10 +28,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     assert isinstance(args, GenerateArguments)
     transformers.logging.disable_progress_bar()
     prompt = None if args.instruction is not None else _prompt(args)
-    model = DyLoRA_MoE.from_pretrained(Path(args.trained_model)).eval()
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    tokenizer = load_tokenizer(model.base_name, revision=model.revision)
+    model, tokenizer = load_mixture(args.trained_model, args.base_model)
     if prompt is None:
         prompt = template_of(model.prompt_template or AUTO, tokenizer).render(asked(str(args.instruction)))
     if args.expert is not None:
@@ -55,7 +52,9 @@ def _prompt(args: GenerateArguments) -> str:
 def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArguments) -> None:
     """Writes prompt and completion to standard output, token by token where there is one beam."""
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
+    )
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_beams == 1 else None
     output = model.generate(
         input_ids=ids,

@@ -9,6 +9,10 @@ from dylo_moe.config import TrainFlags, TrainingArgumentsGroup
 from dylo_moe.errors import ConfigError, first_line
 from dylo_moe.training.trackers import resolve_trackers
 
+_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__dataclass_fields__)
+"""The field of ``TrainingArguments`` that saves memory by recomputing; transformers 5.23 renamed it."""
+
 _SCHEDULER_TYPES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -61,7 +65,7 @@ def _ours(args: TrainingArgumentsGroup) -> dict[str, Any]:
         "bf16": args.bf16,
         "use_cpu": not accelerated,
         "dataloader_pin_memory": accelerated,
-        "activation_checkpointing": args.gradient_checkpointing,
+        CHECKPOINTING: args.gradient_checkpointing,
         "logging_steps": args.logging_steps,
         "save_total_limit": args.save_total_limit,
         "metric_for_best_model": "mean_domain_loss",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from dylo_moe.skills.library import NoveltyReport, SkillLibrary
-from dylo_moe.skills.lifecycle import ExpertFacts
+from dylo_moe.skills.lifecycle import ExpertFacts, ExportedAdapter
 
 
 def novelty_line(name: str, report: NoveltyReport, expert: str, rank: int) -> str:
@@ -20,6 +20,14 @@ def novelty_line(name: str, report: NoveltyReport, expert: str, rank: int) -> st
         f"{name}: {kind} by {report.measure} ({report.beyond:.0%} of its examples beyond every known skill{unsure}; "
         f"cosine to {similar}); {learns}"
     )
+
+
+def exported_line(name: str, folder: str, exported: ExportedAdapter) -> str:
+    """Return what was exported, in one line."""
+    line = f"Exported {name} to {folder}: rank {exported.rank}, lora_alpha {exported.alpha:g}"
+    if exported.trained_rank is None:
+        return line
+    return f"{line}; twice the {exported.trained_rank} that are trained, as PiSSA's constant takes the other half"
 
 
 def experts_table(experts: Sequence[ExpertFacts], library: SkillLibrary | None) -> Table:

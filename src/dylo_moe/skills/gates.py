@@ -79,9 +79,10 @@ class RidgeGate:
         solution = self.solution()
         if self.num_experts == 1:
             return solution
-        scores = (self._cross / self._bodies[:, None]) @ solution.T
+        taught = self._bodies > 0
+        scores = (self._cross / self._bodies[:, None].clamp(min=1)) @ solution.T
         others = scores.masked_fill(torch.eye(self.num_experts, dtype=torch.bool), -torch.inf)
-        margin = (scores.diagonal() - others.max(dim=1).values).mean()
+        margin = (scores.diagonal() - others.max(dim=1).values)[taught].mean()
         # experts that features do not tell apart have no margin that could be widened
         wanted = math.log(CONFIDENCE / (1 - CONFIDENCE))
         return solution * (wanted / margin if margin > 1e-6 else 1.0)
@@ -100,7 +101,11 @@ class RidgeGate:
         self._cross, self._bodies = self._cross[kept], self._bodies[kept]
 
     def merge(self, expert: int, other: int) -> None:
-        """Makes the tokens of two experts those of the first: what it would be, had they been taught so."""
+        """Make the tokens of two experts those of the first: what it would be, had they been taught so."""
+        if other >= self.num_experts:  # it was never taught
+            return
+        missing = max(expert + 1 - self.num_experts, 0)
+        self._cross, self._bodies = F.pad(self._cross, (0, 0, 0, missing)), F.pad(self._bodies, (0, missing))
         self._cross[expert] += self._cross[other]
         self._bodies[expert] += self._bodies[other]
         self.forget(other)

@@ -290,5 +290,5 @@ def save_with_skills(model: DyLoRA_MoE, library: SkillLibrary, path: Path) -> No
         CheckpointError: It could not be written.
     """
     with checkpoint.atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE) as folder:
-        model.write_files(folder)
+        model.write_files(folder, beside=path)
         library.write_files(folder)

@@ -1,31 +1,48 @@
-"""Looking after the experts of a checkpoint: list, rename, freeze, remove, merge; on the disk, without base weights.
+"""Edit the experts of a checkpoint: list, rename, freeze, remove, merge, export, import; on the disk.
 
-Each change writes the whole folder anew and puts it in the place of the old one, so that no reader sees half of it.
+Each change writes the folder's own files anew and puts them in the place of the old ones, so that no reader sees half
+of it. Only an import reads the base model's weights: they tell whether it is the right one.
 What the router knew is kept column by column; with skills, it is solved from their sums.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dylo_moe.core import checkpoint
-from dylo_moe.core.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_weights
+from dylo_moe.core.adapter_folder import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, read_config, read_weights
 from dylo_moe.core.base_model import module_names
-from dylo_moe.core.checkpoint import Description
-from dylo_moe.core.expert import check_new_name
-from dylo_moe.errors import ExpertError, did_you_mean
-from dylo_moe.skills.library import DESCRIPTION_FILE, SkillLibrary
+from dylo_moe.core.checkpoint import Description, ExpertEntry
+from dylo_moe.core.expert import adapter_folder_of, check_import, check_new_name
+from dylo_moe.core.plain_adapter import check_target, make_plain
+from dylo_moe.core.router import YOUNG, DynamicHybridRouter
+from dylo_moe.core.routing import prefix_layer
+from dylo_moe.core.save_and_load import TRAINED_FILE, TRAINED_INDEX, base_of, place_of_base
+from dylo_moe.errors import CheckpointError, ExpertError, did_you_mean, first_line
+from dylo_moe.skills.library import DESCRIPTION_FILE, TENSORS_FILE, SkillLibrary
 
 _A, _B = ".lora_A.", ".lora_B."
+_REWRITTEN = (
+    checkpoint.EXPERTS_FOLDER,
+    checkpoint.ROUTER_FILE,
+    checkpoint.DESCRIPTION_FILE,
+    checkpoint.CARD_FILE,
+    DESCRIPTION_FILE,
+    TENSORS_FILE,
+    TRAINED_FILE,
+    TRAINED_INDEX,
+)
+"""Files that a change writes anew, or, the last two, would leave wrong; all others stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,21 @@ class ExpertFacts:
     frozen: bool
 
 
+@dataclass(frozen=True)
+class ExportedAdapter:
+    """What was exported.
+
+    Attributes:
+        rank: The rank of every tensor.
+        alpha: Updates are scaled by ``alpha / rank``.
+        trained_rank: The half of the rank that was trained, where the other half is PiSSA's constant; else None.
+    """
+
+    rank: int
+    alpha: float
+    trained_rank: int | None
+
+
 def list_experts(path: Path) -> list[ExpertFacts]:
     """The experts of a checkpoint, in the order of the router's columns.
 
@@ -57,7 +89,7 @@ def list_experts(path: Path) -> list[ExpertFacts]:
     for expert in checkpoint.read_description(path).experts:
         folder = path / checkpoint.EXPERTS_FOLDER / expert.name
         size = sum(tensor.numel() for tensor in read_weights(folder).values())
-        found.append(ExpertFacts(expert.name, _config(folder)["r"], size, expert.maturity, expert.frozen))
+        found.append(ExpertFacts(expert.name, read_config(folder)["r"], size, expert.maturity, expert.frozen))
     return found
 
 
@@ -68,17 +100,25 @@ def library_of(path: Path) -> SkillLibrary | None:
     return SkillLibrary.load(path, [expert.name for expert in checkpoint.read_description(path).experts])
 
 
-def rename_expert(path: Path, old: str, new: str) -> None:
-    """Gives an expert another name, in the mixture and in its skills.
+def rename_expert(path: Path, old: str, new: str, base_model: str | None = None) -> None:
+    """Give an expert another name, in the mixture and in its skills.
+
+    Args:
+        path: The checkpoint.
+        old: The expert.
+        new: Its name from now on.
+        base_model: Where the base is, if not where the checkpoint says.
 
     Raises:
         ExpertError: There is no such expert, or the new name is taken or not usable.
         ModelError: The base model's configuration cannot be had.
     """
     description, library = _opened(path, old)
-    base = description.base_model
+    modules: Iterable[str] = read_weights(_expert(path, old))
     # a base that was made in memory has no name: what is known of its modules stands in the experts' keys
-    modules = module_names(base.name, revision=base.revision) if base.name else read_weights(_expert(path, old))
+    if description.base_model.name or base_model is not None:
+        place, revision = place_of_base(path, description.base_model, base_model)
+        modules = module_names(place, revision=revision)
     check_new_name(new, _names(description), modules)
     for expert in description.experts:
         expert.name = new if expert.name == old else expert.name
@@ -129,7 +169,9 @@ def merge_experts(path: Path, one: str, other: str) -> None:
     description, library = _opened(path, one)
     _check_known(description, other)
     folders = [_expert(path, name) for name in (one, other)]
-    weights, config = _sum([(read_weights(folder), _config(folder)) for folder in folders], (one, other))
+    weights, config = _sum([(read_weights(folder), read_config(folder)) for folder in folders], (one, other))
+    for expert in description.experts:
+        expert.pissa = expert.pissa and expert.name != one  # its halves are not halves any more
     kept, gone = (_names(description).index(name) for name in (one, other))
     _drop_column(description, gone)
     if library is not None:
@@ -139,6 +181,67 @@ def merge_experts(path: Path, one: str, other: str) -> None:
         target.mkdir(parents=True)
         save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
         (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def export_expert(path: Path, name: str, folder: Path) -> ExportedAdapter:
+    """Write an expert as a PEFT adapter folder that every tool scales alike; see ``core.plain_adapter``.
+
+    Raises:
+        ExpertError: There is no such expert, its files are damaged, or the folder is a part of the mixture.
+        CheckpointError: The folder holds something else than an adapter, or cannot be written.
+    """
+    description, _ = _opened(path, name)
+    if path.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise ExpertError(f"the folder {folder} is a part of the mixture {path}; choose one outside it")
+    check_target(folder)
+    source = _expert(path, name)
+    read_weights(source)
+    trained = read_config(source)["r"]
+    with checkpoint.atomic_directory(folder, marker=CONFIG_FILE) as target:
+        for file in ADAPTER_FILES:
+            shutil.copyfile(source / file, target / file)
+        make_plain(target)
+    config = read_config(folder)
+    pissa = next(expert.pissa for expert in description.experts if expert.name == name)
+    return ExportedAdapter(config["r"], config["lora_alpha"], trained // 2 if pissa else None)
+
+
+def import_expert(
+    path: Path,
+    source: str,
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    base_model: str | None = None,
+) -> str:
+    """Add an existing PEFT adapter to a checkpoint as a young expert, with a column of the router as a mixture adds it.
+
+    Args:
+        path: The checkpoint.
+        source: A folder, or a Hub id.
+        name: The expert's; that of the folder or the repository by default.
+        revision: Commit, tag or branch of ``source`` on the Hub.
+        base_model: Where the base is, if not where the checkpoint says.
+
+    Returns:
+        The expert's name.
+
+    Raises:
+        ExpertError: The adapter does not fit the base or cannot be routed, or the name is taken or not usable.
+        CheckpointError: The checkpoint is not whole, or the adapter cannot be had.
+        ModelError: The base model cannot be had.
+    """
+    description = checkpoint.read_description(path)
+    library = library_of(path)
+    folder, name = adapter_folder_of(source, revision), name or Path(source).absolute().name
+    base, _, _ = base_of(path, description.base_model, base_model, {})
+    check_import(folder, name, base, prefix_layer(description.routing.mode), _names(description))
+    description.experts.append(ExpertEntry(name=name, maturity=YOUNG))
+    with _rewritten(path, description, library, grown=True, anew=name) as target:
+        _expert(target, name).mkdir(parents=True)
+        for file in ADAPTER_FILES:
+            shutil.copyfile(folder / file, _expert(target, name) / file)
+    return name
 
 
 def _sum(
@@ -170,15 +273,19 @@ def _rewritten(
     library: SkillLibrary | None,
     *,
     without: int | None = None,
+    grown: bool = False,
     anew: str | None = None,
 ) -> Iterator[Path]:
-    """A folder to take the place of ``path``, with all that did not change; the block adds what did."""
-    router = load_file(path / checkpoint.ROUTER_FILE)
+    """Give a folder to take the place of ``path``, with all that did not change; the block adds what did."""
+    router = _router_of(path)
+    if grown:
+        router = _grown(router)
     if without is not None:
         router = {key: _without(tensor, key, without) for key, tensor in router.items()}
     if library is not None and library.skills:
-        router["gates.0"] = library.gate.weight().to(router["gates.0"])
-    with checkpoint.atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE) as folder:
+        taught = library.gate.weight().to(router["gates.0"])
+        router["gates.0"][: len(taught)] = taught  # an expert that no skill has claimed keeps its column
+    with checkpoint.atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE, ours=_REWRITTEN) as folder:
         for name in _names(description):
             if _expert(path, name).is_dir() and name != anew:
                 shutil.copytree(_expert(path, name), _expert(folder, name))
@@ -187,6 +294,22 @@ def _rewritten(
         if library is not None:
             library.write_files(folder)
         yield folder
+
+
+def _router_of(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path / checkpoint.ROUTER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / checkpoint.ROUTER_FILE} is damaged: {first_line(error)}") from error
+
+
+def _grown(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a router's state with one more column, as ``DynamicHybridRouter.add_expert`` makes it."""
+    gates, experts = state["expert_load"].shape
+    router = DynamicHybridRouter(state["gates.0"].shape[1], experts, top_k=1, num_gates=gates)
+    router.load_state_dict(state)
+    router.add_expert()
+    return router.state_dict()
 
 
 def _without(tensor: Tensor, key: str, column: int) -> Tensor:
@@ -222,8 +345,3 @@ def _names(description: Description) -> list[str]:
 
 def _expert(path: Path, name: str) -> Path:
     return path / checkpoint.EXPERTS_FOLDER / name
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
-    return config

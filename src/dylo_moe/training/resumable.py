@@ -165,7 +165,7 @@ class ResumableTrainer(Trainer):
         if _internal_call:  # a part of a checkpoint, which is made whole as one
             self.model.write_files(folder, state)
         else:
-            self.model.save_pretrained(folder, state, in_place=self.save_in_place)
+            self.model.save_pretrained(folder, state_dict=state, in_place=self.save_in_place)
 
     @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -18,6 +18,8 @@ INSTALLED: dict[str, Callable[[], bool]] = {
     "mlflow": is_mlflow_available,
     "trackio": is_trackio_available,
 }
+_TO_INSTALL = {"tensorboard": "'dylora-moe[tensorboard]'", "wandb": "'dylora-moe[wandb]'"}
+"""What pip is told, where it is not the tracker's own name."""
 
 
 def resolve_trackers(report_to: str) -> list[str]:
@@ -36,5 +38,6 @@ def resolve_trackers(report_to: str) -> list[str]:
     names = split_names(report_to)
     missing = [name for name in names if not INSTALLED[name]()]
     if missing:
-        raise ConfigError(f"--report_to {report_to}: not installed; run: pip install {' '.join(missing)}")
+        packages = " ".join(_TO_INSTALL.get(name, name) for name in missing)
+        raise ConfigError(f"--report_to {report_to}: not installed; run: pip install {packages}")
     return names
