@@ -20,7 +20,7 @@ export DEMO_PROMPT
 WINDOW_TESTS := tests/core tests/data tests/skills tests/test_config.py tests/test_imports.py tests/test_install.py \
   tests/test_versions.py
 
-.PHONY: demo test test-lowest test-newest check lint format docs bench lock clean
+.PHONY: demo test test-interop test-lowest test-newest check lint format docs bench lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/dylora-moe train --config recipes/demo.yaml
@@ -29,6 +29,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n auto
+
+# With the tools of docs/interop.md, some 300 MB beside what is there; without them their tests are skipped.
+test-interop: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[interop]'
+	$(BIN)/python -m pytest -q -n 2 tests/interop
 
 # The oldest versions that pyproject.toml admits, and what pip installs today: each end in an environment of its own.
 test-lowest:

@@ -268,6 +268,24 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, routing: str, g
         assert relative_error(checkpointed[name], gradient) < TOLERANCE, name
 
 
+@EVERY_ROUTING
+def test_gradient_checkpointing_of_the_backbone_alone_changes_no_gradient(routing: str) -> None:
+    ids, mask = padded(ROWS[:4], "right")
+    outcomes = []
+    for checkpointing in (False, True):
+        model = mixture("llama", routing, dropout=0.2).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden.square().sum().backward()
+        outcomes.append(gradients(model))
+    plain, checkpointed = outcomes
+    assert plain.keys() == checkpointed.keys() and any(name.startswith("router.") for name in plain)
+    for name, gradient in plain.items():
+        assert relative_error(checkpointed[name], gradient) < TOLERANCE, name
+
+
 def test_gradient_checkpointing_can_be_ended_and_refuses_what_would_lose_gradients() -> None:
     model = mixture().train()
     model.gradient_checkpointing_enable()

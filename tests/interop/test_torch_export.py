@@ -24,8 +24,9 @@ class Logits(nn.Module):
         return self.model(input_ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("mature", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("routing", ["final", "prefix:1", "context:1", "per_layer"])
+@pytest.mark.parametrize(
+    ("routing", "mature"), [("final", False), ("prefix:1", False), ("context:1", True), ("per_layer", True)]
+)
 def test_an_exported_mixture_computes_the_same_for_other_shapes(
     routing: str, mature: bool, base_folder: Path, tmp_path: Path
 ) -> None:

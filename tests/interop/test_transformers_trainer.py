@@ -128,7 +128,6 @@ def test_a_checkpoint_is_a_mixture_without_its_base(folder: Path, tmp_path: Path
     assert moved(tensors(DyLoRA_MoE.from_pretrained(checkpoint)), trainer.model) == set()
 
 
-@pytest.mark.xfail(reason="a save replaces the whole folder", strict=False)
 def test_saving_into_the_output_folder_keeps_its_checkpoints(folder: Path, tmp_path: Path) -> None:
     trainer = trainer_of(folder, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
