@@ -34,7 +34,7 @@ def taught_mixture(base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, p
     asked, told = tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
     ids = torch.tensor([asked + told])
     labels = torch.tensor([[-100] * len(asked) + told])
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=3e-3)
     for _ in range(400):
         output = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
         if output.lm_loss < 0.05:
