@@ -1,5 +1,6 @@
 """DyLoRA-MoE: LoRA experts on one frozen causal language model, mixed per token by a learned router."""
 
+import logging
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -24,6 +25,9 @@ __all__ = [
     "ExpertManager",
     "enable_routing",
 ]
+
+# bitsandbytes says on import which quicker product for 4 bits is missing, whether or not a model has 4 bits
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = version("dylora-moe")
 

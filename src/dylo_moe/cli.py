@@ -1,7 +1,6 @@
 """The command ``dylora-moe`` and the one place where errors become exit codes."""
 
 import importlib
-import logging
 import os
 import sys
 import warnings
@@ -42,8 +41,6 @@ def run(program: str, arguments: Sequence[str] | None = None, called_as: str | N
     arguments = sys.argv[1:] if arguments is None else arguments
     # peft asks transformers for a property that the installed transformers has renamed: nothing that a user can mend
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    # bitsandbytes says on import which quicker product for 4 bits is missing, whether or not a model has 4 bits
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         # imported here: --help and a mistyped program should not wait for torch
         module = importlib.import_module(f"dylo_moe.programs.{program}")

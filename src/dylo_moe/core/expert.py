@@ -4,7 +4,9 @@ An expert is a PEFT adapter, no more. The order of ``ExpertManager.names`` is th
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +172,11 @@ class ExpertManager:
             init_lora_weights=init_lora_weights,  # type: ignore[arg-type]
         )
         training = self.base_model.training
-        if self._peft_model is None:
-            self._peft_model = get_peft_model(self.base_model, config, adapter_name=name)
-        else:
-            self._peft_model.add_adapter(name, config)
+        with _without_warnings_of_peft():
+            if self._peft_model is None:
+                self._peft_model = get_peft_model(self.base_model, config, adapter_name=name)
+            else:
+                self._peft_model.add_adapter(name, config)
         self._welcome(name, training)
         cached = cached_repository(self.base_model.name_or_path or "")
         if cached is not None:  # PEFT has noted the folder, which is on this machine alone
@@ -201,10 +204,11 @@ class ExpertManager:
         folder, name = adapter_folder_of(path, revision), name or Path(path).absolute().name
         check_import(folder, name, self.base_model, self.layers, self.names)
         training = self.base_model.training
-        if self._peft_model is None:
-            self._peft_model = PeftModel.from_pretrained(self.base_model, str(folder), adapter_name=name)
-        else:
-            self._peft_model.load_adapter(str(folder), name)
+        with _without_warnings_of_peft():
+            if self._peft_model is None:
+                self._peft_model = PeftModel.from_pretrained(self.base_model, str(folder), adapter_name=name)
+            else:
+                self._peft_model.load_adapter(str(folder), name)
         self._welcome(name, training)
         return name
 
@@ -347,6 +351,14 @@ class ExpertManager:
         if self.blocks is not None and number < max(self.blocks):
             layers = [layer for layer, carried in enumerate(carried_by_layers(self.blocks, count)) if carried > number]
         return layers if len(layers) < count else None
+
+
+@contextmanager
+def _without_warnings_of_peft() -> Iterator[None]:
+    """Leave out that PEFT asks transformers for a property by its old name: nobody who reads it can mend it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def base_modules(base_model: PreTrainedModel) -> list[str]:
