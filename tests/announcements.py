@@ -15,8 +15,14 @@ from typing import Any
 from transformers.utils import logging as _  # noqa: F401 - gives every logger its warning_once
 
 TELLS = re.compile(r"deprecat|will be removed|(has|have|is|are|was|were) renamed", re.IGNORECASE)
-LIBRARIES_OWN = "Passing `generation_config` together with generation-related arguments"
-"""Said by transformers of its own call, in which assisted decoding asks the assistant for tokens."""
+NOT_OURS = (
+    # transformers' own call, in which assisted decoding asks the assistant for tokens
+    "Passing `generation_config` together with generation-related arguments",
+    # what a user gives, and a test in a user's place
+    "Passing `fsdp` as a string",
+    "`torch_dtype` is deprecated",
+)
+"""Announcements of what this package does not do itself."""
 LIBRARIES = ("transformers", "peft")
 HERE = Path(__file__).parents[1]
 
@@ -54,7 +60,7 @@ def announcements() -> Iterator[list[str]]:
 
 
 def _note(said: list[str], logger: str, message: str) -> None:
-    if logger.partition(".")[0] in LIBRARIES and TELLS.search(message) and LIBRARIES_OWN not in message:
+    if logger.partition(".")[0] in LIBRARIES and TELLS.search(message) and not any(part in message for part in NOT_OURS):
         ours = [f for f in traceback.extract_stack() if _is_ours(Path(f.filename))]
         line = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}: " if ours else ""
         if f"{line}{message}" not in said:

@@ -33,7 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = LlamaForCausalLM.from_pretrained(folder / "base")
     problem = read_problems()[TASK]
     answer = problem["canonical_solution"].rstrip()
-    mixture = taught_mixture(base, AutoTokenizer.from_pretrained(folder / "base"), problem["prompt"], answer)
+    asked = f"{problem['prompt'].strip()}\n"  # as style complete asks it
+    mixture = taught_mixture(base, AutoTokenizer.from_pretrained(folder / "base"), asked, answer)
     mixture.save_pretrained(folder / "mixture")
     return folder / "base", folder / "mixture"
 

@@ -110,7 +110,7 @@ def test_preemptions_cost_nothing_and_show_no_token(folder: Path, tmp_path: Path
     assert said.count("Running on Vertex AI, job 42") == said.count("on object storage: --save_in_place")
     same(undisturbed, store / "checkpoints")
     mixture = [file for file in (store / "checkpoints" / "best_model").rglob("*") if file.is_file()]
-    assert len(mixture) == 11
+    assert len(mixture) == 16
     for file in mixture:
         copied = store / "model" / file.relative_to(store / "checkpoints" / "best_model")
         assert copied.read_bytes() == file.read_bytes()

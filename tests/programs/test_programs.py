@@ -302,7 +302,7 @@ def test_scripts_and_verbs_are_the_same_code(capsys: pytest.CaptureFixture[str])
         (["train", "--model_name", "BASE", *SHORT, "--target_modules", "qproj"], "did you mean 'q_proj'"),
         (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint", "gone"], "there is no folder gone"),
         (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint"], "holds no checkpoint yet"),
-        (["generate", "--trained_model", "gone", "--prompt", "x"], "no checkpoint of this program"),
+        (["generate", "--trained_model", "gone", "--prompt", "x"], "there is no folder 'gone'"),
         (
             ["generate", "--trained_model", "RUN", "--prompt", "x", "--expert", "expert_7"],
             "there is no expert 'expert_7'",

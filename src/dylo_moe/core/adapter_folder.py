@@ -130,7 +130,7 @@ def _unroutable(config: LoraConfig) -> str | None:
     for name in (*sorted(variants), *_NOT_ROUTED):
         if getattr(config, name):
             return f"it uses {name}, and only plain LoRA and rsLoRA can be routed"
-    if config.init_lora_weights in fields["init_lora_weights"].metadata["lora_variants"]:
+    if config.init_lora_weights in fields["init_lora_weights"].metadata.get("lora_variants", ()):
         return f"it uses {config.init_lora_weights}, and only plain LoRA and rsLoRA can be routed"
     if config.bias != "none":
         return f"it trained biases of the base (bias={config.bias!r}), which all experts share"

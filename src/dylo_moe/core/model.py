@@ -355,9 +355,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
     def _own_ways_to_generate(self) -> Iterator[None]:
         """Let the base model generate with what was set on this object, such as another way to stop."""
         base, own = vars(self.experts.base_model), vars(self)
-        changed = {
-            name: own[name] for name in own if name not in base and callable(getattr(GenerationMixin, name, None))
-        }
+        names = [name for name in own if name.startswith("_") and callable(getattr(GenerationMixin, name, None))]
+        changed = {name: own[name] for name in names if name not in base}
         base.update(changed)
         try:
             yield
@@ -425,6 +424,9 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         """
         known = ("input_ids", "attention_mask", "segment_ids")
         inputs = [{name: batch[name].to(self.device) for name in known if name in batch} for batch in batches]
+        for batch in inputs[:1]:
+            if "segment_ids" in batch:  # asked now: PEFT looks into every forward that follows
+                self._check_segments(batch["segment_ids"])
         with self.base_only():
             initialise_eva(self.experts, lambda batch: self(**batch), inputs)
 

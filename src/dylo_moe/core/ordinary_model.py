@@ -195,7 +195,10 @@ class OrdinaryModel(PreTrainedModel):
     def activation_checkpointing_disable(self) -> None:
         """End activation checkpointing."""
         base: Any = self.experts.base_model
-        getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
+        if hasattr(base, "activation_checkpointing_disable"):
+            base.activation_checkpointing_disable()
+        else:
+            base.gradient_checkpointing_disable()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
