@@ -60,7 +60,8 @@ def announcements() -> Iterator[list[str]]:
 
 
 def _note(said: list[str], logger: str, message: str) -> None:
-    if logger.partition(".")[0] in LIBRARIES and TELLS.search(message) and not any(part in message for part in NOT_OURS):
+    tells = TELLS.search(message) and not any(part in message for part in NOT_OURS)
+    if tells and logger.partition(".")[0] in LIBRARIES:
         ours = [f for f in traceback.extract_stack() if _is_ours(Path(f.filename))]
         line = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}: " if ours else ""
         if f"{line}{message}" not in said:

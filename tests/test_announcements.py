@@ -39,7 +39,7 @@ def test_a_logger_that_is_turned_down_is_heard() -> None:
 @pytest.mark.parametrize(
     ("name", "message", "noted"),
     [
-        ("transformers.x", "`torch_dtype` is deprecated! Use `dtype` instead!", True),
+        ("transformers.x", "`old_name` is deprecated! Use `new_name` instead!", True),
         ("transformers.x", "`gradient_checkpointing` will be removed in v6.", True),
         ("peft.x", "The option was renamed to `rank`.", True),
         ("transformers.x", "Setting `use_cache=False`.", False),
