@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from dylo_moe import enable_routing
@@ -328,3 +328,31 @@ def test_no_forward_uses_weights_of_the_past(change: str) -> None:
             assert relative_error(after, before) > 1e-3
             assert relative_error(after, copy.deepcopy(model)(IDS, routing_weights=w).logits) < 1e-5
             before = after
+
+
+def test_adapters_of_another_kind_are_refused_and_not_ignored() -> None:
+    config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, target_modules=["q_proj"], total_step=10)
+    with pytest.raises(RoutingError, match=r"is adapted by peft.tuners.adalora.layer.SVDLinear; only LoRA on linear"):
+        enable_routing(get_peft_model(tiny(), config))
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused() -> None:
+    """As X-LoRA replaces it, which would then ignore the weights."""
+    model = lora_model()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.forward = layer.forward
+    with pytest.raises(RoutingError, match=r"the forward of .*q_proj was replaced, by another way to mix adapters"):
+        enable_routing(model)
+
+
+def test_ranks_are_those_of_the_matrices() -> None:
+    model = lora_model()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        for side, cut in (("lora_A", lambda weight: weight[:2]), ("lora_B", lambda weight: weight[:, :2])):
+            module = getattr(layer, side)["second"]
+            module.weight = nn.Parameter(cut(module.weight).clone())
+    enable_routing(model)
+    got = model(IDS, routing_weights=torch.tensor([0.0, 1.0]).expand(2, 6, 2)).logits
+    model.set_adapter("second")
+    torch.testing.assert_close(got, model(IDS).logits)
