@@ -318,9 +318,7 @@ OFFLOADS: dict[str, Callable[[DyLoRA_MoE, Path], object]] = {
 @EVERY_ROUTING
 @pytest.mark.parametrize("mature", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("way", OFFLOADS)
-@pytest.mark.filterwarnings(
-    "ignore:You are calling .generate"
-)  # said of every offloaded model before transformers 5.20
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # older versions say it of every offloaded model
 @torch.no_grad()
 def test_an_offloaded_mixture_gives_what_it_gives_otherwise(
     routing: str, mature: bool, way: str, tmp_path: Path

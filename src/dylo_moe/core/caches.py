@@ -1,7 +1,7 @@
 """Any key-value cache of transformers, carrying along what the router needs of earlier tokens.
 
 Under routing ``final`` that is the base pass's own cache, under ``context:K`` the sums over the tokens so far. The
-cache object stays the caller's and of its class (dynamic, static, sliding, quantised, ...); what reorders it, crops it
+cache object stays the caller's and of its class (dynamic, static, sliding, ...); what reorders it, crops it
 or drops rows of it does the same to its router part.
 """
 
