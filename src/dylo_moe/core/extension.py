@@ -6,6 +6,7 @@ pickling, ``copy.deepcopy`` and ``torch.save`` work.
 
 import copyreg
 import functools
+from types import FunctionType
 from typing import Any, ClassVar
 
 
@@ -60,11 +61,9 @@ def _make_class(own: type, extension: type[Extension]) -> type:
 
 
 def _in_place_of(own: type, name: str, extension: type[Extension]) -> Any:
-    method = vars(extension).get(name) or getattr(extension, name)
-
-    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return method(self, *args, **kwargs)
-
+    method: Any = getattr(extension, name)
+    # a copy, not a function around it: layers are called often enough for a frame more to show
+    replaced = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
     # its signature is what callers ask for
     return functools.update_wrapper(replaced, getattr(own, name))
 

@@ -99,8 +99,11 @@ class RoutedLayer(Extension):
         own = type(self.base_layer) is nn.Linear and not is_wrapped(self.base_layer)
         sparse = no_grad and weights.chosen is not None and not self.training
         one_token = weights.of_one_token() if sparse else None
-        if one_token is not None and self._are_plain(self.active_adapters[place] for place, _ in one_token):
-            return self._add_of_one_token(result, x, one_token, own)  # type: ignore[no-any-return]
+        if one_token is not None and (updates := self._updates_of(one_token)) is not None:
+            for down, up, scale in updates:
+                x = self._cast_input_dtype(x, down.dtype)
+                result = add_of_one_token(result, x, down, up, scale=scale, in_place=own)
+            return result
         kept = self._kept()
         stack = kept and kept.stacks.get(self)
         experts = stack.experts if stack else self._experts()
@@ -232,16 +235,18 @@ class RoutedLayer(Extension):
         call.shared = Shared(product, x, weights, parts)
         return parts.pop(self)
 
-    def _add_of_one_token(self: Any, result: Tensor, x: Tensor, chosen: list[tuple[int, float]], own: bool) -> Tensor:
-        """The result with the chosen experts, straight from their own matrices."""
+    def _updates_of(self: Any, chosen: list[tuple[int, float]]) -> list[tuple[Tensor, Tensor, float]] | None:
+        """The matrices and the scale of each chosen expert; None where they are not where their modules say."""
+        active, lora_a, lora_b, scaling = self.active_adapters, self.lora_A, self.lora_B, self.scaling
+        updates = []
         for place, weight in chosen:
-            name = self.active_adapters[place]
-            if name in self.scaling:
-                down, up = self.lora_A[name].weight, self.lora_B[name].weight
-                scale = weight * self.scaling[name]
-                x = self._cast_input_dtype(x, down.dtype)
-                result = add_of_one_token(result, x, down, up, scale=scale, in_place=own)
-        return result
+            name = active[place]
+            if name in scaling:
+                down, up = lora_a[name], lora_b[name]
+                if is_wrapped(down) or is_wrapped(up):
+                    return None
+                updates.append((down.weight, up.weight, weight * scaling[name]))
+        return updates
 
     def _mixture_of_chosen(
         self: Any, x: Tensor, experts: Experts, weights: TokenWeights, lora_b: Sequence[Tensor]

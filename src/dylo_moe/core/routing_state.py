@@ -69,26 +69,26 @@ class KeptStacks:
         self.stacks: dict[nn.Module, Stack] = {}
         self.siblings: dict[nn.Module, tuple[list[nn.Module], Tensor]] = {}
         self._noted: list[Tensor] = []
+        self._versioned: list[Tensor] = []
         self._versions: list[int] = []
         self._addresses: list[int] = []
 
     def note(self, weights: list[Tensor]) -> None:
         """Remember what was stacked, as it is now."""
+        # a tensor made in inference mode has no version; nothing but inference can write to it
+        versioned = [weight for weight in weights if not weight.is_inference()]
         self._noted += weights
-        self._versions += map(_version, weights)
+        self._versioned += versioned
+        self._versions += [weight._version for weight in versioned]
         self._addresses += [weight.data_ptr() for weight in weights]
 
     def drop_if_stale(self) -> None:
         """Forget everything if any of the weights changed."""
-        versions = [*map(_version, self._noted)]
+        versions = [weight._version for weight in self._versioned]
         if self._versions != versions or self._addresses != [weight.data_ptr() for weight in self._noted]:
-            for everything in (self.stacks, self.siblings, self._noted, self._versions, self._addresses):
+            noted = self._noted, self._versioned, self._versions, self._addresses
+            for everything in (self.stacks, self.siblings, *noted):
                 everything.clear()
-
-
-def _version(weight: Tensor) -> int:
-    # a tensor made in inference mode has none; nothing but inference can write to it
-    return 0 if weight.is_inference() else weight._version
 
 
 @dataclass
