@@ -91,7 +91,7 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dylo_moe.evaluation.results.os.fsync", full)
+    monkeypatch.setattr("dylo_moe.durable.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_result(path, result({"a": [False]}))
     assert read_result(path) == result({"a": [True]})

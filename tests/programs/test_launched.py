@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import full_disk
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
 from dylo_moe.training import checkpoints
@@ -80,10 +81,8 @@ def test_an_error_ends_all_and_is_told_once(
 
 def test_a_full_disk_of_the_process_that_writes_ends_all(base: Path, data: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "report.json").symlink_to("/dev/full")
     given = ["--model_name", str(base), "--datasets", data, *SHORT, "--output_dir", str(output), "--max_steps", "1"]
-    done = torchrun(*given)
+    done = torchrun(*given, **full_disk.environment("report.json", tmp_path / "python"))
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: No space left on device: while writing; free space, or write elsewhere"

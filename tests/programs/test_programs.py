@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import full_disk
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_USER_ERROR
@@ -336,12 +337,16 @@ def test_a_folder_that_cannot_be_written_ends_before_training(base: Path, tmp_pa
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_disk_that_is_full_at_the_last_step_keeps_the_mixture(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "report.json").symlink_to("/dev/full")
-    done = script("train.py", "--model_name", str(base), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path))
+def test_a_disk_that_is_full_at_the_last_step_keeps_the_mixture_and_the_old_report(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "report.json").write_text("of an earlier run")
+    given = ["--model_name", str(base), *SHORT, "--max_steps", "1", "--output_dir", str(output)]
+    done = script("train.py", *given, **full_disk.environment("report.json", tmp_path / "python"))
     assert done.returncode == EXIT_USER_ERROR
     assert "error: No space left on device" in done.stderr and "Traceback" not in done.stderr
-    assert DyLoRA_MoE.from_pretrained(tmp_path / "best_model").router.maturity == [1, 1, 1, 1]
+    assert DyLoRA_MoE.from_pretrained(output / "best_model").router.maturity == [1, 1, 1, 1]
+    assert (output / "report.json").read_text() == "of an earlier run"
 
 
 class _GatedHub(BaseHTTPRequestHandler):

@@ -70,6 +70,26 @@ def test_a_byte_flipped_in_the_store_is_refused_and_nothing_is_left(tmp_path: Pa
     assert list((tmp_path / "after").iterdir()) == []
 
 
+def test_a_note_of_the_artifact_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, output = stored(FolderStore(tmp_path / "store"), tmp_path), tmp_path / "out"
+    output.mkdir()
+    (output / "fetched.json").write_text("old")
+    opened = Path.open
+
+    def on_a_full_disk(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name.startswith(".fetched.json-"):
+            return open("/dev/full", "w", encoding="utf-8")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        fetched_checkpoint(reference, output)
+    assert (output / "fetched.json").read_text() == "old"
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+
+
 MALFORMED = ["nonsense", "a/b", "a:v0", "a/b/c/d:v0", "folder:x:v0", "folder:x/y", "a/b c:v0"]
 
 

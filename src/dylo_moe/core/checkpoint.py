@@ -1,4 +1,4 @@
-"""The one checkpoint format, and how a folder is written so that no reader ever sees half of it.
+"""The one checkpoint format.
 
     experts/<name>/adapter_config.json + adapter_model.safetensors    plain PEFT
     router.safetensors                                                the router's gates
@@ -9,11 +9,7 @@ Safetensors and JSON only: nothing is unpickled. This module reads and writes fi
 them is the business of ``model.py``.
 """
 
-import os
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -85,59 +81,6 @@ class Description(_Entry):
     routing: RoutingEntry
     losses: LossEntry
     prompt_template: Literal["chat", "plain"] | None = None
-
-
-@contextmanager
-def atomic_directory(
-    path: Path, *, marker: str, in_place: bool = False, ours: Collection[str] | None = None
-) -> Iterator[Path]:
-    """Give a sibling folder to write into; it takes the place of ``path`` once all of it is on the disk.
-
-    Where writing fails, the sibling is removed and ``path`` stays as it was.
-
-    Args:
-        path: The folder to make or replace.
-        marker: A file that tells a folder of this kind. One that has other files and not this one is somebody
-            else's, and is not replaced.
-        in_place: Rename no folder, as object storage cannot: what was written elsewhere is copied to ``path``, and the
-            marker, without which no reader takes it for one of this kind, goes first and comes last.
-        ours: The names that are written, or may be left from the last time. With them, whatever else is in ``path``
-            stays there, and only one with other weights of these names is somebody else's.
-
-    Raises:
-        CheckpointError: ``path`` holds something else, or the file system refused: full, read-only, no permission.
-    """
-    path = path.absolute()
-    known = (path / marker).is_file() or unfinished_mark(path).exists()
-    if path.is_dir() and not known:
-        others = sorted(entry.name for entry in path.iterdir())
-        if ours is not None:
-            others = [name for name in others if name in ours and name != CARD_FILE]
-        if others:
-            raise CheckpointError(
-                f"{path} holds other files ({others[0]}), and writing would replace them; choose a new or empty folder"
-            )
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=None if in_place else path.parent))
-        target = scratch / "new"
-        target.mkdir()
-        yield target
-        if in_place:
-            _copy_over(target, path, marker, ours)
-        else:
-            if ours is not None and path.is_dir():
-                _link_others(path, target, ours)
-            _sync_tree(target)
-            _rename_over(target, path, scratch / "previous")
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        kept = "; the previous one is intact" if (path / marker).is_file() else ""
-        raise CheckpointError(f"cannot write {path}: {error}{kept}; free space or choose another folder") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_files(
@@ -264,74 +207,3 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder/{EXPERTS_FOLDER}/{description.experts[0].name}")
 ```
 """
-
-
-def _rename_over(new: Path, path: Path, previous: Path) -> None:
-    if path.exists():
-        path.rename(previous)
-    try:
-        new.rename(path)
-    except OSError:
-        if previous.exists():
-            previous.rename(path)
-        raise
-
-
-def _copy_over(new: Path, path: Path, marker: str, ours: Collection[str] | None) -> None:
-    mark = unfinished_mark(path)
-    mark.touch()
-    if path.exists():
-        (path / marker).unlink(missing_ok=True)
-        for entry in [path] if ours is None else [path / name for name in ours]:
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
-    others = ours is not None
-    skip = {marker}
-    shutil.copytree(
-        new, path, ignore=lambda folder, names: skip if Path(folder) == new else set(), dirs_exist_ok=others
-    )
-    _sync_tree(path)
-    shutil.copyfile(new / marker, path / marker)
-    _sync_tree(path)
-    mark.unlink()
-
-
-def _link_others(old: Path, new: Path, ours: Collection[str]) -> None:
-    """Give the new folder what else is in the old one: the same files, by another link or, failing that, a copy."""
-    for entry in old.iterdir():
-        if entry.name in ours or (new / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
-        else:
-            _link(entry, new / entry.name)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
-
-
-def unfinished_mark(folder: Path) -> Path:
-    """An empty file beside a folder that says: what is there is being written in place, or removed."""
-    return folder.with_name(f".unfinished-{folder.name}")
-
-
-def _sync_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for file in files:
-            sync(Path(root) / file)
-        sync(Path(root))
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

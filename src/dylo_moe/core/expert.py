@@ -28,7 +28,7 @@ from dylo_moe.core.adapter_folder import (
     tensor_shapes,
 )
 from dylo_moe.core.base_model import cached_repository
-from dylo_moe.core.checkpoint import atomic_directory, write_adapter
+from dylo_moe.core.checkpoint import write_adapter
 from dylo_moe.core.decoder import find_decoder
 from dylo_moe.core.hub import folder_of
 from dylo_moe.core.offload import is_offloaded, refuse_offloaded, state_in_place
@@ -36,6 +36,7 @@ from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.quantised import keep_trainable
 from dylo_moe.core.routed_lora import enable_routing
 from dylo_moe.core.routing_state import RoutingState
+from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 
 AUTO_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")

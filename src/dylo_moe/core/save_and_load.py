@@ -29,6 +29,7 @@ from dylo_moe.core.hub import folder_of, is_hub_id
 from dylo_moe.core.initialise import hold_constant
 from dylo_moe.core.offload import is_offloaded, state_in_place
 from dylo_moe.core.routing import make_router, prefix_layer, resolve_routing
+from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def save(
         state = state_in_place(model)
     in_trainers_checkpoint = _TRAINERS_CHECKPOINT.fullmatch(folder.name) is not None
     marker = checkpoint.DESCRIPTION_FILE
-    with checkpoint.atomic_directory(folder, marker=marker, in_place=in_place, ours=_OURS) as target:
+    with atomic_directory(folder, marker=marker, in_place=in_place, ours=_OURS) as target:
         write_files(model, target, state, beside=folder)
         if in_trainers_checkpoint:
             _write_trained(model, target, state)

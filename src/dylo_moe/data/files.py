@@ -15,6 +15,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from dylo_moe.data.rows import Row
+from dylo_moe.durable import sha256_of
 from dylo_moe.errors import DatasetError, first_line
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -68,12 +69,12 @@ def _resolved(path: Path) -> Path:
 
 
 def digest_of(files: list[Path]) -> str:
-    """A digest of the names and contents of files."""
+    """Return one SHA-256 of the names and contents of files."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode())
-        with _reading(path), path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        with _reading(path):
+            digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 

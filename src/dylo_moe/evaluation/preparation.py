@@ -7,12 +7,11 @@ sets the limits of the answers, so that these do not depend on how quick a machi
 import hashlib
 import json
 import math
-import os
 import platform
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from dylo_moe.durable import atomic_file
 from dylo_moe.errors import EvaluationError
 from dylo_moe.evaluation import wire
 from dylo_moe.evaluation.comparer import Comparer
@@ -94,12 +93,10 @@ def _canonical_lines(
 
 
 def _keep(file: Path, text: str) -> None:
-    """Writes a file that other processes see whole or not at all."""
+    """Write a file of the cache."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
-            scratch.write(text)
-        os.replace(scratch.name, file)
+        with atomic_file(file) as opened:
+            opened.write(text)
     except OSError as error:
         raise EvaluationError(
             f"cannot write {file} ({error.strerror}); set DYLO_MOE_CACHE to another folder"

@@ -1,13 +1,12 @@
 """What a benchmark run found, as a file that is whole or not there, and how two of them compare."""
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dylo_moe.durable import atomic_file
 from dylo_moe.errors import ConfigError
 from dylo_moe.evaluation.statistics import paired_bootstrap, pass_at_k, standard_error, wilson_interval
 
@@ -197,22 +196,13 @@ def _difference(name: str, before: BenchmarkRecord, after: BenchmarkRecord) -> D
 
 
 def write_result(path: Path, result: BenchmarkResult) -> None:
-    """Writes a result in the place of whatever was at ``path``; a reader sees the old one or the new one.
+    """Write a result and replace the file at ``path``; a reader sees the old one or the new one.
 
     Raises:
         OSError: It could not be written; what was at ``path`` is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(result.model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    with atomic_file(path) as file:
+        file.write(result.model_dump_json(indent=2) + "\n")
 
 
 def read_result(path: Path) -> BenchmarkResult:

@@ -157,7 +157,8 @@ def _launched(platform: Platform, processes: int, flags: Sequence[str]) -> int:
 
 def _publish(output: Path, model_dir: Path) -> None:
     """Copies the finished mixture to where the platform looks for it."""
-    from dylo_moe.core.checkpoint import DESCRIPTION_FILE, atomic_directory
+    from dylo_moe.core.checkpoint import DESCRIPTION_FILE
+    from dylo_moe.durable import atomic_directory
     from dylo_moe.programs.train import BEST_MODEL
 
     with atomic_directory(model_dir, marker=DESCRIPTION_FILE, in_place=True) as folder:

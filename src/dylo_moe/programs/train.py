@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from dylo_moe.config import TRAIN_GROUPS, TrainFlags
 from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.data.prepare_data import PreparedData
+from dylo_moe.durable import atomic_file
 from dylo_moe.flags import parse, to_yaml
 from dylo_moe.programs.building import build_model, build_trainer, check_inputs, check_packing, first_batches, prepare
 from dylo_moe.programs.live_benchmark import LiveBenchmark
@@ -89,7 +90,8 @@ def train(flags: TrainFlags, console: Console) -> TrainingReport | None:
     report = _report(trainer, data, base.metrics, _evaluate_mixture(trainer, console), seconds)
     trainer.save_model(report.checkpoint)
     if first:
-        (Path(flags.training.output_dir) / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n")
+        with atomic_file(Path(flags.training.output_dir) / REPORT_FILE) as file:
+            file.write(report.model_dump_json(indent=2) + "\n")
         if uploads is not None:
             uploads.finish(Path(report.checkpoint), report.steps)
     _show(report, console)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dylo_moe.core import checkpoint
 from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, first_line
 from dylo_moe.skills.gates import DEFAULT_RIDGE, RidgeGate
 from dylo_moe.skills.novelty import (
@@ -289,6 +290,6 @@ def save_with_skills(model: DyLoRA_MoE, library: SkillLibrary, path: Path) -> No
     Raises:
         CheckpointError: It could not be written.
     """
-    with checkpoint.atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE) as folder:
+    with atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE) as folder:
         model.write_files(folder, beside=path)
         library.write_files(folder)

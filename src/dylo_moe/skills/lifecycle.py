@@ -29,6 +29,7 @@ from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.router import YOUNG, DynamicHybridRouter
 from dylo_moe.core.routing import prefix_layer
 from dylo_moe.core.save_and_load import TRAINED_FILE, TRAINED_INDEX, base_of, place_of_base
+from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, ExpertError, did_you_mean, first_line
 from dylo_moe.skills.library import DESCRIPTION_FILE, TENSORS_FILE, SkillLibrary
 
@@ -198,7 +199,7 @@ def export_expert(path: Path, name: str, folder: Path) -> ExportedAdapter:
     source = _expert(path, name)
     read_weights(source)
     trained = read_config(source)["r"]
-    with checkpoint.atomic_directory(folder, marker=CONFIG_FILE) as target:
+    with atomic_directory(folder, marker=CONFIG_FILE) as target:
         for file in ADAPTER_FILES:
             shutil.copyfile(source / file, target / file)
         make_plain(target)
@@ -287,7 +288,7 @@ def _rewritten(
     if library is not None and library.skills:
         taught = library.gate.weight().to(router["gates.0"])
         router["gates.0"][: len(taught)] = taught  # an expert that no skill has claimed keeps its column
-    with checkpoint.atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE, ours=_REWRITTEN) as folder:
+    with atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE, ours=_REWRITTEN) as folder:
         for name in _names(description):
             if _expert(path, name).is_dir() and name != anew:
                 shutil.copytree(_expert(path, name), _expert(folder, name))

@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from dylo_moe.durable import atomic_directory, sha256_of
 from dylo_moe.errors import ArtifactError, CheckpointError, first_line
 from dylo_moe.training import checkpoints
 
@@ -61,20 +61,16 @@ class ArtifactStore(Protocol):
 
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``folder`` at the end of the block; nothing of it is left otherwise.
+    """Yield an empty folder that becomes ``folder``, which must not exist, at the end of the block.
 
     Raises:
         ArtifactError: The file system refused.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".partial-{folder.name}-", dir=folder.parent) as scratch:
-            target = Path(scratch) / "files"
-            target.mkdir()
+        with atomic_directory(folder) as target:
             yield target
-            target.rename(folder)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {folder}: {first_line(error)}; free space") from error
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
 
 
 class FolderStore:
@@ -140,11 +136,10 @@ class FolderStore:
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files below a folder."""
+    """Return one SHA-256 of the names and contents of all files below a folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest.update(f"{path.relative_to(folder)}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.relative_to(folder)}\0{sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 

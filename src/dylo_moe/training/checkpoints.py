@@ -7,7 +7,6 @@ Checkpoints are written beside and renamed. On object storage a folder cannot be
 they are written in place, and a mark beside says that what stands under the name is not finished.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dylo_moe.core.checkpoint import sync, unfinished_mark
+from dylo_moe.durable import sha256_of, sync, unfinished_mark
 from dylo_moe.errors import DISK_REFUSED, CheckpointError, first_line
 
 MANIFEST = "manifest.json"
@@ -165,7 +164,7 @@ def problem(folder: Path) -> str | None:
             size = path.stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size:,} bytes in the place of {entry['bytes']:,}"
-            if _digest(path) != entry["sha256"]:
+            if sha256_of(path) != entry["sha256"]:
                 return f"{name} has other contents than were written"
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not finished"
@@ -180,12 +179,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _entry(path: Path) -> dict[str, Any]:
     sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _rename(place: Path, folder: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from dylo_moe.core.checkpoint import DESCRIPTION_FILE, sync
+from dylo_moe.core.checkpoint import DESCRIPTION_FILE
+from dylo_moe.durable import atomic_file, sync
 from dylo_moe.errors import ArtifactError, CheckpointError, ConfigError, first_line
 from dylo_moe.training import checkpoints, wandb_store
 from dylo_moe.training.artifacts import ArtifactStore, FolderStore
@@ -74,7 +75,8 @@ def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] =
         for old in replacing:
             checkpoints.remove(old)
         wandb_store.adopt_run(output, entry.metadata)
-        (output / _RECORD).write_text(json.dumps({"reference": reference}) + "\n")
+        with atomic_file(output / _RECORD) as record:
+            record.write(json.dumps({"reference": reference}) + "\n")
         if in_place:
             (folder / checkpoints.MANIFEST).unlink()  # it is verified, and gets a new one
             shutil.copytree(folder, checkpoints.begin(target, in_place=True), dirs_exist_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dylo_moe.durable import atomic_file
 from dylo_moe.errors import DISK_REFUSED, ArtifactError, ConfigError, causes_of, first_line
 from dylo_moe.training.artifacts import ArtifactEntry, beside
 
@@ -169,10 +170,8 @@ def _stored_run(output_dir: Path) -> dict[str, str | None]:
 
 
 def _store_run(output_dir: Path, entry: Mapping[str, str | None]) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    partial = output_dir / f".partial-{RUN_FILE}"
-    partial.write_text(json.dumps(entry, indent=2) + "\n")
-    partial.replace(output_dir / RUN_FILE)
+    with atomic_file(output_dir / RUN_FILE) as file:
+        file.write(json.dumps(entry, indent=2) + "\n")
 
 
 _WRONG_KEY = (
