@@ -38,6 +38,7 @@ from dylo_moe.core.routed_lora import enable_routing
 from dylo_moe.core.routing_state import RoutingState
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
+from dylo_moe.routing_mode import RoutingMode
 
 AUTO_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")
 """Attention projections as the model families call them; an expert adapts those that the base model has."""
@@ -414,7 +415,7 @@ def check_new_name(name: str, taken: Iterable[str], modules: Iterable[str]) -> N
         raise ExpertError(f"an expert cannot be called {name!r}: a module has that name; choose another one")
 
 
-def check_blocks(blocks: Sequence[int] | None, num_experts: int, routing: str, layers: int) -> None:
+def check_blocks(blocks: Sequence[int] | None, num_experts: int, routing: RoutingMode, layers: int) -> None:
     """Makes sure that blocks of layers can carry ``blocks`` of the experts.
 
     Raises:
@@ -429,7 +430,7 @@ def check_blocks(blocks: Sequence[int] | None, num_experts: int, routing: str, l
         )
     if len(blocks) > layers:
         raise ExpertError(f"--experts_per_layer must be at most one number a layer ({layers}), got {len(blocks)}")
-    if routing != "per_layer":
+    if not routing.has_gate_per_layer:
         raise ExpertError(f"--experts_per_layer needs --routing per_layer, got {routing}")
 
 

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from dylo_moe.core import save_and_load
+from dylo_moe.core.balance import load_balance_loss, router_z_loss
 from dylo_moe.core.base_model import fingerprint, load_base_model, name_of
 from dylo_moe.core.caches import with_cache_renamed
 from dylo_moe.core.checkpoint import LossEntry
@@ -28,22 +29,17 @@ from dylo_moe.core.configuration import DyLoRAConfig, register
 from dylo_moe.core.context import real_tokens
 from dylo_moe.core.decoder import argument_names, is_wrapped
 from dylo_moe.core.expert import ExpertManager, check_blocks
-from dylo_moe.core.head import plain_head
+from dylo_moe.core.head import linear_lm_head
 from dylo_moe.core.initialise import create_experts, initialise_eva
-from dylo_moe.core.losses import (
-    causal_lm_loss,
-    linear_causal_lm_loss,
-    load_balance_loss,
-    router_z_loss,
-    without_padding,
-)
+from dylo_moe.core.losses import causal_lm_loss, linear_causal_lm_loss, without_padding
 from dylo_moe.core.ordinary_model import OrdinaryModel, rows_of_experts
-from dylo_moe.core.packed import check_segments, keeps_examples_apart, positions_in_segments
+from dylo_moe.core.packed import check_segments, positions_in_segments, supports_packing
 from dylo_moe.core.routed_forward import check_weights
 from dylo_moe.core.router import MATURE, DynamicHybridRouter
-from dylo_moe.core.routing import RouterHooks, make_router, prefix_layer, resolve_routing
-from dylo_moe.core.routing_state import Record
+from dylo_moe.core.routing import RouterHooks, make_router
+from dylo_moe.core.routing_state import ForwardRecord
 from dylo_moe.errors import RoutingError
+from dylo_moe.routing_mode import RoutingMode
 
 
 @dataclass
@@ -138,12 +134,12 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         with torch.inference_mode(False):
             experts = ExpertManager(base)
             layers = len(experts.decoder.layers)
-            mode = resolve_routing(routing, layers)
+            mode = RoutingMode.parse(routing, layers)
             check_blocks(experts_per_layer, num_experts, mode, layers)
             # made before the experts: a router that cannot be is refused before the base model is changed
             per_token = min(2, num_experts) if top_k is None else top_k
             router = make_router(experts, mode, num_experts, per_token, temperature, experts_per_layer)
-            experts.carry_on(prefix_layer(mode), experts_per_layer)
+            experts.carry_on(mode.first_expert_layer, experts_per_layer)
             create_experts(
                 experts,
                 num_experts,
@@ -162,7 +158,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         self,
         base_name: str,
         revision: str | None,
-        routing: str,
+        mode: RoutingMode,
         experts: ExpertManager,
         router: DynamicHybridRouter,
         losses: LossEntry,
@@ -172,7 +168,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         super().__init__(experts)
         self.base_name = base_name
         self.revision = revision
-        self.routing = routing
+        self.routing_mode = mode
         self.losses = losses
         self.prompt_template = prompt_template
         self.tokenizer: Any = None
@@ -181,11 +177,16 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         base, decoder = experts.base_model, experts.decoder
         # taken while the weights are in one piece; the base never changes
         self._fingerprint = fingerprint(base)
-        self._head_is_plain = plain_head(base, decoder.backbone) is not None
+        self._head_is_plain = linear_lm_head(base, decoder.backbone) is not None
         self._argument_names = argument_names(base)
         self._keeps_examples_apart: bool | None = None
-        hooks = RouterHooks(base, decoder, routing, router, experts.routing_state, experts.active_indices)
+        hooks = RouterHooks(base, decoder, mode, router, experts.routing_state, experts.active_indices)
         self._mark_config(hooks.undo)
+
+    @property
+    def routing(self) -> str:
+        """The routing mode as text, such as ``prefix:4``."""
+        return str(self.routing_mode)
 
     def forward(
         self,
@@ -222,7 +223,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             num_items_in_batch: Labelled tokens of the whole global batch, where this is a part of one.
             num_tokens_in_batch: Real tokens of the whole global batch.
             expert_load: How a larger batch's tokens chose the experts, ``(num_gates, num_active_experts)``; see
-                ``losses.load_balance_loss``.
+                ``balance.load_balance_loss``.
             return_logits: False leaves out the logits of a forward with ``labels``. The loss is then computed in
                 chunks, at the labelled tokens alone, and ``backward`` can run once; it is what the Trainer does.
             return_dict: False returns a tuple, the loss first where there are labels; the configuration's by default.
@@ -266,7 +267,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
         }
         kwargs |= {name: value for name, value in given.items() if value is not None and name not in kwargs}
-        record = Record(wants_features=head is not None)
+        record = ForwardRecord(wants_features=head is not None)
         with self.experts.routing_state.scoped(record=record):
             outputs = self.experts.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
@@ -274,11 +275,10 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         result = _output_of(outputs)
         if labels is not None and not return_logits:
             result.logits = None
-        if record.outputs:
-            result.router_logits = torch.stack([output.logits.to(outputs.logits.device) for output in record.outputs])
-            result.routing_weights = torch.stack(
-                [output.weights.to(outputs.logits.device) for output in record.outputs]
-            )
+        if record.router_logits:
+            device = outputs.logits.device
+            result.router_logits = torch.stack([logits.to(device) for logits in record.router_logits])
+            result.routing_weights = torch.stack([weights.to(device) for weights in record.routing_weights])
         if labels is not None:
             counted: dict[str, Any] = {"label_smoothing": smoothing, "num_items": num_items_in_batch}
             if record.features is None:
@@ -293,7 +293,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         check_segments(self.experts.base_model, segment_ids)
         if self._keeps_examples_apart is None:
             with self.base_only():
-                self._keeps_examples_apart = keeps_examples_apart(self.experts.base_model)
+                self._keeps_examples_apart = supports_packing(self.experts.base_model)
         if not self._keeps_examples_apart:
             raise RoutingError(
                 f"segment_ids: {type(self.experts.base_model).__name__} lets the examples of a row see each other; "
@@ -347,7 +347,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         weights = self._given_weights(routing_weights, adapter_names)
         if weights is not None:
             weights = check_weights(weights)
-        with state.keeping_stacks(), state.scoped(weights=weights), self._own_ways_to_generate():
+        with state.cache_stacks(), state.scoped(weights=weights), self._own_ways_to_generate():
             base: Any = self.experts.base_model
             return base.generate(*args, **kwargs)
 
@@ -379,11 +379,10 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         return self.experts.base_model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
 
     def _check_paged(self) -> None:
-        mode = self.routing.partition(":")[0]
-        if mode in ("final", "context"):
+        if self.routing_mode.needs_router_cache:
             raise RoutingError(
-                f"routing {mode!r} does not work with continuous batching, whose cache holds keys and values alone; "
-                "use generate, or a mixture with routing per_layer or prefix:K"
+                f"`routing` {self.routing_mode.kind.value!r} does not work with continuous batching, whose cache holds "
+                "keys and values alone; use generate, or a mixture with routing per_layer or prefix:K"
             )
 
     @contextmanager

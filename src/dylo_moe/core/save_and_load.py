@@ -28,9 +28,10 @@ from dylo_moe.core.expert import ExpertManager
 from dylo_moe.core.hub import folder_of, is_hub_id
 from dylo_moe.core.initialise import hold_constant
 from dylo_moe.core.offload import is_offloaded, state_in_place
-from dylo_moe.core.routing import make_router, prefix_layer, resolve_routing
+from dylo_moe.core.routing import make_router
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError
+from dylo_moe.routing_mode import RoutingMode
 
 if TYPE_CHECKING:
     from dylo_moe.core.model import DyLoRA_MoE
@@ -200,11 +201,11 @@ def load(
     base, name, revision = base_of(path, description.base_model, given, _base_options(options))
     routing = description.routing
     experts = ExpertManager(base)
-    mode = resolve_routing(routing.mode, len(experts.decoder.layers))
+    mode = RoutingMode.parse(routing.mode, len(experts.decoder.layers))
     router = make_router(
         experts, mode, len(description.experts), routing.top_k, routing.temperature, routing.experts_per_layer
     )
-    experts.carry_on(prefix_layer(mode), routing.experts_per_layer)
+    experts.carry_on(mode.first_expert_layer, routing.experts_per_layer)
     for expert in description.experts:
         experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / expert.name, expert.name)
     self = cls.__new__(cls)
