@@ -87,7 +87,7 @@ def rows_of(path: Path) -> Iterator[LocatedRow]:
     if name.endswith(_PARQUET):
         yield from _parquet_rows(path)
         return
-    with _reading(path), _opened(path) as file:
+    with _reading(path), cast(BinaryIO, gzip.open(path) if name.endswith(".gz") else path.open("rb")) as file:
         kind = name.removesuffix(".gz")
         if kind.endswith(_CSV):
             yield from _csv_rows(path, file)
@@ -103,12 +103,6 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError) as error:
         raise DatasetError(f"{path} cannot be read: {first_line(error)}") from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-        yield cast(BinaryIO, file)
 
 
 def _is_array(file: BinaryIO) -> bool:

@@ -1,7 +1,6 @@
 """Functions over many rows, in several processes and in chunks that are cached on the disk."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from datasets import Dataset, Features, concatenate_datasets
 from datasets.fingerprint import Hasher
@@ -15,7 +14,7 @@ ROWS_PER_WORKER = 5_000
 
 def map_rows(
     rows: Dataset,
-    function: Callable[[dict[str, Any]], dict[str, Any]],
+    function: Callable[[dict[str, list[str]]], Mapping[str, object]],
     key: str,
     *,
     features: Features,
@@ -26,7 +25,7 @@ def map_rows(
 
     Args:
         rows: The input.
-        function: Takes the columns of a batch and returns the columns of ``features``, one row for each row.
+        function: Takes the text columns of a batch and returns the columns of ``features``, one row for each row.
         key: Identity of the input and the function; output cached under the same key is reused.
         features: Columns of the output.
         workers: Largest number of processes.

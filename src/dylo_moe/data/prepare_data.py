@@ -204,7 +204,12 @@ class _Pipeline:
         if self.decontaminated:
             rows, found = decontaminate(rows, entry.name, workers=self.workers)
         summary = _summary(examples, found)
-        domain = _Domain({}, summary, found, [*_skipped_notes(examples), *_contamination_notes(found)])
+        domain = _Domain({}, summary, found, [])
+        if examples.skipped:
+            domain.notes.append(
+                f"{entry.name}: {examples.skipped:,} rows left out; the first: {examples.first_skipped}"
+            )
+        domain.notes += _contamination_notes(found)
         for split, percent in percents.items():
             encoded = self._encode(_subset(of_split(rows, split), percent, seed), f"{entry.name} {split}")
             domain.splits[split] = self._fitting(encoded, f"{entry.name} {split}", domain)
@@ -267,9 +272,3 @@ def _contamination_notes(found: Contamination | None) -> list[str]:
     why = ", ".join(f"{count:,} {kind}" for count, kind in kinds if count)
     dropped = f"{found.dropped:,} of {found.rows:,} rows dropped as benchmark tasks" + (f" ({why})" if why else "")
     return [f"{found.dataset}: {dropped}; {found.near:,} more share a 10-gram with one and are kept"]
-
-
-def _skipped_notes(examples: Examples) -> list[str]:
-    if not examples.skipped:
-        return []
-    return [f"{examples.entry.name}: {examples.skipped:,} rows left out; the first: {examples.first_skipped}"]

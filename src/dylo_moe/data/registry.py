@@ -139,8 +139,8 @@ class DatasetEntry:
     cache: Path | None = None
 
 
-def resolve(wanted: str, data_dir: str | Path | None = None) -> DatasetEntry:
-    """Return the dataset of a name, or of ``name=path`` for files of the user.
+def resolve(dataset: str, data_dir: str | Path | None = None) -> DatasetEntry:
+    """Return the dataset ``name``, or ``name=path`` for files of the user.
 
     A known name with a path reads that dataset's rows from the path. With ``data_dir``, a dataset of the Hub is read
     from ``data_dir/<name>.<suffix>`` or the folder ``data_dir/<name>`` if it exists, and otherwise through the
@@ -149,12 +149,12 @@ def resolve(wanted: str, data_dir: str | Path | None = None) -> DatasetEntry:
     Raises:
         DatasetError: The name is unknown or not usable, or ``data_dir`` is not a folder.
     """
-    name, is_own, path = wanted.partition("=")
+    name, is_own, path = dataset.partition("=")
     if not _NAME.fullmatch(name):
         raise DatasetError(f"{name!r} cannot name a dataset; use letters, digits, '_', '-' and '.'")
     if is_own:
         if not path:
-            raise DatasetError(f"{wanted!r} names no file; write {name}=path/to/file.jsonl")
+            raise DatasetError(f"{dataset!r} names no file; write {name}=path/to/file.jsonl")
         return DatasetEntry(name, REGISTRY.get(name, _OWN), Path(path).expanduser())
     if name not in REGISTRY:
         known = ", ".join(AVAILABLE_DATASETS)

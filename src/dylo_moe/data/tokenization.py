@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from datasets import Features, List, Value
 from datasets.fingerprint import Hasher
@@ -19,7 +19,23 @@ TOKEN_FEATURES = Features(
         "cut": Value("bool"),
     }
 )
-"""Columns of tokenized examples; see ``encode_examples``."""
+"""Types of the columns in ``TokenColumns``."""
+
+
+class TokenColumns(TypedDict):
+    """Tokenized examples by column.
+
+    Attributes:
+        input_ids: Token ids of each example; empty for a dropped one.
+        prompt_length: Number of prompt tokens of each example.
+        length: Number of tokens of each example; 0 for a dropped one.
+        cut: Whether each example lost the end of its response.
+    """
+
+    input_ids: list[list[int]]
+    prompt_length: list[int]
+    length: list[int]
+    cut: list[bool]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -47,7 +63,7 @@ def encode_examples(
     responses: Sequence[str],
     max_length: int,
     overlong: Overlong = "cut",
-) -> dict[str, list[Any]]:
+) -> TokenColumns:
     """Return the token ids of examples, each ended by the end-of-text token, which is learned too.
 
     Prompt and response are tokenized separately, so that the boundary between them is the same in training and in
@@ -60,27 +76,26 @@ def encode_examples(
         max_length: Most tokens of an example.
         overlong: ``cut`` to cut off the end of a response that is too long, ``drop`` to drop the example. An example
             whose prompt leaves no room for a response is dropped in either case.
-
-    Returns:
-        The columns ``input_ids``, ``prompt_length``, ``length`` (in tokens, 0 for a dropped example) and ``cut``.
     """
     heads = encode_prompts(tokenizer, prompts)
     tails: list[list[int]] = tokenizer(list(responses), add_special_tokens=False).input_ids
-    rows: dict[str, list[Any]] = {name: [] for name in TOKEN_FEATURES}
+    columns = TokenColumns(input_ids=[], prompt_length=[], length=[], cut=[])
     for head, tail in zip(heads, tails, strict=True):
         if not tail or tail[-1] != tokenizer.eos_token_id:
             tail = [*tail, tokenizer.eos_token_id]
         too_long = len(head) + len(tail) > max_length
         dropped = len(head) >= max_length or (too_long and overlong == "drop")
         ids = [] if dropped else (head + tail)[:max_length]
-        for name, value in zip(rows, (ids, len(head), len(ids), too_long and not dropped), strict=True):
-            rows[name].append(value)
-    return rows
+        columns["input_ids"].append(ids)
+        columns["prompt_length"].append(len(head))
+        columns["length"].append(len(ids))
+        columns["cut"].append(too_long and not dropped)
+    return columns
 
 
 def encode_batch(
     tokenizer: PreTrainedTokenizerBase, max_length: int, overlong: Overlong, batch: Mapping[str, list[str]]
-) -> dict[str, list[Any]]:
+) -> TokenColumns:
     """Return ``encode_examples`` of a batch with the columns ``prompt`` and ``response``."""
     return encode_examples(tokenizer, batch["prompt"], batch["response"], max_length, overlong)
 

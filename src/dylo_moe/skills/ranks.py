@@ -21,8 +21,8 @@ def rank_for(labelled_tokens: int, parameters_per_rank: float, largest: int) -> 
         parameters_per_rank: Number of parameters that each rank adds to an expert.
         largest: Upper bound of the rank.
     """
-    wanted = labelled_tokens * BITS_PER_TOKEN / (parameters_per_rank * BITS_PER_PARAMETER)
+    needed = labelled_tokens * BITS_PER_TOKEN / (parameters_per_rank * BITS_PER_PARAMETER)
     rank = SMALLEST
-    while rank < min(wanted, largest):
+    while rank < min(needed, largest):
         rank *= 2
     return min(rank, largest)
