@@ -19,8 +19,7 @@ def novelty_line(name: str, report: NoveltyReport, expert: str, rank: int) -> st
     entropy = "" if share is None else f", the router unsure of {share:.0%}"
     return (
         f"{name}: {kind} by {report.measure} ({report.outlier_share:.0%} of its examples beyond every known skill"
-        f"{entropy}; "
-        f"cosine to {similar}); {learns}"
+        f"{entropy}; cosine to {similar}); {learns}"
     )
 
 
