@@ -5,7 +5,7 @@ A dataset is added by one ``DatasetSpec``. Any file of the user is a dataset too
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class DatasetSpec:
         evaluation_only: Whether the dataset is a benchmark, which must not be trained on.
     """
 
-    source: str | Callable[[], Iterator[Row]]
+    source: str | Callable[[], Iterator[Mapping[str, str]]]
     license: str
     row_format: RowFormat
     columns: tuple[str, ...]
