@@ -30,7 +30,7 @@ from timing import Timed, interleaved, spread
 from dylo_moe.config import BenchmarkArguments
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import read_description
-from dylo_moe.data.prepare_data import encode_prompt
+from dylo_moe.data.tokenization import encode_prompt
 from dylo_moe.evaluation.generation import GenerationSettings, Prompt, Sample, batches_of, generate_samples
 from dylo_moe.evaluation.results import BenchmarkResult, compare_results
 from dylo_moe.evaluation.run import BenchmarkPrompts

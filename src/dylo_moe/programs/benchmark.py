@@ -19,10 +19,10 @@ from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.save_and_load import place_of_base
 from dylo_moe.data.examples import read_rows
-from dylo_moe.data.prepare_data import encode_prompt
 from dylo_moe.data.registry import resolve
-from dylo_moe.data.rows import Row, asked
+from dylo_moe.data.rows import Row, user_message
 from dylo_moe.data.templates import AUTO, template_of
+from dylo_moe.data.tokenization import encode_prompt
 from dylo_moe.errors import ConfigError, EvaluationError
 from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.generation import GenerationSettings, Model
@@ -155,7 +155,7 @@ def style_of(choice: str, template: str | None, tokenizer: PreTrainedTokenizerBa
     if choice == "chat" and not tokenizer.chat_template:
         raise ConfigError("--prompt_style chat needs a model with a chat template, and this one has none")
     chosen = template_of(choice, tokenizer)
-    return PromptStyle(choice, lambda instruction: chosen.render(asked(instruction)))
+    return PromptStyle(choice, lambda instruction: chosen.render(user_message(instruction)))
 
 
 def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:

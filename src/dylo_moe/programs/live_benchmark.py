@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from typing_extensions import override
 
 from dylo_moe.config import TrainFlags
-from dylo_moe.data.prepare_data import encode_prompt
+from dylo_moe.data.tokenization import encode_prompt
 from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.generation import GenerationSettings
 from dylo_moe.evaluation.judge import Judge
