@@ -61,7 +61,7 @@ class InterruptionCallback(TrainerCallback):
     Processes get a signal at different steps and their clocks differ, so they agree on what to do at each step.
 
     Args:
-        request: The request to stop, if there is one.
+        request: Request to stop, set by a signal.
         accelerator: The Trainer's accelerator.
         save_minutes: Minutes between checkpoints; None to save at no interval.
         clock: Function that returns the time in seconds.

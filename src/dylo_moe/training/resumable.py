@@ -177,8 +177,8 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         checkpoints.check(folder)
-        theirs = json.loads((folder / DATA_FILE).read_text())["data"]
-        if theirs != self.data_identity:
+        saved_identity = json.loads((folder / DATA_FILE).read_text())["data"]
+        if saved_identity != self.data_identity:
             raise CheckpointError(
                 f"the checkpoint {folder} was trained on other data, or in another order, than this run has; give the "
                 "`datasets`, `seed`, batch size and other data flags of the run that wrote it"
