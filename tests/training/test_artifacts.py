@@ -19,11 +19,11 @@ from dylo_moe.training.fetching import fetched_checkpoint, fetched_mixture, stor
 def checkpoint(output: Path, step: int, weights: str = "weights") -> Path:
     """Write a complete checkpoint as training does."""
     folder = checkpoints.folder_of(output, step)
-    partial = checkpoints.begin(folder)
+    partial = checkpoints.begin_write(folder)
     (partial / "experts").mkdir()
     (partial / "experts" / "adapter.safetensors").write_text(f"{weights} of {step}")
     (partial / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    checkpoints.finish(folder)
+    checkpoints.commit(folder)
     return folder
 
 

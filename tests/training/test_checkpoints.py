@@ -16,22 +16,22 @@ from dylo_moe.training.checkpoints import MANIFEST, folder_of
 
 def written(output: Path, step: int, in_place: bool = False) -> Path:
     folder = folder_of(output, step)
-    place = checkpoints.begin(folder, in_place=in_place)
+    place = checkpoints.begin_write(folder, in_place=in_place)
     (place / "experts").mkdir()
     (place / "experts" / "weights").write_bytes(bytes(range(256)) * step)
     (place / "state.json").write_text(json.dumps({"step": step}))
-    checkpoints.finish(folder, in_place=in_place)
+    checkpoints.commit(folder, in_place=in_place)
     return folder
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_checkpoint_counts_once_it_is_finished(tmp_path: Path, in_place: bool) -> None:
     folder = folder_of(tmp_path / "new" / "run", 3)
-    place = checkpoints.begin(folder, in_place=in_place)
+    place = checkpoints.begin_write(folder, in_place=in_place)
     (place / "state.json").write_text("{}")
     assert folder.exists() == in_place and checkpoints.newest_first(folder.parent) == []
     assert checkpoints.unfinished(folder.parent) == ([folder] if in_place else [])
-    checkpoints.finish(folder, in_place=in_place)
+    checkpoints.commit(folder, in_place=in_place)
     assert checkpoints.find_corruption(folder) is None and checkpoints.newest_first(folder.parent) == [folder]
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-3"]
     listed = json.loads((folder / MANIFEST).read_text())["files"]
@@ -93,7 +93,7 @@ def test_rotation_removes_the_oldest_but_not_the_newest_nor_the_best(tmp_path: P
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("was_in_place", [False, True])
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path, was_in_place: bool, in_place: bool) -> None:
-    (checkpoints.begin(folder_of(tmp_path, 4), in_place=was_in_place) / "half").write_text("x")
+    (checkpoints.begin_write(folder_of(tmp_path, 4), in_place=was_in_place) / "half").write_text("x")
     assert checkpoints.newest_first(tmp_path) == []
     written(tmp_path, 5, in_place)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
@@ -112,7 +112,7 @@ def test_a_complete_checkpoint_is_recovered_if_its_writer_was_killed_before_nami
 ) -> None:
     """Killed after the old checkpoint of the same step is removed and before the new one has its name."""
     folder = written(tmp_path, 5)
-    (checkpoints.begin(folder_of(tmp_path, 7)) / "half").write_text("x")
+    (checkpoints.begin_write(folder_of(tmp_path, 7)) / "half").write_text("x")
     checkpoints.recover(tmp_path)
     assert not folder_of(tmp_path, 7).exists()
     with monkeypatch.context() as patch:
@@ -177,11 +177,11 @@ def test_the_error_for_a_failed_rename_names_save_in_place(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-7"]
 
 
-def test_abandon_removes_only_unfinished_checkpoints(tmp_path: Path) -> None:
+def test_rollback_removes_only_unfinished_checkpoints(tmp_path: Path) -> None:
     whole = written(tmp_path, 5, in_place=True)
-    checkpoints.abandon(whole, in_place=True)
+    checkpoints.rollback(whole, in_place=True)
     assert checkpoints.find_corruption(whole) is None
     for in_place in (False, True):
-        place = checkpoints.begin(folder_of(tmp_path, 6), in_place=in_place)
-        checkpoints.abandon(folder_of(tmp_path, 6), in_place=in_place)
+        place = checkpoints.begin_write(folder_of(tmp_path, 6), in_place=in_place)
+        checkpoints.rollback(folder_of(tmp_path, 6), in_place=in_place)
         assert not place.exists()

@@ -202,13 +202,13 @@ def test_a_missing_best_checkpoint_is_reported_and_not_replaced_by_another(
 ) -> None:
     newest = checkpoints.newest_first(undisturbed / "undisturbed")[0]
     copied = checkpoints.folder_of(tmp_path / "copy", STEPS)
-    partial = checkpoints.begin(copied)
+    partial = checkpoints.begin_write(copied)
     shutil.copytree(newest, partial, dirs_exist_ok=True)
     (partial / checkpoints.MANIFEST).unlink()
     state = json.loads((partial / "trainer_state.json").read_text())
     state.update(best_global_step=7, best_metric=0.1, best_model_checkpoint="elsewhere/checkpoint-7")
     (partial / "trainer_state.json").write_text(json.dumps(state))
-    checkpoints.finish(copied)
+    checkpoints.commit(copied)
     assert main(["train", *flags(undisturbed, str(tmp_path / "copy")), "--max_steps", str(STEPS + 2)]) == 0
     assert f"{tmp_path / 'copy' / 'checkpoint-7'}, the best so far, is gone" in caplog.text
     newest = checkpoints.newest_first(tmp_path / "copy")[0]

@@ -60,7 +60,7 @@ class ArtifactStore(Protocol):
 
 
 @contextmanager
-def beside(folder: Path) -> Iterator[Path]:
+def artifact_directory(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes ``folder``, which must not exist, at the end of the block.
 
     Raises:
@@ -95,7 +95,7 @@ class FolderStore:
     def fetch(self, reference: str, folder: Path) -> Path:
         """Copy the files of a version into a new folder, and verify their digest."""
         entry, files = self.describe(reference), self._version(reference) / "files"
-        with beside(folder) as target:
+        with artifact_directory(folder) as target:
             shutil.copytree(files, target, dirs_exist_ok=True)
             got = digest_of(target)
             if got != entry.digest:
@@ -109,7 +109,7 @@ class FolderStore:
         """Copy a folder as the next version; return ``folder:ROOT/name:version``."""
         artifact = self.root / name
         version = artifact / f"v{max(self._numbers(artifact), default=-1) + 1}"
-        with beside(version) as target:
+        with artifact_directory(version) as target:
             shutil.copytree(folder, target / "files")
             entry = {"digest": digest_of(target / "files"), "metadata": dict(metadata)}
             (target / _ENTRY_FILE).write_text(json.dumps(entry, indent=2) + "\n")

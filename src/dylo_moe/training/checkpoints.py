@@ -29,12 +29,12 @@ def folder_of(output_dir: Path, step: int) -> Path:
     return output_dir / f"{PREFIX}{step}"
 
 
-def place_of(folder: Path, *, in_place: bool = False) -> Path:
+def staging_path(folder: Path, *, in_place: bool = False) -> Path:
     """Return the folder in which a checkpoint is written, the same for every process."""
     return folder if in_place else folder.with_name(f"{_PARTIAL}{folder.name}")
 
 
-def begin(folder: Path, *, in_place: bool = False) -> Path:
+def begin_write(folder: Path, *, in_place: bool = False) -> Path:
     """Return an empty folder to write a checkpoint into, after removing the leftovers of killed runs.
 
     Args:
@@ -50,37 +50,37 @@ def begin(folder: Path, *, in_place: bool = False) -> Path:
         if folder.exists():
             remove(folder)
         _mark(folder)
-    place = place_of(folder, in_place=in_place)
-    place.mkdir()
-    return place
+    staging = staging_path(folder, in_place=in_place)
+    staging.mkdir()
+    return staging
 
 
-def finish(folder: Path, *, in_place: bool = False) -> None:
+def commit(folder: Path, *, in_place: bool = False) -> None:
     """Complete a checkpoint: sync its files, write the manifest, and give the folder its name.
 
     Raises:
         OSError: The disk is full or read-only.
         CheckpointError: The file system cannot rename folders.
     """
-    place = place_of(folder, in_place=in_place)
-    files = {str(path.relative_to(place)): _entry(path) for path in _files(place)}
-    for inner in [path for path in place.rglob("*") if path.is_dir()]:
+    staging = staging_path(folder, in_place=in_place)
+    files = {str(path.relative_to(staging)): _entry(path) for path in _files(staging)}
+    for inner in [path for path in staging.rglob("*") if path.is_dir()]:
         sync(inner)
-    manifest = place / MANIFEST
+    manifest = staging / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
     sync(manifest)
-    sync(place)
+    sync(staging)
     if in_place:
         unfinished_mark(folder).unlink()
     else:
-        _rename(place, folder)
+        _rename(staging, folder)
     sync(folder.parent)
 
 
-def abandon(folder: Path, *, in_place: bool = False) -> None:
+def rollback(folder: Path, *, in_place: bool = False) -> None:
     """Remove what was written of an unfinished checkpoint, as far as the file system allows."""
     if not in_place or unfinished_mark(folder).exists():
-        shutil.rmtree(place_of(folder, in_place=in_place), ignore_errors=True)
+        shutil.rmtree(staging_path(folder, in_place=in_place), ignore_errors=True)
 
 
 def recover(output_dir: Path, *, in_place: bool = False) -> None:
@@ -182,11 +182,11 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _rename(place: Path, folder: Path) -> None:
+def _rename(staging: Path, folder: Path) -> None:
     if folder.exists():  # of the same step, before its evaluation; killed here, `recover` finds the new one
         remove(folder)
     try:
-        place.rename(folder)
+        staging.rename(folder)
     except OSError as error:
         if error.errno in DISK_REFUSED:
             raise

@@ -82,9 +82,9 @@ def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] =
         with atomic_file(output / _RECORD) as record:
             record.write(json.dumps({"reference": reference}) + "\n")
         if in_place:
-            (folder / checkpoints.MANIFEST).unlink()  # verified above; `finish` writes a new one
-            shutil.copytree(folder, checkpoints.begin(target, in_place=True), dirs_exist_ok=True)
-            checkpoints.finish(target, in_place=True)
+            (folder / checkpoints.MANIFEST).unlink()  # verified above; `commit` writes a new one
+            shutil.copytree(folder, checkpoints.begin_write(target, in_place=True), dirs_exist_ok=True)
+            checkpoints.commit(target, in_place=True)
         else:
             folder.rename(target)
     sync(output)

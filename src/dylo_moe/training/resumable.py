@@ -115,21 +115,21 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint that gets its name only once all of it is on the disk."""
         folder = checkpoints.folder_of(Path(self._get_output_dir(trial)), self.state.global_step)
-        place = checkpoints.place_of(folder, in_place=self.save_in_place)
+        staging = checkpoints.staging_path(folder, in_place=self.save_in_place)
         try:
             if self.args.should_save:
-                checkpoints.begin(folder, in_place=self.save_in_place)
+                checkpoints.begin_write(folder, in_place=self.save_in_place)
             self.accelerator.wait_for_everyone()
-            self._write_checkpoint(place)
+            self._write_checkpoint(staging)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                checkpoints.finish(folder, in_place=self.save_in_place)
+                checkpoints.commit(folder, in_place=self.save_in_place)
                 best = self.state.best_model_checkpoint
                 checkpoints.rotate(folder.parent, self.args.save_total_limit, Path(best) if best else None)
         except (OSError, RuntimeError, CheckpointError) as error:
             # torch reports a full disk as a RuntimeError
             free = shutil.disk_usage(folder.parent).free / 2**20
-            checkpoints.abandon(folder, in_place=self.save_in_place)
+            checkpoints.rollback(folder, in_place=self.save_in_place)
             raise CheckpointError(
                 f"cannot write {folder}, with {free:.1f} MiB free: {first_line(error)}; free space or choose another "
                 "`output_dir`, then resume with `resume_from_checkpoint`; earlier checkpoints are intact"

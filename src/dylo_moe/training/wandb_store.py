@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import DISK_REFUSED, ArtifactError, ConfigError, causes_of, first_line
-from dylo_moe.training.artifacts import ArtifactEntry, beside
+from dylo_moe.training.artifacts import ArtifactEntry, artifact_directory
 
 RUN_FILE = "wandb_run.json"
 PROJECT = "dylora-moe"
@@ -74,7 +74,7 @@ class WandbStore:
     def fetch(self, reference: str, folder: Path) -> Path:
         """Download an artifact into a new folder, and verify each file against the artifact's manifest."""
         artifact = self._artifact(reference)
-        with beside(folder) as target:
+        with artifact_directory(folder) as target:
             with _readable_errors(f"the artifact {reference!r}"):
                 artifact.download(root=str(target), skip_cache=True)
             try:
