@@ -11,9 +11,8 @@ import pytest
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
-from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from dylo_moe.skills.lifecycle import list_experts
-from dylo_moe.training.interruption import EXIT_STOPPED
 from tiny_folder import write_tiny_folder
 
 

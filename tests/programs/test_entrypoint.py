@@ -13,9 +13,8 @@ import pytest
 
 import flat_bucket
 from dylo_moe.cli import main
-from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from dylo_moe.training import checkpoints
-from dylo_moe.training.interruption import EXIT_STOPPED
 from killed_run import STEPS, arguments, same, write_data
 from planted import TOKEN, files_with_it, processes_with_it
 from tiny_folder import write_tiny_folder
@@ -106,7 +105,7 @@ def test_preemptions_cost_nothing_and_show_no_token(folder: Path, tmp_path: Path
     codes = supervised(store, log, flags(folder))
     said = log.read_text()
     assert codes == [EXIT_STOPPED] * PREEMPTIONS + [0], said
-    assert said.count("Going on from") == PREEMPTIONS and "Traceback" not in said
+    assert said.count("Resuming from") == PREEMPTIONS and "Traceback" not in said
     assert said.count("Running on Vertex AI, job 42") == said.count("on object storage: --save_in_place")
     same(undisturbed, store / "checkpoints")
     mixture = [file for file in (store / "checkpoints" / "best_model").rglob("*") if file.is_file()]
@@ -171,7 +170,7 @@ def test_a_worker_that_is_taken_back_stops_all_and_costs_nothing(
     assert job.ended() == [EXIT_STOPPED, EXIT_STOPPED], log.read_text()
     assert 0 < steps_of(store) < CLUSTER_STEPS, "the signal came in the middle"
     assert Cluster(store, log, command).ended() == [0, 0], log.read_text()
-    assert log.read_text().count("Going on from") == 1
+    assert log.read_text().count("Resuming from") == 1
     trained = [file.relative_to(two_workers) for file in (two_workers / "store/model").rglob("*.safetensors")]
     assert len(trained) == 5
     for file in trained:

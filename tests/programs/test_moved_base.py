@@ -16,7 +16,7 @@ from dylo_moe.config import BENCHMARK_GROUPS
 from dylo_moe.core.base_model import load_base_model
 from dylo_moe.errors import EXIT_USER_ERROR
 from dylo_moe.flags import parse
-from dylo_moe.programs.benchmark import _each_model, load_model
+from dylo_moe.programs.benchmark import _args_per_model, load_model
 from dylo_moe.programs.mixtures import load_mixture
 from families import stir
 from tiny_folder import write_tiny_folder
@@ -105,7 +105,7 @@ def test_benchmark_scores_the_mixture_on_the_base_that_is_named(
 
 def test_a_comparison_finds_the_base_of_its_mixture(moved: Path) -> None:
     (args,) = parse(BENCHMARK_GROUPS, "benchmark", "", ["--compare", "away", "mixture", "--base_model", "away"])
-    plain, mixture = (load_model(one) for one in _each_model(args))
+    plain, mixture = (load_model(one) for one in _args_per_model(args))
     assert (type(plain[0]).__name__, type(mixture[0]).__name__) == ("LlamaForCausalLM", "DyLoRA_MoE")
 
 

@@ -301,7 +301,7 @@ def test_scripts_and_verbs_are_the_same_code(capsys: pytest.CaptureFixture[str])
         (["train", "--model_name", "BASE", *SHORT, "--routing", "prefix:9"], "prefix:K needs K from 0 to 3"),
         (["train", "--model_name", "BASE", *SHORT, "--target_modules", "qproj"], "did you mean 'q_proj'"),
         (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint", "gone"], "there is no folder gone"),
-        (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint"], "holds no checkpoint yet"),
+        (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint"], "holds no checkpoint"),
         (["generate", "--trained_model", "gone", "--prompt", "x"], "there is no folder 'gone'"),
         (
             ["generate", "--trained_model", "RUN", "--prompt", "x", "--expert", "expert_7"],

@@ -1,7 +1,7 @@
 """Stopping in good order: a signal ends training after the step that runs, with a checkpoint.
 
 Clouds announce that they take a machine back with SIGTERM, people press Ctrl-C. The first signal lets the step end,
-saves and leaves; a second one stops at once. A run that was stopped exits with ``EXIT_STOPPED``: the one code
+saves and leaves; a second one stops at once. A run that was stopped exits with ``errors.EXIT_STOPPED``: the one code
 that means "start me again with --resume_from_checkpoint".
 """
 
@@ -17,9 +17,6 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
-
-EXIT_STOPPED = 75
-"""``EX_TEMPFAIL`` of sysexits.h: a temporary failure, to be tried again."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
