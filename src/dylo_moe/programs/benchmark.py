@@ -144,7 +144,7 @@ def _mixture_folder(args: BenchmarkArguments) -> Path:
         return fetched_mixture(args.wandb_artifact, ARTIFACTS)
     folder = Path(args.trained_model or DEFAULT_MIXTURE)
     if args.trained_model is None and not (folder / DESCRIPTION_FILE).is_file():
-        raise ConfigError(f"there is no mixture in {folder} yet: name one by --trained_model, or give --base_model")
+        raise ConfigError(f"there is no mixture in {folder} yet: name one with --trained_model, or give --base_model")
     return folder
 
 
