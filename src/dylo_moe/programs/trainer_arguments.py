@@ -47,7 +47,7 @@ def trainer_arguments(flags: TrainFlags) -> TrainingArguments:
         raise ConfigError(f"the training flags cannot be used: {first_line(error)}") from error
 
 
-def _own_options(args: TrainingArgumentsGroup) -> dict[str, Any]:
+def _own_options(args: TrainingArgumentsGroup) -> dict[str, object]:
     """Return the arguments that this package sets, by field of ``TrainingArguments``."""
     accelerated = torch.accelerator.is_available()
     return {

@@ -1,7 +1,6 @@
 """Report a training run as a table for people and a file for programs. Every figure comes from the run."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
@@ -44,7 +43,7 @@ class TrainingReport(BaseModel):
     held_out_rows: int
     versions: dict[str, str]
     seed: int
-    data: dict[str, Any] = {}
+    data: dict[str, object] = {}
 
 
 def training_table(report: TrainingReport) -> RenderableType:
