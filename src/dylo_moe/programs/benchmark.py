@@ -178,11 +178,11 @@ def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:
     rows: list[Row] | None = None
     if "mbpp" in (args.benchmarks or []) and not args.evalplus:
         rows = read_rows(resolve("mbpp", args.data_dir))
-    found = {name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []}
-    for name, problems in found.items():
+    chosen = {name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []}
+    for name, problems in chosen.items():
         if not problems:
             raise EvaluationError(f"--benchmarks {name}: its data holds no task to ask; check --data_dir")
-    return found
+    return chosen
 
 
 def _args_per_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:

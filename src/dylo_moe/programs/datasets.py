@@ -69,8 +69,8 @@ def _show(name: str, args: DatasetsArguments, console: Console) -> None:
     if examples.skipped:
         facts.add_row("left out", Text(f"{examples.skipped:,} rows; the first: {examples.first_skipped}"))
     if not entry.spec.evaluation_only:
-        _, found = decontaminate(examples.rows, entry.name)
-        facts.add_row("benchmark tasks", f"{found.dropped:,} rows, which train leaves out; {found.near:,} similar")
+        _, overlap = decontaminate(examples.rows, entry.name)
+        facts.add_row("benchmark tasks", f"{overlap.dropped:,} rows, which train leaves out; {overlap.near:,} similar")
     console.print(Text(entry.name, style="bold"), facts)
     if len(examples.rows):
         row = examples.rows[0]

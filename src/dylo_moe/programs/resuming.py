@@ -16,29 +16,29 @@ def resume_folder(flags: TrainFlags, console: Console) -> str | None:
     Raises:
         DyLoRAError: The requested checkpoint is missing or incomplete, or the output folder holds another run.
     """
-    output, wanted = Path(flags.training.output_dir), flags.training.resume_from_checkpoint
+    output, requested = Path(flags.training.output_dir), flags.training.resume_from_checkpoint
     artifact, overwrite = flags.wandb.wandb_checkpoint_artifact, flags.training.overwrite_output_dir
     if artifact is not None:
-        if wanted not in (None, LATEST, AUTO_RESUME):
+        if requested not in (None, LATEST, AUTO_RESUME):
             raise ConfigError(
-                f"--wandb_checkpoint_artifact must be left out where --resume_from_checkpoint is {wanted}"
+                f"--wandb_checkpoint_artifact must be left out where --resume_from_checkpoint is {requested}"
             )
         if not went_on_from(artifact, output):
             old = _old_checkpoints(output, overwrite)
             console.print(f"Fetching {artifact}", highlight=False, soft_wrap=True)
             in_place = flags.training.save_in_place
             return str(fetched_checkpoint(artifact, output, replacing=old, in_place=in_place))
-        wanted = LATEST
-    if wanted is None:
+        requested = LATEST
+    if requested is None:
         for folder in _old_checkpoints(output, overwrite):
             checkpoints.remove(folder)
         return None
-    if wanted in (LATEST, AUTO_RESUME):
-        return _newest_checkpoint(flags, console, required=wanted == LATEST)
-    if not Path(wanted).is_dir():
-        raise ConfigError(f"--resume_from_checkpoint: there is no folder {wanted}")
-    checkpoints.check(Path(wanted))
-    return wanted
+    if requested in (LATEST, AUTO_RESUME):
+        return _newest_checkpoint(flags, console, required=requested == LATEST)
+    if not Path(requested).is_dir():
+        raise ConfigError(f"--resume_from_checkpoint: there is no folder {requested}")
+    checkpoints.check(Path(requested))
+    return requested
 
 
 def _newest_checkpoint(flags: TrainFlags, console: Console, *, required: bool) -> str | None:

@@ -48,12 +48,12 @@ def training_curves(log_history: Sequence[Mapping[str, float]], path: Path) -> N
 
 def curves(log_history: Iterable[Mapping[str, float]], group: str) -> dict[str, Curve]:
     """Return the curves of ``group/<name>``, by name; leave out longer names, such as usage per domain."""
-    found: dict[str, Curve] = {}
+    by_name: dict[str, Curve] = {}
     for entry in log_history:
         for key, value in entry.items():
             prefix, _, name = key.rpartition("/")
             if prefix == group:
-                steps, values = found.setdefault(name, ([], []))
+                steps, values = by_name.setdefault(name, ([], []))
                 steps.append(int(entry["step"]))
                 values.append(float(value))
-    return found
+    return by_name
