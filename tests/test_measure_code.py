@@ -35,6 +35,11 @@ class Base:
 
 def hook(router: Router, x: int) -> int:
     return router(x)
+
+
+def use(layer, made: Weights) -> int:
+    layer.append(made.unused)
+    return layer.other() + made.total
 '''
 OPS = '''
 from tiny.outside import log
@@ -70,6 +75,11 @@ def four(x: int) -> int:
 '''
 ROUTER = """
 class Router:
+    def stub(self) -> int: ...
+
+    def append(self, x: int) -> int:
+        return self.stub()
+
     def forward(self, x: int) -> int:
         return super().forward(x)
 """
@@ -92,7 +102,7 @@ def reached(package: Path, *roots: str) -> list[str]:
 
 def test_figures_match_hand_counted_values(package: Path) -> None:
     figures, places = measure(package)
-    assert (figures["files"], figures["root_files"], figures["functions"]) == (5, 1, 12)
+    assert (figures["files"], figures["root_files"], figures["functions"]) == (5, 1, 16)
     assert figures["lines"] == sum(len(path.read_text().splitlines()) for path in package.rglob("*.py"))
     assert (figures["any"], figures["self_any"], figures["type_ignore"], figures["d401"]) == (2, 1, 1, 1)
     assert (figures["function_lines_median"], figures["function_lines_max"]) == (2, 6)
@@ -115,9 +125,14 @@ def test_a_call_path_follows_names_within_its_folders(package: Path) -> None:
     layer = ["Layer._weights", "Layer.forward", "Weights", "Weights.__init__", "Weights.total", "_positive", "add"]
     assert reached(package, "Layer.forward") == layer
     assert reached(package, "hook") == ["hook", "Router.forward"]
+    assert reached(package, "Router.append") == ["Router.append"], "a stub"
     figures, places = measure(package, ["hook"], ["core"])
     assert (figures["path_definitions"], figures["path_files"], figures["path_function_lines"]) == (2, 2, 4)
     assert places["path"] == ["core/layer.py hook", "core/router.py Router.forward"]
+
+
+def test_annotations_choose_the_class_of_an_object(package: Path) -> None:
+    assert reached(package, "use") == ["Base.other", "use", "Weights.total"]
 
 
 def test_a_root_must_be_defined_once(package: Path) -> None:

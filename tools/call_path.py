@@ -6,18 +6,23 @@ roots, the code of each definition leads to further definitions. Annotations, de
 * A name leads to the function or class that the file defines or imports under that name.
 * ``self.name`` and ``super().name`` lead to the method or property of the own class or of its base classes.
 * ``module.name`` leads to the definition in that module, ``Class.name`` to the method of that class.
-* Any other ``object.name`` leads to every method of that name in a class that the file defines or imports.
+* ``object.name`` leads to the method of the classes that annotate the object; see below.
+* ``object.name`` without an annotation leads to every method of that name in a class that the file defines or imports,
+  unless lists, dictionaries, sets, strings or every module have such a method (``append``, ``get``, ``forward``).
 * ``Class(...)`` also leads to ``__init__``, ``__new__`` and ``__post_init__`` of the class.
-* ``name(...)`` and ``object.name(...)``, where the file annotates a variable, parameter or attribute of that name with
-  a class, lead to ``forward`` and ``__call__`` of that class.
+* ``object(...)`` leads to ``forward`` and ``__call__`` of the classes that annotate the object.
 
-Only definitions in the given folders count, and only they are followed. Types are not inferred, so a method may be
-found that never runs, if it shares its name with one that does; and a call is missed if the class of its object is
-neither defined nor imported in the file.
+The annotation of an object is that of a parameter of the same definition, or else of a parameter, variable or attribute
+of that name in the same file, or else in a file that it imports a definition from. For ``a.b`` the name is ``b``.
+``Any`` and ``object`` are no annotations.
+
+Only definitions in the given folders count, and only they are followed; stubs, with a body of ``...``, do not. Values
+are not inferred. A method may therefore be found that never runs, and a call is missed if the class of its object is
+neither annotated, defined nor imported.
 """
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +32,9 @@ NOT_RUN = {"annotation", "returns", "decorator_list", "type_params"}
 """Fields of syntax nodes that a call does not run."""
 CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
 CALL_METHODS = ("forward", "__call__")
+COMMON = {name for kind in (list, dict, set, str) for name in dir(kind)} | set(CALL_METHODS)
+"""Names of methods that say nothing about the class of an object."""
+UNTYPED = {"Any", "object"}
 
 
 @dataclass
@@ -104,8 +112,9 @@ class CallPaths:
         found: dict[tuple[str, str], Definition] = {}
         while waiting:
             definition = waiting.pop()
-            if definition.module in self.followed and (definition.module, definition.name) not in found:
-                found[definition.module, definition.name] = definition
+            key = definition.module, definition.name
+            if definition.module in self.followed and key not in found and not _is_stub(definition.node):
+                found[key] = definition
                 if isinstance(definition.node, FunctionNode):
                     waiting.extend(self._targets(definition))
         return [found[key] for key in sorted(found)]
@@ -119,7 +128,7 @@ class CallPaths:
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 yield from self._attribute(definition, node, local)
             elif isinstance(node, ast.Call):
-                yield from self._called(definition.module, node.func)
+                yield from self._called(definition, node.func)
 
     def _attribute(self, definition: Definition, node: ast.Attribute, local: set[str]) -> Iterator[Definition]:
         module, owner = definition.module, definition.name.rpartition(".")[0]
@@ -141,19 +150,43 @@ class CallPaths:
                 if target is not None:
                     yield from self._methods(target, node.attr)
                     return
-        names = [*self.modules[module].definitions, *self.modules[module].imports]
-        for target in [self._resolve(module, name) for name in names]:
+        classes = self._classes_of(definition, node.value)
+        if classes is None:
+            classes = [] if node.attr in COMMON else self._in_sight(module)
+        for target in classes:
             yield from self._methods(target, node.attr)
 
-    def _called(self, module: str, function: ast.expr) -> Iterator[Definition]:
-        name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-        if isinstance(function, ast.Name) and (target := self._resolve(module, name)) is not None:
+    def _called(self, definition: Definition, function: ast.expr) -> Iterator[Definition]:
+        if isinstance(function, ast.Name) and (target := self._resolve(definition.module, function.id)) is not None:
             for constructor in CONSTRUCTORS:
                 yield from self._methods(target, constructor)
             return
-        for annotation in sorted(self.modules[module].annotated.get(name, ())):
+        for target in self._classes_of(definition, function) or []:
             for method in CALL_METHODS:
-                yield from self._methods(self._resolve(module, annotation), method)
+                yield from self._methods(target, method)
+
+    def _classes_of(self, definition: Definition, node: ast.expr) -> list[Definition] | None:
+        """Return the classes of the tree that annotate an object; None if nothing annotates it."""
+        name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
+        if isinstance(node, ast.Name):
+            parameters: dict[str, set[str]] = {}
+            for argument in [child for child in ast.walk(definition.node) if isinstance(child, ast.arg)]:
+                _note(parameters, argument.arg, argument.annotation)
+            if name in parameters:
+                return self._resolve_all(definition.module, parameters[name])
+        modules = [definition.module, *(target.module for target in self._in_sight(definition.module))]
+        for module in dict.fromkeys(modules):
+            if name in self.modules[module].annotated:
+                return self._resolve_all(module, self.modules[module].annotated[name])
+        return None
+
+    def _in_sight(self, module: str) -> list[Definition]:
+        """Return the definitions that a module has or imports."""
+        return self._resolve_all(module, [*self.modules[module].definitions, *self.modules[module].imports])
+
+    def _resolve_all(self, module: str, names: Iterable[str]) -> list[Definition]:
+        targets = [self._resolve(module, name) for name in sorted(names)]
+        return [target for target in targets if isinstance(target, Definition)]
 
     def _resolve(self, module: str, name: str) -> Definition | str | None:
         """Return what a name of a module stands for: a definition, the name of a module, or None for anything else."""
@@ -171,8 +204,7 @@ class CallPaths:
     def _bases(self, target: Definition | str | None) -> list[Definition]:
         if not isinstance(target, Definition) or not isinstance(target.node, ast.ClassDef):
             return []
-        bases = [self._resolve(target.module, base.id) for base in target.node.bases if isinstance(base, ast.Name)]
-        return [base for base in bases if isinstance(base, Definition)]
+        return self._resolve_all(target.module, [base.id for base in target.node.bases if isinstance(base, ast.Name)])
 
     def _methods(self, target: Definition | str | None, name: str) -> list[Definition]:
         """Return the method of a class, or of its nearest base classes that have it; nothing for other targets."""
@@ -195,16 +227,22 @@ def read_module(path: Path, file: str) -> Module:
         elif isinstance(node, ast.Import):
             module.imports.update({alias.asname: alias.name for alias in node.names if alias.asname})
         elif isinstance(node, ast.arg):
-            _note(module, node.arg, node.annotation)
+            _note(module.annotated, node.arg, node.annotation)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name | ast.Attribute):
-            _note(module, getattr(node.target, "id", getattr(node.target, "attr", "")), node.annotation)
+            name = node.target.id if isinstance(node.target, ast.Name) else node.target.attr
+            _note(module.annotated, name, node.annotation)
     return module
 
 
-def _note(module: Module, name: str, annotation: ast.expr | None) -> None:
-    if annotation is not None:
-        found = [node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)]
-        module.annotated.setdefault(name, set()).update(found)
+def _note(annotated: dict[str, set[str]], name: str, annotation: ast.expr | None) -> None:
+    """Add the names in an annotation, which may be quoted, unless it is missing or untyped."""
+    if annotation is None:
+        return
+    quoted = [node.value for node in ast.walk(annotation) if isinstance(node, ast.Constant)]
+    parsed = [annotation, *(ast.parse(text, mode="eval") for text in quoted if isinstance(text, str))]
+    names = {node.id for part in parsed for node in ast.walk(part) if isinstance(node, ast.Name)}
+    if not names <= UNTYPED:
+        annotated.setdefault(name, set()).update(names)
 
 
 def _qualified(module: Module) -> Iterator[tuple[str, FunctionNode | ast.ClassDef]]:
@@ -224,6 +262,11 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
                 if isinstance(child, ast.AST):
                     yield child
                     yield from _code(child)
+
+
+def _is_stub(node: FunctionNode | ast.ClassDef) -> bool:
+    last = node.body[-1]
+    return isinstance(last, ast.Expr) and isinstance(last.value, ast.Constant) and last.value.value is ...
 
 
 def _local_names(node: ast.AST) -> set[str]:

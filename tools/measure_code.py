@@ -11,7 +11,8 @@ and the places that they count, as JSON.
 * ``Any`` counts each use of the name in code or in a quoted annotation, imports apart.
 * D401 is ruff's count of function docstrings that are not imperative, by the pydocstyle convention ``pep257``.
 * A private helper is a module function or method of at most 6 lines whose name begins with one underscore and is used
-  once: in its own file and the files that import it for a function, anywhere in the tree for a method.
+  once outside itself: in its own file and the files that import it for a function, anywhere in the tree for a method.
+  A method that several classes define is not one: it is an interface, or overrides another.
 * A broad except catches ``Exception``, ``BaseException`` or everything.
 * The call path is all that the code of the roots may run in the folders of ``--within``, by the rule in ``call_path``.
 """
@@ -192,6 +193,7 @@ def count_d401(source: Path) -> int:
 def private_helpers(files: Sequence[File]) -> Iterator[str]:
     """Yield the private functions and methods of at most 6 lines that are used once."""
     uses = {file.name: _loaded_names(file.tree) for file in files}
+    defined = [(node.name, is_method) for file in files for node, is_method in _functions_and_methods(file.tree)]
     imports = {
         file.name: {
             alias.name for node in ast.walk(file.tree) if isinstance(node, ast.ImportFrom) for alias in node.names
@@ -201,9 +203,11 @@ def private_helpers(files: Sequence[File]) -> Iterator[str]:
     for file in files:
         for node, is_method in _functions_and_methods(file.tree):
             private = node.name.startswith("_") and not node.name.startswith("__")
-            if private and line_count(node) <= MAX_HELPER_LINES:
+            interface = is_method and defined.count((node.name, True)) > 1
+            if private and not interface and line_count(node) <= MAX_HELPER_LINES:
                 users = [name for name in uses if is_method or name == file.name or node.name in imports[name]]
-                if sum(uses[name].count(node.name) for name in users) == 1:
+                used = sum(uses[name].count(node.name) for name in users)
+                if used - _loaded_names(node).count(node.name) == 1:
                     yield f"{file.name}:{node.lineno} {node.name}"
 
 
@@ -217,7 +221,7 @@ def _functions_and_methods(tree: ast.Module) -> Iterator[tuple[FunctionNode, boo
                     yield member, True
 
 
-def _loaded_names(tree: ast.Module) -> list[str]:
+def _loaded_names(tree: ast.AST) -> list[str]:
     names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
     return names + [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
 

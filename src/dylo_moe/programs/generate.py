@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -51,7 +52,7 @@ def _read_prompt(args: GenerateArguments) -> str:
 def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArguments) -> None:
     """Write the prompt and its completion to standard output, token by token unless there are several beams."""
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-    sampling: dict[str, bool | float] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_beams == 1 else None
