@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from dylo_moe.errors import DISK_REFUSED, EXIT_USER_ERROR, DyLoRAError, did_you_mean
+from dylo_moe.errors import DISK_REFUSED, EXIT_INTERRUPTED, EXIT_USER_ERROR, DyLoRAError, did_you_mean
 
 PROGRAMS = {
     "train": "train a mixture of experts on a frozen base model",
@@ -19,7 +19,6 @@ PROGRAMS = {
     "entrypoint": "what a container runs: train or benchmark, as the platform that it is on wants it",
     "datasets": "list the datasets, or look into some",
 }
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

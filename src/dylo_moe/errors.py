@@ -9,6 +9,8 @@ import errno
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again to resume
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in a shell
 
 DISK_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 """What a full or protected disk says."""

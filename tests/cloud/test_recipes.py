@@ -9,9 +9,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from dylo_moe.config import TRAIN_GROUPS, TrainFlags
-from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from dylo_moe.flags import parse
-from dylo_moe.training.interruption import EXIT_STOPPED
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "cloud"
 SCHEMAS = Path(__file__).with_name("schemas")

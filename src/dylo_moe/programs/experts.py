@@ -1,4 +1,4 @@
-"""``experts``: show the experts of a checkpoint and their skills; rename, freeze, remove, merge, im- or export them."""
+"""``experts``: show the experts of a checkpoint and their skills, or change, import and export experts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +22,10 @@ from dylo_moe.skills.lifecycle import (
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
-    """Runs the program; returns its exit code.
+    """Run the program and return its exit code.
 
     Raises:
-        DyLoRAError: The user can mend it.
+        DyLoRAError: The user can fix it.
     """
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
