@@ -15,7 +15,7 @@ import pytest
 from dylo_moe.cli import main
 from dylo_moe.cloud.settings import Settings, gcloud_property, resolve
 from dylo_moe.cloud.vertex import connect, send, watch
-from dylo_moe.cloud_config import MACHINES, SubmitArguments
+from dylo_moe.cloud_config import MACHINES, SubmitArgs
 from dylo_moe.errors import EXIT_USER_ERROR, CloudError, ConfigError
 from fake_vertex import NAME, Vertex, client_of, running
 from planted import TOKEN
@@ -156,7 +156,7 @@ def test_what_is_wrong_is_refused_before_any_call(
 @pytest.mark.parametrize("missing", ["project", "region", "bucket", "image"])
 def test_each_missing_setting_is_named(missing: str) -> None:
     given = {"project": "my-project", "region": "us-central1", "bucket": "my-bucket", "image": IMAGE}
-    args = SubmitArguments(**{name: value for name, value in given.items() if name != missing})
+    args = SubmitArgs(**{name: value for name, value in given.items() if name != missing})
     with pytest.raises(ConfigError, match=f"--{missing} is missing: give it, or set"):
         resolve(args, {}, lambda name: None)
 
@@ -168,12 +168,10 @@ def test_settings_come_from_the_flag_then_the_environment_then_gcloud() -> None:
         "GOOGLE_CLOUD_PROJECT": "env-project",
     }
     gcloud = {"core/project": "gcloud-project", "compute/region": "europe-west4"}.get
-    assert resolve(SubmitArguments(), environment, gcloud) == Settings(
-        "env-project", "europe-west4", "env-bucket", IMAGE
-    )
+    assert resolve(SubmitArgs(), environment, gcloud) == Settings("env-project", "europe-west4", "env-bucket", IMAGE)
     del environment["GOOGLE_CLOUD_PROJECT"]
-    assert resolve(SubmitArguments(), environment, gcloud).project == "gcloud-project"
-    assert resolve(SubmitArguments(project="my-project"), environment, gcloud).project == "my-project"
+    assert resolve(SubmitArgs(), environment, gcloud).project == "gcloud-project"
+    assert resolve(SubmitArgs(project="my-project"), environment, gcloud).project == "my-project"
 
 
 def test_gcloud_is_asked_where_nothing_else_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

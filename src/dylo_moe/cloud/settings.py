@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dylo_moe.cloud_config import SubmitArguments
+from dylo_moe.cloud_config import SubmitArgs
 from dylo_moe.errors import ConfigError, did_you_mean
 
 _EUROPE, _ASIA = "europe-", "asia-"
@@ -40,7 +40,7 @@ class Settings:
 
 
 def resolve(
-    args: SubmitArguments, environment: Mapping[str, str], ask_gcloud: Callable[[str], str | None] | None = None
+    args: SubmitArgs, environment: Mapping[str, str], ask_gcloud: Callable[[str], str | None] | None = None
 ) -> Settings:
     """Finds each setting; asks nothing of the cloud.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dylo_moe.cloud.secrets import VARIABLE
 from dylo_moe.cloud.settings import Settings
-from dylo_moe.cloud_config import SubmitArguments
+from dylo_moe.cloud_config import SubmitArgs
 from dylo_moe.errors import CloudError, first_line
 
 POLL_SECONDS = 30
@@ -20,7 +20,7 @@ ENDED = ("JOB_STATE_SUCCEEDED", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_
 _SUCCEEDED = ENDED[0]
 
 
-def create_request(args: SubmitArguments, settings: Settings, training: Sequence[str]) -> dict[str, Any]:
+def create_request(args: SubmitArgs, settings: Settings, training: Sequence[str]) -> dict[str, Any]:
     """The CreateCustomJob request.
 
     Args:
@@ -51,7 +51,7 @@ def create_request(args: SubmitArguments, settings: Settings, training: Sequence
     return {"parent": f"projects/{settings.project}/locations/{settings.region}", "customJob": job}
 
 
-def machine_hours(args: SubmitArguments) -> float:
+def machine_hours(args: SubmitArgs) -> float:
     """The most that a job can cost, in hours of one of its machines."""
     return args.replicas * args.timeout_hours
 
@@ -138,7 +138,7 @@ def _refusals() -> tuple[type[Exception], ...]:
     return GoogleAPIError, GoogleAuthError, RequestException
 
 
-def _pool(args: SubmitArguments, settings: Settings, training: Sequence[str], replicas: int) -> dict[str, Any]:
+def _pool(args: SubmitArgs, settings: Settings, training: Sequence[str], replicas: int) -> dict[str, Any]:
     container: dict[str, Any] = {"imageUri": settings.image, "args": ["--train", *training]}
     variables = dict(entry.split("=", 1) for entry in args.env or [])
     if args.secrets:

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from dylo_moe.config import ACQUIRE_GROUPS, AUTO_RESUME, AcquireFlags, DataArguments, TrainFlags
+from dylo_moe.config import AUTO_RESUME, AcquireConfig, DataArgs, TrainConfig
 from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE
 from dylo_moe.core.model import DyLoRA_MoE
@@ -51,14 +51,14 @@ def main(arguments: Sequence[str], program: str = "dylora-moe acquire") -> int:
         DyLoRAError: The user can mend it.
     """
     description = "Learn skills one after the other; the flags of train say how each is trained."
-    own, *groups = parse(ACQUIRE_GROUPS, program, description, arguments)
-    train = TrainFlags(*groups)
-    if train.data.datasets != DataArguments.datasets:
+    config = parse(AcquireConfig, program, description, arguments)
+    own, train = config.acquire, config.train
+    if train.data.datasets != DataArgs.datasets:
         raise ConfigError(f"--datasets must be left out: --skills names what is learned, got {train.data.datasets!r}")
     names = ",".join(own.names)
-    flags = AcquireFlags(own, train._replace(data=replace(train.data, datasets=names)))
+    flags = AcquireConfig(own, replace(train, data=replace(train.data, datasets=names)))
     if train.run.dry_run:
-        sys.stdout.write(to_yaml([own, *flags.train]))
+        sys.stdout.write(to_yaml(config))
         return 0
     return 0 if Stream(flags, Console()).run() else EXIT_STOPPED
 
@@ -74,7 +74,7 @@ class Stream:
         DyLoRAError: The user can mend it.
     """
 
-    def __init__(self, flags: AcquireFlags, console: Console) -> None:
+    def __init__(self, flags: AcquireConfig, console: Console) -> None:
         self.own, self.flags, self.console = flags.acquire, flags.train, console
         _check(self.flags)
         transformers.logging.disable_progress_bar()
@@ -106,7 +106,7 @@ class Stream:
         rank = self._rank(model, self._rows(self.own.names[0]))
         if rank != self.flags.experts.lora_r:
             set_seed(self.flags.training.seed)
-            model = build_model(self.flags._replace(experts=replace(self.flags.experts, lora_r=rank)))
+            model = build_model(replace(self.flags, experts=replace(self.flags.experts, lora_r=rank)))
         to_device(model)
         return model, SkillLibrary(model.router.hidden_size)
 
@@ -165,7 +165,7 @@ class Stream:
 
     def _train(self, name: str, wanted: str) -> bool:
         training = replace(self.flags.training, output_dir=str(self._stage(name)), resume_from_checkpoint=AUTO_RESUME)
-        flags = self.flags._replace(training=training, data=replace(self.flags.data, datasets=wanted))
+        flags = replace(self.flags, training=training, data=replace(self.flags.data, datasets=wanted))
         data = prepare(flags.data, self.tokenizer, training.seed)
         if flags.data.packing:
             check_packing(self.model, data, self.console)
@@ -182,7 +182,8 @@ class Stream:
         unread = [name for name in self.library.names if name not in self.own.plain_names]
         if unread:
             self._say(f"Not evaluated, as --skills does not name them: {', '.join(unread)}")
-        flags = self.flags._replace(
+        flags = replace(
+            self.flags,
             data=replace(self.flags.data, datasets=",".join(known)),
             training=replace(self.flags.training, output_dir=str(self._stage(entry.name))),
         )
@@ -208,7 +209,7 @@ def _rank_of(model: DyLoRA_MoE, expert: str) -> int:
     return rank
 
 
-def _check(flags: TrainFlags) -> None:
+def _check(flags: TrainConfig) -> None:
     check_inputs(flags)
     training = flags.training
     if training.resume_from_checkpoint not in (None, AUTO_RESUME, "latest"):

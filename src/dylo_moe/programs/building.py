@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from dylo_moe.config import DataArguments, TrainFlags
+from dylo_moe.config import DataArgs, TrainConfig
 from dylo_moe.core.base_model import check_base_model
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.packed import keeps_examples_apart
@@ -29,7 +29,7 @@ EVA_BATCHES = 16
 """To look for principal directions in; PEFT goes through them until the directions settle."""
 
 
-def check_inputs(flags: TrainFlags) -> None:
+def check_inputs(flags: TrainConfig) -> None:
     """What can be known to fail, fails before anything is read or computed.
 
     Raises:
@@ -57,7 +57,7 @@ def check_inputs(flags: TrainFlags) -> None:
         raise ConfigError(f"--output_dir {output} cannot be written: {error.strerror}") from error
 
 
-def prepare(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
+def prepare(args: DataArgs, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
     """The data of a run."""
     return prepare_data(
         args.names,
@@ -89,7 +89,7 @@ def check_packing(model: DyLoRA_MoE, data: PreparedData, console: Console) -> No
     console.print(f"Packed into {len(data.train):,} rows, {1 - share:.1%} padding", highlight=False)
 
 
-def build_model(flags: TrainFlags) -> DyLoRA_MoE:
+def build_model(flags: TrainConfig) -> DyLoRA_MoE:
     """The base model with its experts and router."""
     model, experts = flags.model, flags.experts
     return DyLoRA_MoE(
@@ -116,7 +116,7 @@ def build_model(flags: TrainFlags) -> DyLoRA_MoE:
 
 
 def build_trainer(
-    flags: TrainFlags,
+    flags: TrainConfig,
     model: DyLoRA_MoE,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,

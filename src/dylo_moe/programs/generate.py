@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from dylo_moe.config import GENERATE_GROUPS, GenerateArguments
+from dylo_moe.config import GenerateArgs
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.prepare_data import encode_prompt
 from dylo_moe.data.rows import asked
@@ -24,8 +24,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     Raises:
         DyLoRAError: The user can mend it.
     """
-    (args,) = parse(GENERATE_GROUPS, program, "Generate text with a trained mixture.", arguments)
-    assert isinstance(args, GenerateArguments)
+    args = parse(GenerateArgs, program, "Generate text with a trained mixture.", arguments)
     transformers.logging.disable_progress_bar()
     prompt = None if args.instruction is not None else _prompt(args)
     model, tokenizer = load_mixture(args.trained_model, args.base_model)
@@ -42,14 +41,14 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     return 0
 
 
-def _prompt(args: GenerateArguments) -> str:
+def _prompt(args: GenerateArgs) -> str:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     if not prompt:
         raise ConfigError("--prompt must have some text, got none")
     return prompt
 
 
-def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArguments) -> None:
+def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArgs) -> None:
     """Writes prompt and completion to standard output, token by token where there is one beam."""
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
     sampling: dict[str, Any] = (

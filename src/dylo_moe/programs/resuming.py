@@ -4,13 +4,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dylo_moe.config import AUTO_RESUME, LATEST, TrainFlags
+from dylo_moe.config import AUTO_RESUME, LATEST, TrainConfig
 from dylo_moe.errors import CheckpointError, ConfigError
 from dylo_moe.training import checkpoints
 from dylo_moe.training.fetching import fetched_checkpoint, went_on_from
 
 
-def resume_folder(flags: TrainFlags, console: Console) -> str | None:
+def resume_folder(flags: TrainConfig, console: Console) -> str | None:
     """The checkpoint to go on from; None to begin anew, in a folder that has no checkpoints of another run.
 
     Raises:
@@ -39,7 +39,7 @@ def resume_folder(flags: TrainFlags, console: Console) -> str | None:
     return wanted
 
 
-def _newest(flags: TrainFlags, console: Console, *, or_anew: bool) -> str | None:
+def _newest(flags: TrainConfig, console: Console, *, or_anew: bool) -> str | None:
     output = Path(flags.training.output_dir)
     for folder in checkpoints.unfinished(output):
         console.print(f"Skipping {folder}: it was not finished", highlight=False, soft_wrap=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from dylo_moe.cloud.settings import resolve
 from dylo_moe.cloud.vertex import connect, create_request, machine_hours, send, watch
-from dylo_moe.cloud_config import SubmitArguments
-from dylo_moe.config import SUBMIT_GROUPS, TRAIN_GROUPS, TrainFlags
+from dylo_moe.cloud_config import SubmitArgs
+from dylo_moe.config import TrainConfig
 from dylo_moe.flags import parse
 
 FULL_TRAINING = (
@@ -29,9 +29,8 @@ def main(arguments: Sequence[str], program: str = "dylora-moe submit") -> int:
     """
     given, training = _split(arguments)
     description = "Train on Vertex AI. What follows -- are flags of train; without any: " + " ".join(FULL_TRAINING)
-    (args,) = parse(SUBMIT_GROUPS, program, description, given)
-    assert isinstance(args, SubmitArguments)
-    TrainFlags(*parse(TRAIN_GROUPS, f"{program} --", "", training))  # a mistake costs seconds here, and an hour there
+    args = parse(SubmitArgs, program, description, given)
+    parse(TrainConfig, f"{program} --", "", training)  # a mistake costs seconds here, and an hour there
     settings = resolve(args, os.environ)
     request = create_request(args, settings, training)
     if args.dry_run:

@@ -16,7 +16,7 @@ import transformers
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+from dylo_moe.config import TrainConfig
 from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.data.prepare_data import PreparedData
 from dylo_moe.flags import parse, to_yaml
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe train") -> int:
         "Train a mixture of LoRA experts on a frozen language model. Any other field of "
         "transformers.TrainingArguments is a flag as well: --adam_beta2 0.95, --save_steps 100, ..."
     )
-    flags = TrainFlags(*parse(TRAIN_GROUPS, program, description, arguments))
+    flags = parse(TrainConfig, program, description, arguments)
     if flags.run.dry_run:
         sys.stdout.write(to_yaml(flags))
         return 0
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe train") -> int:
     return EXIT_STOPPED if report is None else 0
 
 
-def train(flags: TrainFlags, console: Console) -> TrainingReport | None:
+def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
     """Trains, evaluates and saves; tells ``console`` what it does. Every process of a launch runs it.
 
     Returns:
@@ -105,7 +105,7 @@ def _be_quiet() -> Console:
     return Console(quiet=True)
 
 
-def _start_wandb(flags: TrainFlags, console: Console, *, resumes: bool) -> ArtifactCallback | None:
+def _start_wandb(flags: TrainConfig, console: Console, *, resumes: bool) -> ArtifactCallback | None:
     """Starts the W&B run where one was asked for; returns what uploads artifacts to it, where that was asked for."""
     if not flags.uses_wandb:
         return None
@@ -123,7 +123,7 @@ def _start_wandb(flags: TrainFlags, console: Console, *, resumes: bool) -> Artif
     return ArtifactCallback(wandb_store.WandbStore(run), run.id) if args.wandb_log_model else None
 
 
-def _built(flags: TrainFlags, arguments: TrainingArguments, console: Console) -> tuple[DyLoRATrainer, PreparedData]:
+def _built(flags: TrainConfig, arguments: TrainingArguments, console: Console) -> tuple[DyLoRATrainer, PreparedData]:
     transformers.logging.disable_progress_bar()
     seed = flags.training.seed
     with arguments.main_process_first(desc="preparing the data"):
@@ -139,7 +139,7 @@ def _built(flags: TrainFlags, arguments: TrainingArguments, console: Console) ->
     return build_trainer(flags, model, tokenizer, data, arguments), data
 
 
-def runs_to_the_end(trainer: DyLoRATrainer, flags: TrainFlags, resume_from: str | None, console: Console) -> bool:
+def runs_to_the_end(trainer: DyLoRATrainer, flags: TrainConfig, resume_from: str | None, console: Console) -> bool:
     """Trains; whether it was not asked to stop. Where it was, there is a checkpoint to go on from."""
     args, progress, request = flags.training, TokenProgressCallback(), StopRequest()
     if not trainer.args.disable_tqdm:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from dylo_moe.config import TrainFlags, TrainingArgumentsGroup
+from dylo_moe.config import TrainArgs, TrainConfig
 from dylo_moe.errors import ConfigError, first_line
 from dylo_moe.training.trackers import resolve_trackers
 
@@ -16,7 +16,7 @@ CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__data
 _SCHEDULER_TYPES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-def trainer_arguments(flags: TrainFlags) -> TrainingArguments:
+def trainer_arguments(flags: TrainConfig) -> TrainingArguments:
     """The arguments of the Trainer; what is passed on comes before what would be chosen here.
 
     Where several processes were launched, this joins them.
@@ -24,7 +24,7 @@ def trainer_arguments(flags: TrainFlags) -> TrainingArguments:
     Raises:
         ConfigError: They do not go together, or one of them is out of its range.
     """
-    args, given = flags.training, flags.passed_on.given
+    args, given = flags.training, flags.passthrough.given
     if "lr_scheduler_type" in given and args.schedule is not None:
         raise ConfigError(
             f"--lr_scheduler_type must be left out where --lr_strategy is given ({args.schedule}), "
@@ -46,7 +46,7 @@ def trainer_arguments(flags: TrainFlags) -> TrainingArguments:
         raise ConfigError(f"the training flags cannot be used: {first_line(error)}") from error
 
 
-def _ours(args: TrainingArgumentsGroup) -> dict[str, Any]:
+def _ours(args: TrainArgs) -> dict[str, Any]:
     accelerated = torch.accelerator.is_available()
     return {
         "output_dir": args.output_dir,
@@ -83,7 +83,7 @@ def _ours(args: TrainingArgumentsGroup) -> dict[str, Any]:
     }
 
 
-def _trackers(flags: TrainFlags) -> list[str]:
+def _trackers(flags: TrainConfig) -> list[str]:
     trackers = resolve_trackers(flags.training.report_to)
     return [*trackers, *(["wandb"] if flags.uses_wandb and "wandb" not in trackers else [])]
 
