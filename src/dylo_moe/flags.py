@@ -149,10 +149,8 @@ class Group:
         for field in dataclasses.fields(self):
             value, limits = getattr(self, field.name), flag_of(field).limits
             if not limits.allow(value):
-                got, hint = (
-                    (repr(value), did_you_mean(value, limits.choices)) if isinstance(value, str) else (value, "")
-                )
-                raise ConfigError(f"--{field.name} must be {limits}, got {got}{hint}")
+                hint = did_you_mean(str(value), limits.choices)
+                raise ConfigError(f"--{field.name} must be {limits}, got {value!r}{hint}")
 
 
 def groups_of(config: "type[DataclassInstance]") -> list[type[Group]]:
