@@ -35,7 +35,7 @@ from result_file import environment, parse_flags
 from torch import Tensor
 from transformers import set_seed
 
-from dylo_moe.acquire_config import AcquireArguments
+from dylo_moe.acquire_config import AcquireArgs
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.decoder import decoder_layers
 from dylo_moe.core.losses import IGNORE_INDEX
@@ -86,7 +86,7 @@ class Rows:
         for step in range(steps):
             yield self._of(random.integers(len(self.data), size=BATCH_SIZE).tolist(), step)
 
-    def sample(self, skill: int, count: int = AcquireArguments.sample_rows) -> list[Batch]:
+    def sample(self, skill: int, count: int = AcquireArgs.sample_rows) -> list[Batch]:
         """Training rows to judge a skill and to teach a gate by."""
         return self._first(self.data[skill].train, count)
 

@@ -27,7 +27,7 @@ from result_file import environment, parse_flags
 from rich.console import Console
 from timing import Timed, interleaved, spread
 
-from dylo_moe.config import BenchmarkArguments
+from dylo_moe.benchmark_config import BenchmarkArgs
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import read_description
 from dylo_moe.data.tokenization import encode_prompt
@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     mixture = args.mixture or trained(scratch / "demo")
     read_description(mixture)  # what is no mixture should not be found out after the base was measured
     asked = [
-        BenchmarkArguments(
+        BenchmarkArgs(
             benchmarks=BENCHMARKS,
             prompt_style=style,
             max_samples=args.max_samples,
@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
 
 
-def beside(asked: BenchmarkArguments, mixture: Path, scratch: Path, console: Console) -> dict[str, Any]:
+def beside(asked: BenchmarkArgs, mixture: Path, scratch: Path, console: Console) -> dict[str, Any]:
     """The base and the mixture, asked in one style."""
     output = scratch / asked.prompt_style
     base = benchmark(replace(asked, base_model=MODEL, output=f"{output}-base.json"), console)
@@ -131,7 +131,7 @@ def statuses(verdicts: dict[str, Any]) -> dict[str, int]:
     return {status: every.count(status) for status in sorted(set(every))}
 
 
-def batching(asked: BenchmarkArguments, rounds: int | None, console: Console) -> dict[str, Any]:
+def batching(asked: BenchmarkArgs, rounds: int | None, console: Console) -> dict[str, Any]:
     """Tokens per second of a batch and of its tasks one at a time, and how many answers differ."""
     model, tokenizer = load_base_model(MODEL).eval(), load_tokenizer(MODEL)
     style = style_of(asked.prompt_style, None, tokenizer)

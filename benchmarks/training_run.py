@@ -26,7 +26,7 @@ import torch
 from result_file import environment, parse_flags
 from rich.console import Console
 
-from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+from dylo_moe.config import TrainConfig
 from dylo_moe.flags import parse
 from dylo_moe.programs.train import train
 from dylo_moe.reports.plots import training_curves
@@ -125,7 +125,7 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
             "output_dir": output,
         }
         words = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-        report = train(TrainFlags(*parse(TRAIN_GROUPS, "train", "", [*words, *ARMS[arm].flags])), Console(quiet=True))
+        report = train(parse(TrainConfig, "train", "", [*words, *ARMS[arm].flags]), Console(quiet=True))
         assert report is not None
         state = json.loads((folder_of(Path(output), report.steps) / "trainer_state.json").read_text())
     record = report.model_dump(exclude={"checkpoint"})

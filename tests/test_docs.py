@@ -4,7 +4,7 @@ import re
 import runpy
 from pathlib import Path
 
-from dylo_moe.config import ACQUIRE_GROUPS, BENCHMARK_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
+from dylo_moe.config import AcquireConfig, BenchmarkArgs, GenerateArgs, TrainConfig
 from dylo_moe.data.registry import REGISTRY
 from dylo_moe.flags import parse
 
@@ -27,10 +27,10 @@ def test_every_command_of_the_readme_parses() -> None:
     assert len(commands("train")) >= 5 and len(commands("generate")) >= 2 and len(commands("benchmark")) >= 4
     assert len(commands("acquire")) >= 2
     every = {
-        "train": TRAIN_GROUPS,
-        "generate": GENERATE_GROUPS,
-        "benchmark": BENCHMARK_GROUPS,
-        "acquire": ACQUIRE_GROUPS,
+        "train": TrainConfig,
+        "generate": GenerateArgs,
+        "benchmark": BenchmarkArgs,
+        "acquire": AcquireConfig,
     }
     for program, groups in every.items():
         for arguments in commands(program):

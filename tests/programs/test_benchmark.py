@@ -168,7 +168,7 @@ def test_evalplus_benchmarks_share_their_answers(models: tuple[Path, Path], monk
         (["--n_samples", "5"], "--n_samples must be 1 where --temperature is 0, got 5"),
         (["--num_beams", "2", "--temperature", "1"], "--num_beams must be 1 where --temperature is above 0"),
         (["--max_samples", "0"], "--max_samples must be at least 1, got 0"),
-        (["--output", "result"], "--output must be a .json file, got result"),
+        (["--output", "result"], "--output must be a .json file, got 'result'"),
         (["--base_model", "BASE", "--max_new_tokens", "2000"], "the model has 2048 positions"),
         (["--base_model", "BASE", "--prompt_style", "chat"], "--prompt_style chat needs a model with a chat template"),
         (["--base_model", "BASE", "--output", "file/result.json"], "--output: file cannot be written: File exists"),

@@ -103,4 +103,4 @@ def test_a_missing_sandbox_fails_before_training(
     assert "no sandbox holds" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     assert main([*arguments, str(tmp_path / "out"), "--benchmark_strategy", "always"]) == EXIT_USER_ERROR
-    assert "--benchmark_strategy must be none, epoch or final, got 'always'" in capsys.readouterr().err
+    assert "--benchmark_strategy must be one of none, epoch, final, got 'always'" in capsys.readouterr().err

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from dylo_moe import DyLoRA_MoE
+from dylo_moe.benchmark_config import BenchmarkArgs
 from dylo_moe.cli import main
-from dylo_moe.config import BENCHMARK_GROUPS
 from dylo_moe.core.base_model import load_base_model
 from dylo_moe.errors import EXIT_USER_ERROR
 from dylo_moe.flags import parse
@@ -81,7 +81,7 @@ def test_experts_are_shown_and_exported_without_the_base(moved: Path, capsys: py
 
 def benchmark_model(*words: str) -> tuple[str, str]:
     """Return the class and the name of the model that ``benchmark`` scores."""
-    (args,) = parse(BENCHMARK_GROUPS, "benchmark", "", list(words))
+    args = parse(BenchmarkArgs, "benchmark", "", list(words))
     model, _, name = load_model(args)
     return type(model).__name__, name
 
@@ -102,7 +102,7 @@ def test_benchmark_scores_a_mixture_on_the_given_base(moved: Path, capsys: pytes
 
 
 def test_a_comparison_finds_the_base_of_its_mixture(moved: Path) -> None:
-    (args,) = parse(BENCHMARK_GROUPS, "benchmark", "", ["--compare", "away", "mixture", "--base_model", "away"])
+    args = parse(BenchmarkArgs, "benchmark", "", ["--compare", "away", "mixture", "--base_model", "away"])
     plain, mixture = (load_model(one) for one in _args_per_model(args))
     assert (type(plain[0]).__name__, type(mixture[0]).__name__) == ("LlamaForCausalLM", "DyLoRA_MoE")
 

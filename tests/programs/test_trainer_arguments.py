@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+from dylo_moe.config import TrainConfig
 from dylo_moe.errors import ConfigError
 from dylo_moe.flags import parse
 from dylo_moe.programs.trainer_arguments import trainer_arguments
@@ -13,7 +13,7 @@ from dylo_moe.programs.trainer_arguments import trainer_arguments
 
 def parse_arguments(tmp_path: Path, *flags: str) -> TrainingArguments:
     words = ["--output_dir", str(tmp_path), "--report_to", "none", *flags]
-    return trainer_arguments(TrainFlags(*parse(TRAIN_GROUPS, "train", "", words)))
+    return trainer_arguments(parse(TrainConfig, "train", "", words))
 
 
 def test_passed_through_fields_override_defaults(tmp_path: Path) -> None:

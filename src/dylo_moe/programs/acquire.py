@@ -22,7 +22,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from dylo_moe.config import ACQUIRE_GROUPS, AUTO_RESUME, AcquireFlags, DataArguments, TrainFlags
+from dylo_moe.config import AUTO_RESUME, AcquireConfig, DataArgs, TrainConfig
 from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE
 from dylo_moe.core.model import DyLoRA_MoE
@@ -53,14 +53,14 @@ def main(arguments: Sequence[str], program: str = "dylora-moe acquire") -> int:
         DyLoRAError: The user can fix it.
     """
     description = "Learn skills one after another; each is trained as the flags of train say."
-    own, *groups = parse(ACQUIRE_GROUPS, program, description, arguments)
-    train = TrainFlags(*groups)
-    if train.data.datasets != DataArguments.datasets:
+    config = parse(AcquireConfig, program, description, arguments)
+    own, train = config.acquire, config.train
+    if train.data.datasets != DataArgs.datasets:
         raise ConfigError(f"--datasets must be left out: --skills names the data, got {train.data.datasets!r}")
     names = ",".join(own.names)
-    flags = AcquireFlags(own, train._replace(data=replace(train.data, datasets=names)))
+    flags = AcquireConfig(own, replace(train, data=replace(train.data, datasets=names)))
     if train.run.dry_run:
-        sys.stdout.write(to_yaml([own, *flags.train]))
+        sys.stdout.write(to_yaml(config))
         return 0
     return 0 if SkillStream(flags, Console()).run() else EXIT_STOPPED
 
@@ -76,7 +76,7 @@ class SkillStream:
         DyLoRAError: The user can fix it.
     """
 
-    def __init__(self, flags: AcquireFlags, console: Console) -> None:
+    def __init__(self, flags: AcquireConfig, console: Console) -> None:
         self.own, self.flags, self.console = flags.acquire, flags.train, console
         _check(self.flags)
         transformers.logging.disable_progress_bar()
@@ -114,7 +114,7 @@ class SkillStream:
         rank = self._rank_for(model, self._read_examples(self.own.names[0]))
         if rank != self.flags.experts.lora_r:
             set_seed(self.flags.training.seed)
-            model = build_model(self.flags._replace(experts=replace(self.flags.experts, lora_r=rank)))
+            model = build_model(replace(self.flags, experts=replace(self.flags.experts, lora_r=rank)))
         to_device(model)
         return model, SkillLibrary(model.router.hidden_size)
 
@@ -176,7 +176,7 @@ class SkillStream:
     def _train(self, name: str, dataset: str) -> bool:
         output = str(self._stage_folder(name))
         training = replace(self.flags.training, output_dir=output, resume_from_checkpoint=AUTO_RESUME)
-        flags = self.flags._replace(training=training, data=replace(self.flags.data, datasets=dataset))
+        flags = replace(self.flags, training=training, data=replace(self.flags.data, datasets=dataset))
         data = prepare(flags.data, self.tokenizer, training.seed)
         if flags.data.packing:
             check_packing(self.model, data, self.console)
@@ -196,7 +196,8 @@ class SkillStream:
         unread = [name for name in self.library.names if name not in self.own.plain_names]
         if unread:
             self._print(f"Not evaluated, as --skills does not name them: {', '.join(unread)}")
-        flags = self.flags._replace(
+        flags = replace(
+            self.flags,
             data=replace(self.flags.data, datasets=",".join(known)),
             training=replace(self.flags.training, output_dir=str(self._stage_folder(entry.name))),
         )
@@ -232,7 +233,7 @@ def _rank_of(model: DyLoRA_MoE, expert: str) -> int:
     return config.r
 
 
-def _check(flags: TrainFlags) -> None:
+def _check(flags: TrainConfig) -> None:
     """Refuse the flags of ``train`` that a stream of skills cannot use.
 
     Raises:

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.benchmark_config import OWN_BASE, BenchmarkArguments
-from dylo_moe.config import BENCHMARK_GROUPS
+from dylo_moe.benchmark_config import OWN_BASE, BenchmarkArgs
 from dylo_moe.core.base_model import DTYPES, load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
 from dylo_moe.core.model import DyLoRA_MoE
@@ -31,7 +30,7 @@ from dylo_moe.evaluation.prompts import COMPLETE, PromptStyle
 from dylo_moe.evaluation.results import BenchmarkResult, compare_results, read_result, write_result
 from dylo_moe.evaluation.run import BenchmarkPrompts, BenchmarkRun
 from dylo_moe.flags import parse
-from dylo_moe.model_config import ModelArguments
+from dylo_moe.model_config import ModelArgs
 from dylo_moe.programs.mixtures import load_mixture, to_device
 from dylo_moe.programs.output_folder import check_writable
 from dylo_moe.reports.benchmark_tables import comparison_table, result_table
@@ -48,8 +47,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe benchmark") -> int
     Raises:
         DyLoRAError: The user can fix it.
     """
-    (args,) = parse(BENCHMARK_GROUPS, program, "Score a mixture or a base model on code benchmarks.", arguments)
-    assert isinstance(args, BenchmarkArguments)
+    args = parse(BenchmarkArgs, program, "Score a mixture or a base model on code benchmarks.", arguments)
     transformers.logging.disable_progress_bar()
     console = Console()
     if args.compare is None:
@@ -63,7 +61,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe benchmark") -> int
     return 0
 
 
-def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
+def benchmark(args: BenchmarkArgs, console: Console) -> BenchmarkResult:
     """Score one model, write its result to a file and print it.
 
     Args:
@@ -110,7 +108,7 @@ def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
     return result
 
 
-def load_model(args: BenchmarkArguments) -> tuple[Model, PreTrainedTokenizerBase, str]:
+def load_model(args: BenchmarkArgs) -> tuple[Model, PreTrainedTokenizerBase, str]:
     """Load the mixture or base model that the flags name.
 
     Returns:
@@ -127,7 +125,7 @@ def load_model(args: BenchmarkArguments) -> tuple[Model, PreTrainedTokenizerBase
     name, revision = args.base_model, args.revision
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     if name == OWN_BASE:
-        name = ModelArguments.model_name
+        name = ModelArgs.model_name
         if args.trained_model is not None or args.wandb_artifact is not None:
             folder = _mixture_folder(args)
             entry = read_description(folder).base_model
@@ -138,7 +136,7 @@ def load_model(args: BenchmarkArguments) -> tuple[Model, PreTrainedTokenizerBase
     return base, load_tokenizer(name, revision=revision), name
 
 
-def _mixture_folder(args: BenchmarkArguments) -> Path:
+def _mixture_folder(args: BenchmarkArgs) -> Path:
     """Return the folder of the mixture; an artifact is downloaded first."""
     if args.wandb_artifact is not None:
         return fetched_mixture(args.wandb_artifact, ARTIFACTS)
@@ -169,7 +167,7 @@ def style_of(choice: str, template: str | None, tokenizer: PreTrainedTokenizerBa
     return PromptStyle(choice, lambda instruction: chosen.render(user_message(instruction)))
 
 
-def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:
+def chosen_problems(args: BenchmarkArgs) -> dict[str, list[Problem]]:
     """Load the problems of each benchmark in ``--benchmarks``, by the benchmark's name.
 
     Raises:
@@ -185,7 +183,7 @@ def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:
     return chosen
 
 
-def _args_per_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:
+def _args_per_model(args: BenchmarkArgs) -> list[BenchmarkArgs]:
     """Return the flags of both runs of a comparison; both use the prompt style of the first mixture."""
     assert args.compare is not None
     mixtures = [Path(name) for name in args.compare if (Path(name) / DESCRIPTION_FILE).is_file()]
@@ -204,7 +202,7 @@ def _args_per_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:
     ]
 
 
-def _sampling(args: BenchmarkArguments) -> GenerationSettings:
+def _sampling(args: BenchmarkArgs) -> GenerationSettings:
     return GenerationSettings(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from dylo_moe.config import DataArguments, TrainFlags
+from dylo_moe.config import DataArgs, TrainConfig
 from dylo_moe.core.base_model import check_base_model
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.packed import keeps_examples_apart
@@ -29,7 +29,7 @@ EVA_BATCHES = 16
 """Number of batches for the EVA initialization; PEFT stops early once the principal directions converge."""
 
 
-def check_inputs(flags: TrainFlags) -> None:
+def check_inputs(flags: TrainConfig) -> None:
     """Check all that can be checked without reading data or loading a model, and create the output folder.
 
     Raises:
@@ -51,7 +51,7 @@ def check_inputs(flags: TrainFlags) -> None:
     check_writable(flags.training.output_dir, "--output_dir")
 
 
-def prepare(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
+def prepare(args: DataArgs, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
     """Read, tokenize, split and pack the datasets of a run, as the flags say."""
     return prepare_data(
         args.names,
@@ -87,7 +87,7 @@ def check_packing(model: DyLoRA_MoE, data: PreparedData, console: Console) -> No
     console.print(f"Packed into {len(data.train):,} rows, {1 - share:.1%} padding", highlight=False)
 
 
-def build_model(flags: TrainFlags) -> DyLoRA_MoE:
+def build_model(flags: TrainConfig) -> DyLoRA_MoE:
     """Build the base model with new experts and a new router."""
     model, experts = flags.model, flags.experts
     return DyLoRA_MoE(
@@ -114,7 +114,7 @@ def build_model(flags: TrainFlags) -> DyLoRA_MoE:
 
 
 def build_trainer(
-    flags: TrainFlags,
+    flags: TrainConfig,
     model: DyLoRA_MoE,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,

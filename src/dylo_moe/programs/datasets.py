@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dylo_moe.config import DATASETS_GROUPS, DatasetsArguments
+from dylo_moe.config import DatasetsArgs
 from dylo_moe.data.decontaminate import decontaminate
 from dylo_moe.data.examples import SPLITS, read_examples, splits_of
 from dylo_moe.data.registry import REGISTRY, DatasetSpec, resolve
@@ -24,8 +24,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe datasets") -> int:
         DyLoRAError: The user can fix it.
     """
     description = "List the datasets that train knows, or read some and show what is in them."
-    (args,) = parse(DATASETS_GROUPS, program, description, arguments)
-    assert isinstance(args, DatasetsArguments)
+    args = parse(DatasetsArgs, program, description, arguments)
     console = Console()
     if not args.names:
         _list(console)
@@ -58,7 +57,7 @@ def _license(spec: DatasetSpec) -> Text:
     return text
 
 
-def _show(name: str, args: DatasetsArguments, console: Console) -> None:
+def _show(name: str, args: DatasetsArgs, console: Console) -> None:
     entry = resolve(name, args.data_dir)
     examples = read_examples(entry, PlainTemplate(), skip_bad_rows=args.skip_bad_rows)
     facts = Table.grid(padding=(0, 2))

@@ -93,12 +93,12 @@ def _benchmark(platform: Platform, flags: Sequence[str]) -> int:
 
 
 def _train(platform: Platform, flags: Sequence[str]) -> int:
-    from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+    from dylo_moe.config import TrainConfig
     from dylo_moe.flags import parse
     from dylo_moe.programs import train
 
     # parsed here too, so that a mistake is reported once and before any launch
-    parsed = TrainFlags(*parse(TRAIN_GROUPS, "entrypoint.py --train", "", flags))
+    parsed = parse(TrainConfig, "entrypoint.py --train", "", flags)
     if platform.is_bucket(Path(parsed.training.output_dir)) and "save_in_place" not in _names(flags):
         flags = [*flags, "--save_in_place"]
         _print(f"{parsed.training.output_dir} is on object storage: --save_in_place")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dylo_moe.acquire_config import ExpertsArguments
-from dylo_moe.config import EXPERTS_GROUPS
+from dylo_moe.acquire_config import ExpertsArgs
 from dylo_moe.flags import parse
 from dylo_moe.reports.skill_tables import experts_table, exported_line, loss_table, stream_metrics_line
 from dylo_moe.skills.lifecycle import (
@@ -31,8 +30,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--checkpoint")
     description = "Show the experts of a checkpoint, or change them: dylora-moe experts CHECKPOINT."
-    (args,) = parse(EXPERTS_GROUPS, program, description, arguments)
-    assert isinstance(args, ExpertsArguments)
+    args = parse(ExpertsArgs, program, description, arguments)
     path, console = Path(args.checkpoint), Console()
     if args.rename is not None:
         old, new = (part.strip() for part in args.rename.split("="))

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from dylo_moe.config import GENERATE_GROUPS, GenerateArguments
+from dylo_moe.config import GenerateArgs
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.rows import user_message
 from dylo_moe.data.templates import AUTO, template_of
@@ -24,8 +24,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     Raises:
         DyLoRAError: The user can fix it.
     """
-    (args,) = parse(GENERATE_GROUPS, program, "Generate text with a trained mixture.", arguments)
-    assert isinstance(args, GenerateArguments)
+    args = parse(GenerateArgs, program, "Generate text with a trained mixture.", arguments)
     transformers.logging.disable_progress_bar()
     prompt = None if args.instruction is not None else _read_prompt(args)
     model, tokenizer = load_mixture(args.trained_model, args.base_model)
@@ -42,14 +41,14 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     return 0
 
 
-def _read_prompt(args: GenerateArguments) -> str:
+def _read_prompt(args: GenerateArgs) -> str:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     if not prompt:
         raise ConfigError("--prompt must not be empty: give --prompt, --instruction or text on standard input")
     return prompt
 
 
-def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArguments) -> None:
+def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArgs) -> None:
     """Write the prompt and its completion to standard output, token by token unless there are several beams."""
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}

@@ -7,7 +7,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from dylo_moe.config import TrainFlags
+from dylo_moe.config import TrainConfig
 from dylo_moe.data.tokenization import encode_prompt
 from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.generation import GenerationSettings
@@ -37,7 +37,7 @@ class LiveBenchmark(TrainerCallback):
         DyLoRAError: Problems are missing, or no sandbox works on this machine. Raised before training starts.
     """
 
-    def __init__(self, flags: TrainFlags, console: Console) -> None:
+    def __init__(self, flags: TrainConfig, console: Console) -> None:
         args = flags.benchmark
         self._args, self._seed, self._console = args, flags.training.seed, console
         self._problems: dict[str, list[Problem]] = {}

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dylo_moe.config import AUTO_RESUME, LATEST, TrainFlags
+from dylo_moe.config import AUTO_RESUME, LATEST, TrainConfig
 from dylo_moe.errors import CheckpointError, ConfigError
 from dylo_moe.training import checkpoints
 from dylo_moe.training.fetching import fetched_checkpoint, went_on_from
 
 
-def resume_folder(flags: TrainFlags, console: Console) -> str | None:
+def resume_folder(flags: TrainConfig, console: Console) -> str | None:
     """Return the checkpoint to resume from, or None for a new run in a folder without checkpoints.
 
     Raises:
@@ -41,7 +41,7 @@ def resume_folder(flags: TrainFlags, console: Console) -> str | None:
     return requested
 
 
-def _newest_checkpoint(flags: TrainFlags, console: Console, *, required: bool) -> str | None:
+def _newest_checkpoint(flags: TrainConfig, console: Console, *, required: bool) -> str | None:
     """Return the newest complete checkpoint of the output folder; None if there is none and none is required."""
     output = Path(flags.training.output_dir)
     for folder in checkpoints.unfinished(output):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from dylo_moe.cloud.settings import resolve
 from dylo_moe.cloud.vertex import JobSpec, connect, create_request, send, watch
-from dylo_moe.cloud_config import SubmitArguments
-from dylo_moe.config import SUBMIT_GROUPS, TRAIN_GROUPS, TrainFlags
+from dylo_moe.cloud_config import SubmitArgs
+from dylo_moe.config import TrainConfig
 from dylo_moe.flags import parse
 
 FULL_TRAINING = (
@@ -29,9 +29,8 @@ def main(arguments: Sequence[str], program: str = "dylora-moe submit") -> int:
     """
     given, training = _split(arguments)
     description = "Train on Vertex AI. Flags after -- are those of train; by default: " + " ".join(FULL_TRAINING)
-    (args,) = parse(SUBMIT_GROUPS, program, description, given)
-    assert isinstance(args, SubmitArguments)
-    TrainFlags(*parse(TRAIN_GROUPS, f"{program} --", "", training))  # a mistake costs seconds here, and an hour there
+    args = parse(SubmitArgs, program, description, given)
+    parse(TrainConfig, f"{program} --", "", training)  # a mistake costs seconds here, and an hour there
     settings = resolve(os.environ, project=args.project, region=args.region, bucket=args.bucket, image=args.image)
     job = _job_spec(args)
     request = create_request(job, settings, training)
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe submit") -> int:
     return 0 if succeeded else 1
 
 
-def _job_spec(args: SubmitArguments) -> JobSpec:
+def _job_spec(args: SubmitArgs) -> JobSpec:
     """Return the description of the job that the flags ask for."""
     return JobSpec(
         name=args.job_name,

@@ -16,7 +16,7 @@ import transformers
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+from dylo_moe.config import TrainConfig
 from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.data.prepare_data import PreparedData
 from dylo_moe.durable import atomic_file
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe train") -> int:
         "Train a mixture of LoRA experts on a frozen language model. Every other field of "
         "transformers.TrainingArguments is a flag too: --adam_beta2 0.95, --save_steps 100, ..."
     )
-    flags = TrainFlags(*parse(TRAIN_GROUPS, program, description, arguments))
+    flags = parse(TrainConfig, program, description, arguments)
     if flags.run.dry_run:
         sys.stdout.write(to_yaml(flags))
         return 0
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe train") -> int:
     return EXIT_STOPPED if report is None else 0
 
 
-def train(flags: TrainFlags, console: Console) -> TrainingReport | None:
+def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
     """Train, evaluate and save a mixture. Every process of a launch runs this.
 
     Args:
@@ -112,7 +112,7 @@ def _silence_process() -> Console:
     return Console(quiet=True)
 
 
-def _start_wandb(flags: TrainFlags, console: Console, *, resumes: bool) -> ArtifactCallback | None:
+def _start_wandb(flags: TrainConfig, console: Console, *, resumes: bool) -> ArtifactCallback | None:
     """Start the W&B run if the flags ask for one; return the callback that uploads artifacts, if wanted."""
     if not flags.uses_wandb:
         return None
@@ -130,7 +130,7 @@ def _start_wandb(flags: TrainFlags, console: Console, *, resumes: bool) -> Artif
     return ArtifactCallback(wandb_store.WandbStore(run), run.id) if args.wandb_log_model else None
 
 
-def _build(flags: TrainFlags, arguments: TrainingArguments, console: Console) -> tuple[DyLoRATrainer, PreparedData]:
+def _build(flags: TrainConfig, arguments: TrainingArguments, console: Console) -> tuple[DyLoRATrainer, PreparedData]:
     """Prepare the data, then build the model and its trainer."""
     transformers.logging.disable_progress_bar()
     seed = flags.training.seed
@@ -147,7 +147,7 @@ def _build(flags: TrainFlags, arguments: TrainingArguments, console: Console) ->
     return build_trainer(flags, model, tokenizer, data, arguments), data
 
 
-def run_training(trainer: DyLoRATrainer, flags: TrainFlags, resume_from: str | None, console: Console) -> bool:
+def run_training(trainer: DyLoRATrainer, flags: TrainConfig, resume_from: str | None, console: Console) -> bool:
     """Train until the end, or until a signal stops the run.
 
     Args:

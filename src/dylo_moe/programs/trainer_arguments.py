@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from dylo_moe.config import TrainFlags, TrainingArgumentsGroup
+from dylo_moe.config import TrainArgs, TrainConfig
 from dylo_moe.errors import ConfigError, first_line
 from dylo_moe.flags import split_names
 from dylo_moe.training.trackers import resolve_trackers
@@ -18,7 +18,7 @@ CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__data
 _SCHEDULER_TYPES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-def trainer_arguments(flags: TrainFlags) -> TrainingArguments:
+def trainer_arguments(flags: TrainConfig) -> TrainingArguments:
     """Return the arguments of the trainer; fields that the user passes through override the ones chosen here.
 
     In a launch of several processes, this also joins the process group.
@@ -26,7 +26,7 @@ def trainer_arguments(flags: TrainFlags) -> TrainingArguments:
     Raises:
         ConfigError: Flags contradict each other, or one of them is out of range.
     """
-    args, given = flags.training, flags.passed_on.given
+    args, given = flags.training, flags.passthrough.given
     if "lr_scheduler_type" in given and args.schedule is not None:
         raise ConfigError(
             f"--lr_scheduler_type must be left out where --lr_strategy is given ({args.schedule}), "
@@ -48,7 +48,7 @@ def trainer_arguments(flags: TrainFlags) -> TrainingArguments:
         raise ConfigError(f"the training flags cannot be used: {first_line(error)}") from error
 
 
-def _own_options(args: TrainingArgumentsGroup) -> dict[str, object]:
+def _own_options(args: TrainArgs) -> dict[str, object]:
     """Return the arguments that this package sets, by field of ``TrainingArguments``."""
     accelerated = torch.accelerator.is_available()
     return {
@@ -86,7 +86,7 @@ def _own_options(args: TrainingArgumentsGroup) -> dict[str, object]:
     }
 
 
-def _trackers(flags: TrainFlags) -> list[str]:
+def _trackers(flags: TrainConfig) -> list[str]:
     """Return the trackers to report to; a W&B flag adds W&B."""
     trackers = resolve_trackers(split_names(flags.training.report_to))
     return [*trackers, *(["wandb"] if flags.uses_wandb and "wandb" not in trackers else [])]
