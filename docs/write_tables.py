@@ -1,6 +1,6 @@
-"""Writes the measured tables into the pages, from the committed results; run by ``make docs``.
+"""Write the measured tables into the pages, from the committed results; ``make docs`` runs it.
 
-A page has them between ``<!-- table: NAME -->`` and ``<!-- end -->``. Nothing is measured here.
+A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``. Nothing is measured here.
 """
 
 import json
@@ -48,10 +48,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def page(path: Path) -> str:
-    """The page as it should be.
+    """Return a page with its tables filled in.
 
     Raises:
-        KeyError: It asks for a table that does not exist.
+        KeyError: The page contains the mark of an unknown table.
     """
 
     def filled(match: re.Match[str]) -> str:
