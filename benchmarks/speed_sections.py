@@ -98,11 +98,8 @@ def _compare(run: Run, rounds: Mapping[str, int], make: Callable[..., Call]) -> 
         call = make(contender, tokens)
         # slow contenders warm up on a few tokens, as a whole call takes as long as a round
         entries[name] = Timed(call, count, call if rounds[name] > 2 else make(contender, tokens[:, :16]))
-    return _compared(run.timed(entries), REFERENCE)
-
-
-def _compared(seconds: dict[str, list[float]], reference: str) -> dict[str, Any]:
-    return {"reference": reference, "ratios": ratios(seconds, reference), "seconds": seconds}
+    seconds = run.timed(entries)
+    return {"reference": REFERENCE, "ratios": ratios(seconds, REFERENCE), "seconds": seconds}
 
 
 def experts(run: Run) -> dict[str, Any]:

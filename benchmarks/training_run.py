@@ -165,10 +165,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append(_row(ARMS[arm].title, first, [report["mixture"] for report in reports], domains, others))
     report, machine = found["mixture"][0], result["environment"]
     rates = "; ".join(f"{', '.join(swept(runs, arm))} ({arm})" for arm in ARMS)
+    over = "one seed" if len(seeds) == 1 else f"mean ± standard deviation over {len(seeds)} seeds"
     lines += [
         "",
         f"Held-out loss in nats per token after {report['steps']} steps of {result['settings']['batch_size']} packed "
-        f"row of {result['settings']['max_length']} tokens ({report['train_tokens']:,} tokens), {_over(seeds)}; "
+        f"row of {result['settings']['max_length']} tokens ({report['train_tokens']:,} tokens), {over}; "
         f"the last column is paired, by seed. Learning rates: the best of "
         f"{rates} on the first seed. "
         f"{report['held_out_rows']:,} held-out rows; SmolLM2-135M-Instruct, float32; "
@@ -183,10 +184,6 @@ def _row(title: str, first: list[str], metrics: list[dict[str, float]], domains:
     cells = [title, *first, *(_spread([found[f"loss/{domain}"] for found in metrics]) for domain in domains)]
     cells += [_spread(means), _spread(differences, "+.4f") if differences else ""]
     return "| " + " | ".join(cells) + " |"
-
-
-def _over(seeds: list[int]) -> str:
-    return "one seed" if len(seeds) == 1 else f"mean ± standard deviation over {len(seeds)} seeds"
 
 
 def _spread(values: list[float], form: str = ".3f") -> str:

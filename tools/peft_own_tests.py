@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         "outdated": outdated(differences, known, with_lora),
         "failed_in_both": errors_of_failed(plain.values()),
     }
-    write(table(result))
+    sys.stdout.write(table(result) + "\n")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -307,11 +307,6 @@ def table(result: Record) -> str:
         lines += [f"  {found['id']}: {found['plain']} -> {found['routed']}: {found['error']}" for found in differences]
     lines += [f"No longer differs: {reason}" for reason in result["outdated"]]
     return "\n".join(lines)
-
-
-def write(text: str) -> None:
-    """Write text to stdout."""
-    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":
