@@ -124,21 +124,24 @@ def peers_table(result: dict[str, Any]) -> str:
 
 
 def _conditions(result: dict[str, Any]) -> str:
-    """Return the meaning and the conditions of the figures, in one paragraph."""
+    """Return the meaning and the conditions of the figures, in two paragraphs."""
     setup, machine = result["setup"], result["environment"]
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
     generation = result["sections"].get("generate")
-    text = (
+    meaning = (
+        "Forward, train step and memory are relative to PEFT LoRA of rank 16 (lower is better), generation is speed "
+        "relative to the base (higher is better). Times are medians of ratios within interleaved rounds. Ours routes a "
+        "token to 2 experts in the forward, to all in training, to 1 in generation."
+    )
+    conditions = (
         f"{setup['model']}, {setup['dtype']}, {setup['batch']} x {setup['length']} tokens, rank {setup['rank']} on the "
-        "attention projections. Forward, train step and memory are relative to PEFT LoRA of rank 16 (lower is "
-        "better), generation is speed relative to the base (higher is better). Times are medians of ratios within "
-        "interleaved rounds. Ours routes a token to 2 experts in the forward, to all in training, to 1 in generation. "
+        "attention projections. "
     )
     if generation:
         few = sorted(set(generation["new_tokens"].values()))
-        text += f"Generation is greedy, {few[-1]} tokens after {generation['prompt']}"
-        text += f" (X-LoRA, which has no cache: {few[0]}). " if len(few) > 1 else ". "
-    return text + f"{machine['processor']}, {machine['threads']} threads; {versions}."
+        conditions += f"Generation is greedy, {few[-1]} tokens after {generation['prompt']}"
+        conditions += f" (X-LoRA, which has no cache: {few[0]}). " if len(few) > 1 else ". "
+    return f"{meaning}\n\n{conditions}{machine['processor']}, {machine['threads']} threads; {versions}."
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -6,11 +6,14 @@ A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``. Nothing is mea
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+WIDTH = 116
+"""Longest line of the notes below a table."""
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -57,7 +60,8 @@ def page(path: Path) -> str:
     def filled(match: re.Match[str]) -> str:
         file, write = TABLES[match["name"]]
         table = write(json.loads((ROOT / "benchmarks" / "results" / file).read_text()))
-        return f"<!-- table: {match['name']} -->\n{table}\n<!-- end -->"
+        lines = [line if line.startswith("|") else textwrap.fill(line, WIDTH) for line in table.splitlines()]
+        return "\n".join([f"<!-- table: {match['name']} -->", *lines, "<!-- end -->"])
 
     pattern = r"<!-- table: (?P<name>.*?) -->\n.*?<!-- end -->"
     return re.sub(pattern, filled, path.read_text(), flags=re.DOTALL)
