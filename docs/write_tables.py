@@ -60,7 +60,8 @@ def page(path: Path) -> str:
     def filled(match: re.Match[str]) -> str:
         file, write = TABLES[match["name"]]
         table = write(json.loads((ROOT / "benchmarks" / "results" / file).read_text()))
-        lines = [line if line.startswith("|") else textwrap.fill(line, WIDTH) for line in table.splitlines()]
+        note = textwrap.TextWrapper(WIDTH, break_on_hyphens=False)
+        lines = [line if line.startswith("|") else note.fill(line) for line in table.splitlines()]
         return "\n".join([f"<!-- table: {match['name']} -->", *lines, "<!-- end -->"])
 
     pattern = r"<!-- table: (?P<name>.*?) -->\n.*?<!-- end -->"
