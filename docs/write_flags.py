@@ -1,4 +1,4 @@
-"""Write ``docs/flags.md`` from the config dataclasses; ``make docs`` runs it, and a test compares the page."""
+"""Writes ``docs/flags.md`` from the dataclasses that are the flags; ``make docs`` runs it, a test compares."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ PAGE = Path(__file__).with_name("flags.md")
 
 
 def page() -> str:
-    """Return the page as Markdown."""
+    """The whole page as Markdown."""
     parts = ["# Flags\n", "Written by `make docs` from the code. Each flag may be written with `-` or `_`.\n"]
     for program, groups in PROGRAMS.items():
         parts.append(f"## `dylora-moe {program}`\n")
@@ -45,9 +45,9 @@ def _passed_on(group: type[PassedOn]) -> str:
     rows = [f"| `--{name}` | {reason} |" for name, reason in REFUSED.items()]
     about = str(PassedOn.__doc__).replace("``", "`")
     return (
-        f"### {group._argument_group_name}\n\n{about}\nExample: `--adam_beta2 0.95`. "
-        "`--eval_steps` or `--save_steps` alone sets both. These flags are refused:\n\n"
-        "| flag | reason |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+        f"### {group._argument_group_name}\n\n{about}\nIt is passed on as it is, as in "
+        "`--adam_beta2 0.95`. Either of `--eval_steps` and `--save_steps` alone means both. Refused are:\n\n"
+        "| flag | because |\n| --- | --- |\n" + "\n".join(rows) + "\n"
     )
 
 
