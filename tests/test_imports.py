@@ -12,7 +12,7 @@ import dylo_moe
 PACKAGE = Path(__file__).parents[1] / "src" / "dylo_moe"
 LAYERS = [
     "errors",
-    "durable",
+    {"durable", "expert_spec"},
     "flags",
     {"trainer_fields", "model_config"},
     {"benchmark_config", "acquire_config", "cloud_config"},

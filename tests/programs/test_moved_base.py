@@ -172,5 +172,5 @@ LOADERS: list[Callable[[], object]] = [lambda: load_mixture("./gone"), lambda: l
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_a_mixture_that_is_not_there_is_one_line(moved: Path, load: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=r"^(\./)?gone(/a/b)? is no checkpoint of this program"):
+    with pytest.raises(ValueError, match=r"^(\./)?gone(/a/b)? is not a checkpoint of this program"):
         load()

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from dylo_moe.core.base_model import fingerprint
+from dylo_moe.core.fingerprint import fingerprint
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.evaluation.generation import Model
 from dylo_moe.evaluation.results import ModelRecord
