@@ -16,7 +16,8 @@ from peft import EvaConfig, LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.core.expert import ExpertManager
 from dylo_moe.errors import ExpertError
@@ -82,8 +83,9 @@ def initialize_pissa(experts: ExpertManager) -> None:
             dealt = slice(experts.names.index(name), count, len(experts.names))
             root = (values[dealt] / layer.scaling[name]).sqrt()
             down, up = root[:, None] * right[:, dealt].T, left[:, dealt] * root
-            layer.lora_A[name].weight.copy_(torch.cat([down, down]))
-            layer.lora_B[name].weight.copy_(torch.cat([up, -up], dim=1))
+            a, b = _factors(layer, name)
+            a.copy_(torch.cat([down, down]))
+            b.copy_(torch.cat([up, -up], dim=1))
     hold_constant(experts, experts.names)
 
 
@@ -92,8 +94,9 @@ def hold_constant(experts: ExpertManager, names: Sequence[str]) -> None:
     for _, layer in _lora_layers(experts):
         for name in names:
             if name in layer.r:
-                _hold_second_half(layer.lora_A[name].weight, dim=0)
-                _hold_second_half(layer.lora_B[name].weight, dim=1)
+                a, b = _factors(layer, name)
+                _hold_second_half(a, dim=0)
+                _hold_second_half(b, dim=1)
     experts.pissa_experts.update(names)
 
 
@@ -145,8 +148,9 @@ def initialize_eva(
         for path, layer in _lora_layers(experts):
             for name in layer.r:
                 dealt = components[path][experts.names.index(name) :: len(experts.names)]
-                layer.lora_A[name].weight.copy_(dealt[: layer.r[name]])
-                layer.lora_B[name].weight.zero_()
+                a, b = _factors(layer, name)
+                a.copy_(dealt[: layer.r[name]])
+                b.zero_()
 
 
 def _principal_inputs(
@@ -186,6 +190,11 @@ def _lora_layers(experts: ExpertManager) -> Iterator[tuple[str, LoraLayer]]:
             yield path, module
 
 
+def _factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return ``A``, ``(rank, in)``, and ``B``, ``(out, rank)``, of an expert."""
+    return layer.lora_A[name].get_parameter("weight"), layer.lora_B[name].get_parameter("weight")
+
+
 def _weight(layer: LoraLayer) -> Tensor:
     """Return the base layer's dequantized weight, ``(out, in)``, in float32 at least."""
     base = layer.get_base_layer()
@@ -194,4 +203,4 @@ def _weight(layer: LoraLayer) -> Tensor:
     # on a CPU, PEFT replaces an 8-bit weight by a copy that lacks the state of earlier forwards
     base.weight = own
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return weight.T if layer.fan_in_fan_out else weight
+    return weight.T if isinstance(base, Conv1D) else weight

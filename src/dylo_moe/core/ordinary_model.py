@@ -8,7 +8,7 @@ the mixture are refused by name.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -269,8 +269,8 @@ class OrdinaryModel(PreTrainedModel):
         )
 
 
-def _refusing(name: str, remedy: str) -> Any:
-    def refuse(self: OrdinaryModel, *args: Any, **kwargs: Any) -> Any:
+def _refusing(name: str, remedy: str) -> Callable[..., NoReturn]:
+    def refuse(self: OrdinaryModel, *args: object, **kwargs: object) -> NoReturn:
         raise ModelError(f"{name} would change the base model under the mixture; {remedy}")
 
     refuse.__name__ = name

@@ -54,7 +54,8 @@ def make_output(base_output: ModelOutput, record: Record) -> DyLoRAOutput:
     known = CausalLMOutputWithPast.__dataclass_fields__
     result = DyLoRAOutput(**{name: value for name, value in base_output.items() if name in known and name != "loss"})
     if record.outputs:
-        device = base_output.logits.device
+        assert result.logits is not None
+        device = result.logits.device
         result.router_logits = torch.stack([output.logits.to(device) for output in record.outputs])
         result.routing_weights = torch.stack([output.weights.to(device) for output in record.outputs])
     return result
