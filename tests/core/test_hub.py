@@ -117,7 +117,7 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(
     name: str, load: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = note_questions(monkeypatch)
-    with pytest.raises(DyLoRAError, match=r"there is no folder|is no checkpoint") as refused:
+    with pytest.raises(DyLoRAError, match=r"there is no folder|is not a checkpoint") as refused:
         LOADERS[load](name)
     assert isinstance(refused.value, ModelError | CheckpointError | ExpertError)
     assert not asked and "\n" not in str(refused.value)

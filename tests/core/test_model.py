@@ -498,8 +498,8 @@ def test_a_deep_copy_routes_independently(routing: str) -> None:
         ({"num_experts": 2, "top_k": 3}, RoutingError, r"top_k must be from 1 to num_experts \(2\), got 3"),
         ({"num_experts": 0}, RoutingError, "num_experts must be at least 1, got 0"),
         ({"temperature": 0.0}, RoutingError, "temperature must be above 0, got 0.0"),
-        ({"rank": -1}, ExpertError, "the rank of an expert must be at least 1, got -1"),
-        ({"dropout": 1.5}, ExpertError, "the dropout of an expert must be from 0 .* got 1.5"),
+        ({"rank": -1}, ExpertError, "`rank` must be at least 1, got -1"),
+        ({"dropout": 1.5}, ExpertError, "`dropout` must be from 0 .* got 1.5"),
         (
             {"routing": "lst"},
             RoutingError,

@@ -50,7 +50,7 @@ def test_without_a_device_that_can_the_flag_is_named(folder: Path, monkeypatch: 
 
 
 def test_other_bits_are_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="4 or 8 bits, got 3"):
+    with pytest.raises(ModelError, match="`bits` must be 4 or 8, got 3"):
         load_base_model(str(folder), bits=3)
 
 
