@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests" / "evaluation"), str(ROOT / "src" / "dylo_moe" / "evaluation" / "candidate")]
 
+import confinement  # noqa: E402 - a bare import, as the package around it needs more than this process has
 from sandbox_machine import harm, machine, processes  # noqa: E402
 
 import hostile  # noqa: E402 - the suite of the tests

@@ -12,7 +12,7 @@ import dylo_moe
 PACKAGE = Path(__file__).parents[1] / "src" / "dylo_moe"
 LAYERS = [
     "errors",
-    "durable",
+    {"durable", "expert_spec"},
     "flags",
     "cloud_config",
     "core",

@@ -170,5 +170,5 @@ LOADERS: list[Callable[[], object]] = [lambda: load_mixture("./gone"), lambda: l
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_a_missing_mixture_is_a_one_line_error(moved: Path, load: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=r"^(\./)?gone(/a/b)? is no checkpoint of this program"):
+    with pytest.raises(ValueError, match=r"^(\./)?gone(/a/b)? is not a checkpoint of this program"):
         load()

@@ -234,7 +234,7 @@ def test_experts_per_layer_and_the_bias_are_in_the_checkpoint(base: Path, tmp_pa
     arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path)]
     assert main([*arguments, "--experts_per_layer", "1,4", "--balance", "bias", "--balance_update_rate", "0.5"]) == 0
     model = DyLoRA_MoE.from_pretrained(tmp_path / "best_model")
-    assert model.experts.blocks == [1, 4] and model.losses.balance_coefficient == 0
+    assert model.experts.experts_per_block == [1, 4] and model.losses.balance_coefficient == 0
     assert model.router.selection_bias.abs().max() >= 0.5
     layers = model.experts.base_model.model.layers
     assert [len(layer.self_attn.q_proj.r) for layer in layers] == [1, 1, 4, 4]
