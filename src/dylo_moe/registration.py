@@ -1,4 +1,4 @@
-"""Do something right after a module was imported, whenever that will be."""
+"""A hook that calls a function right after the first import of a module."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -11,22 +11,22 @@ from typing import Any
 from typing_extensions import override
 
 AUTO_CLASSES = "transformers.models.auto.modeling_auto"
-"""Where transformers keeps what ``AutoModelForCausalLM`` knows."""
+"""Module of transformers that holds the registry of ``AutoModelForCausalLM``."""
 
 PEFT = "peft"
 
 
 def is_being_imported(module: str) -> bool:
-    """Tell whether the import of a module has begun and not ended."""
+    """Return whether the import of a module has started and not finished."""
     return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
 
 
 class AfterImport(MetaPathFinder):
-    """Calls a function once, after the first import of a module.
+    """Import hook that calls a function once, after the first import of a module.
 
     Args:
-        module: Its full name.
-        then: The function.
+        module: Full name of the module.
+        then: Function to call, without arguments.
     """
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:
@@ -41,14 +41,14 @@ class AfterImport(MetaPathFinder):
         place = sys.meta_path.index(self)
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
-        sys.meta_path.insert(place, self)  # whoever asks whether there is such a module need not import it
+        sys.meta_path.insert(place, self)  # the caller may only ask for the spec and never import
         loader: Any = spec and spec.loader
         if loader is not None:
-            execute = loader.exec_module
+            execute_module = loader.exec_module
 
             def execute_and_then(module: ModuleType) -> None:
                 sys.meta_path.remove(self)
-                execute(module)
+                execute_module(module)
                 self._then()
 
             loader.exec_module = execute_and_then

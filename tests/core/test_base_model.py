@@ -1,4 +1,4 @@
-"""Loading the base: what it is told apart by, what is said when it cannot be had, and the embedded model."""
+"""Loading the base model: its fingerprint, errors in one line, and the embedded model."""
 
 import hashlib
 import importlib.util
@@ -16,17 +16,9 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from dylo_moe import DyLoRA_MoE, ExpertManager
-from dylo_moe.core.base_model import (
-    DTYPES,
-    _is_whole,
-    cache_directory,
-    check_base_model,
-    embedded_model,
-    fingerprint,
-    load_base_model,
-    load_tokenizer,
-    same_base_model,
-)
+from dylo_moe.core.base_model import DTYPES, check_base_model, load_base_model, load_tokenizer
+from dylo_moe.core.embedded import _is_whole, cache_directory, embedded_model
+from dylo_moe.core.fingerprint import fingerprint, same_base_model
 from dylo_moe.errors import ModelError
 from families import FAMILIES, tiny, token_ids
 
@@ -48,28 +40,28 @@ def test_a_folder_is_loaded_frozen_in_the_dtype_that_was_asked_for(tmp_path: Pat
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all"])
 @pytest.mark.parametrize("load", [load_base_model, load_tokenizer, check_base_model])
 def test_a_folder_that_is_not_there_is_refused_in_one_line(name: str, load: object) -> None:
-    with pytest.raises(ModelError, match=f"^there is no folder '{name}'; check --base_model$"):
+    with pytest.raises(ModelError, match=f"^there is no folder '{name}'; check `base_model`$"):
         load(name)
 
 
 @pytest.mark.parametrize("load", [load_base_model, load_tokenizer, check_base_model])
 def test_an_empty_folder_is_refused_in_one_line(tmp_path: Path, load: object) -> None:
-    with pytest.raises(ModelError, match=f"'{tmp_path}' holds no causal LM that transformers can load: ") as refused:
+    with pytest.raises(ModelError, match=f"'{tmp_path}' has no causal LM that transformers can load: ") as refused:
         load(str(tmp_path))
     assert "\n" not in str(refused.value)
 
 
-def test_a_model_that_is_no_causal_lm_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_another_kind_of_model_is_refused_in_one_line(tmp_path: Path) -> None:
     config = T5Config(vocab_size=31, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=f"'{tmp_path}' holds no causal LM that transformers can load: ") as refused:
+    with pytest.raises(ModelError, match=f"'{tmp_path}' has no causal LM that transformers can load: ") as refused:
         load_base_model(str(tmp_path))
     assert "\n" not in str(refused.value)
 
 
 def test_without_the_hub_the_message_names_the_ways_out() -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1", "tests must not reach for the network"
-    with pytest.raises(ModelError, match=r"'nobody/nothing' could not be fetched .* use --base_model demo$") as refused:
+    with pytest.raises(ModelError, match=r"'nobody/nothing' could not be fetched .* use `base_model` demo$") as refused:
         load_base_model("nobody/nothing")
     assert "\n" not in str(refused.value)
 
@@ -128,7 +120,7 @@ def test_a_fingerprint_of_a_bfloat16_model_is_the_same_in_float32(tmp_path: Path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fingerprint_tells_models_apart(family: str) -> None:
+def test_models_differ_in_their_fingerprints(family: str) -> None:
     first, again, other = (fingerprint(tiny(family, seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
     assert same_base_model(first, again) and not same_base_model(first, other)
@@ -174,11 +166,11 @@ def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyP
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """What a write would change: the inode and the time of every file."""
+    """Return the inode and the time of every file, which a write would change."""
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.iterdir()}
 
 
-def test_the_embedded_model_is_a_plain_model_made_once_and_made_anew_when_damaged(
+def test_the_embedded_model_is_a_plain_model_made_once_and_again_when_damaged(
     embedded_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DYLO_MOE_CACHE", str(embedded_cache))
@@ -198,7 +190,7 @@ def test_the_embedded_model_is_a_plain_model_made_once_and_made_anew_when_damage
     assert tokenizer.decode(answer[0, -1]).strip() == "Paris"
     assert tokenizer.pad_token is not None and tokenizer.eos_token is not None
 
-    with tempfile.TemporaryDirectory() as scratch:  # pytest keeps what is in tmp_path, and this is half a gigabyte
+    with tempfile.TemporaryDirectory() as scratch:  # not tmp_path, which pytest keeps: this is half a gigabyte
         cache = Path(scratch) / "cache"
         shutil.copytree(embedded_cache, cache)
         monkeypatch.setenv("DYLO_MOE_CACHE", str(cache))
@@ -212,7 +204,7 @@ def test_the_embedded_model_is_a_plain_model_made_once_and_made_anew_when_damage
 
 
 def folders_in(cache: Path) -> list[Path]:
-    """What is in a cache besides the lock."""
+    """Return the folders in a cache, without the lock."""
     return [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
@@ -233,7 +225,7 @@ def sha256(path: Path) -> str:
     "damage", ["nothing", "a flipped byte", "a missing file", "no checksums", "checksums cut short"]
 )
 def test_a_cached_folder_is_whole_or_not(tmp_path: Path, damage: str) -> None:
-    """On a folder of its own, since making the real one anew takes long."""
+    """Use a small folder, since making the real one again takes long."""
     (tmp_path / "model.safetensors").write_bytes(bytes(5000))
     (tmp_path / "config.json").write_text("{}")
     sums = {path.name: sha256(path) for path in sorted(tmp_path.iterdir())}

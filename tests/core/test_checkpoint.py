@@ -28,14 +28,14 @@ EXPERTS = ["expert_0", "expert_1", "expert_2"]
 
 
 def on_disk(family: str, folder: Path, seed: int = 0) -> str:
-    """The tiny model of a family as a folder that its name can be loaded from; float32."""
+    """Write the tiny model of a family, in float32, into a folder, and return its path."""
     if not folder.exists():
         tiny(family, dtype=torch.float32, seed=seed).save_pretrained(folder)
     return str(folder)
 
 
 def saved_mixture(base: str, path: Path, *, routing: str = "final", mature: bool = False, seed: int = 1) -> DyLoRA_MoE:
-    """A mixture with random experts, gates and selection bias, written to ``path``."""
+    """Return a mixture with random experts, gates and selection bias that is saved in ``path``."""
     torch.manual_seed(seed)
     model = DyLoRA_MoE(base, 3, rank=4, routing=routing, top_k=2, temperature=0.8, z_loss_coefficient=0.01)
     stir(model, seed)
@@ -168,7 +168,7 @@ def test_a_loaded_base_model_can_be_given(tmp_path: Path) -> None:
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     with pytest.raises(
         CheckpointError,
-        match=r"was made on a base model in memory; pass that as model= \(on the command line: --base_model\)$",
+        match=r"was made on a base model in memory; pass that as `model` \(`base_model` on the command line\)$",
     ):
         DyLoRA_MoE.from_pretrained(tmp_path / "saved")
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_loads_in_another_dtype(tmp_path: Path) -> None:
     assert relative_error(loaded(IDS).logits.float(), model(IDS).logits) < 0.1
 
 
-def test_training_goes_on_after_loading(tmp_path: Path) -> None:
+def test_training_continues_after_loading(tmp_path: Path) -> None:
     """A step after loading is the step that the saved model would have made."""
     model = saved_mixture(on_disk("llama", tmp_path / "base"), tmp_path / "saved")
     loaded = DyLoRA_MoE.from_pretrained(tmp_path / "saved")
@@ -204,7 +204,7 @@ def test_weights_are_loaded_into_a_model_of_the_same_experts(tmp_path: Path, rou
     assert other.router.maturity == [1, 1, 1]
 
 
-# --- what cannot be read ---------------------------------------------------------------------------------------------
+# --- unreadable folders ----------------------------------------------------------------------------------------------
 
 
 def no_description(path: Path) -> None:
@@ -217,7 +217,7 @@ def description_cut_short(path: Path) -> None:
 
 
 def edited(**changes: object) -> Callable[[Path], None]:
-    """Changes values of the description; a dotted path is written with two underscores."""
+    """Return a function that changes values of the description; two underscores separate the parts of a path."""
 
     def damage(path: Path) -> None:
         description = json.loads((path / "dylo_moe.json").read_text())
@@ -264,7 +264,7 @@ def router_of_another_size(path: Path) -> None:
 
 
 DAMAGES = {
-    "no description": (no_description, "is no checkpoint of this program: it has no dylo_moe.json"),
+    "no description": (no_description, "is not a checkpoint of this program: it has no dylo_moe.json"),
     "description cut short": (description_cut_short, "dylo_moe.json cannot be read"),
     "description of nothing": (lambda path: (path / "dylo_moe.json").write_text("[]"), "dylo_moe.json cannot be read"),
     "a missing value": (lambda path: (path / "dylo_moe.json").write_text("{}"), "dylo_moe.json cannot be read: "),
@@ -312,7 +312,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no checkpoint of this program"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this program"):
         DyLoRA_MoE.from_pretrained(tmp_path / "nothing")
 
 
@@ -326,7 +326,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is another one"):
         DyLoRA_MoE.from_pretrained(tmp_path / "saved")
     shutil.rmtree(base)
-    with pytest.raises(CheckpointError, match=f"was in {base}, which is not there any more; .*--base_model"):
+    with pytest.raises(CheckpointError, match=f"was in {base}, which is not there any more; .*`base_model`"):
         DyLoRA_MoE.from_pretrained(tmp_path / "saved")
 
 
@@ -362,7 +362,7 @@ def test_weights_of_another_set_are_refused_whole(
     assert torch.equal(model(IDS).logits, before), "a refused load must leave the model as it was"
 
 
-# --- what cannot be written ------------------------------------------------------------------------------------------
+# --- failing writes --------------------------------------------------------------------------------------------------
 
 FULL_DISK = """
 import resource, signal, sys
@@ -392,7 +392,7 @@ for limit in sys.argv[2:]:
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path) -> None:
-    """A limit on the size of a file stands for the full disk: no byte fits, and then all but the weights."""
+    """Limit the size of files instead of filling the disk: first no byte fits, then everything but the weights."""
     base = on_disk("llama", tmp_path / "base")
     model = saved_mixture(base, tmp_path / "work" / "saved", mature=True)
     process = run(FULL_DISK, tmp_path / "work" / "saved", 0, 6000)
@@ -433,7 +433,7 @@ def test_an_exception_while_writing_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_last_step_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one fault that no real file system gives on demand: the new folder cannot be moved into place."""
+    """Fail the rename of the new folder, which no real file system does on demand."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "file").write_text("old")
     rename = Path.rename
@@ -483,7 +483,7 @@ def test_a_folder_is_replaced_where_none_can_be_renamed(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("step", ["rmtree", "copytree", "copyfile"])
-def test_a_copy_that_was_cut_off_is_taken_for_nothing_and_does_not_block(
+def test_an_interrupted_copy_is_ignored_and_does_not_block(
     tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*args: object, **options: object) -> None:
@@ -520,7 +520,7 @@ def test_given_weights_of_a_loaded_model_are_checked(tmp_path: Path) -> None:
         loaded(IDS, routing_weights=torch.ones(3, 10, 2))
 
 
-def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path: Path) -> None:
+def test_a_foreign_folder_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("three years of work")
     model = mixture()
@@ -539,7 +539,7 @@ def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_what_else_is_in_the_folder_survives_a_save(tmp_path: Path, in_place: bool) -> None:
+def test_other_files_in_the_folder_survive_a_save(tmp_path: Path, in_place: bool) -> None:
     folder, model = tmp_path / "results", mixture()
     (folder / "checkpoint-10").mkdir(parents=True)
     (folder / "checkpoint-10" / "optimizer.pt").write_text("of a Trainer")
@@ -552,7 +552,7 @@ def test_what_else_is_in_the_folder_survives_a_save(tmp_path: Path, in_place: bo
             log.flush()
             if name == "expert_0":
                 model.add_expert("sql")
-    assert (folder / "events").read_text() == "expert_0 sql ", "a file that is open goes on being the same"
+    assert (folder / "events").read_text() == "expert_0 sql ", "an open file stays the same"
     assert (folder / "checkpoint-10" / "optimizer.pt").read_text() == "of a Trainer"
     assert (folder / "notes.md").read_text() == "mine" and (folder / "link").is_symlink()
     assert sorted(path.name for path in (folder / "experts").iterdir()) == ["expert_0", "expert_1", "expert_2", "sql"]

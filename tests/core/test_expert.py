@@ -1,6 +1,8 @@
-"""Experts as PEFT adapters: where they sit, who is active, what trains, and what may be imported."""
+"""Experts as PEFT adapters: target modules, active and frozen experts, import and export."""
 
 import copy
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CodeGenConfig, CodeGenForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dylo_moe import ExpertManager
+from dylo_moe import DyLoRA_MoE, ExpertManager
 from dylo_moe.core.expert import count_parameters
 from dylo_moe.errors import ExpertError, ModelError
+from dylo_moe.expert_spec import ExpertSpec
 from families import FAMILIES, HIDDEN, LAYERS, TIED, mixture, relative_error, stir, tiny, token_ids
 
 IDS = token_ids(2, 8)
@@ -21,7 +24,7 @@ TOLERANCE = 1e-9
 
 
 def adapted(manager: ExpertManager, name: str) -> list[str]:
-    """The full names of the modules that an expert adapts."""
+    """Return the full names of the modules that an expert adapts."""
     marker = f".lora_A.{name}"
     prefix = "base_model.model."
     found = (module for module, _ in manager.peft_model.named_modules() if module.endswith(marker))
@@ -33,7 +36,7 @@ def kinds(manager: ExpertManager, name: str) -> set[str]:
 
 
 def trainable(model: nn.Module) -> set[str]:
-    """The experts of which some parameter trains; fails if one trains in part."""
+    """Return the experts that train; fail if one trains in part."""
     states: dict[str, set[bool]] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -42,7 +45,7 @@ def trainable(model: nn.Module) -> set[str]:
     return {name for name, state in states.items() if state == {True}}
 
 
-# --- where experts sit -----------------------------------------------------------------------------------------------
+# --- target modules --------------------------------------------------------------------------------------------------
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 AUTO = {
@@ -102,7 +105,7 @@ def test_a_model_without_the_usual_targets_is_refused_with_a_list_of_what_it_has
     assert kinds(manager, manager.create(target_modules=["qkv_proj"])) == {"qkv_proj"}
 
 
-def test_a_base_that_carries_adapters_already_is_refused() -> None:
+def test_a_base_that_has_adapters_already_is_refused() -> None:
     base = tiny()
     first = ExpertManager(base)
     first.create()
@@ -114,9 +117,8 @@ def test_a_base_that_carries_adapters_already_is_refused() -> None:
 
 
 def test_an_unknown_target_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(
-        ModelError, match=r"'q_prj' is no linear module of Llama.*o_proj, q_proj.*did you mean 'q_proj'\?"
-    ):
+    message = r"`target_modules` must be linear modules of Llama.*o_proj, q_proj.*got 'q_prj'; did you mean 'q_proj'\?"
+    with pytest.raises(ModelError, match=message):
         ExpertManager(tiny()).create(target_modules=["q_prj"])
 
 
@@ -163,10 +165,11 @@ def test_names_count_on_from_the_highest_and_keep_their_order() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "the rank of an expert must be at least 1, got 0"),
-        ({"rank": -4}, "the rank of an expert must be at least 1, got -4"),
-        ({"dropout": 1.0}, "dropout of an expert must be from 0 up to but not including 1, got 1.0"),
-        ({"dropout": -0.1}, "dropout of an expert must be from 0 up to but not including 1, got -0.1"),
+        ({"rank": 0}, "`rank` must be at least 1, got 0"),
+        ({"rank": -4}, "`rank` must be at least 1, got -4"),
+        ({"alpha": 0.0}, "`alpha` must be above 0, got 0.0"),
+        ({"dropout": 1.0}, "`dropout` must be from 0 up to but not including 1, got 1.0"),
+        ({"dropout": -0.1}, "`dropout` must be from 0 up to but not including 1, got -0.1"),
         ({"name": "expert_0"}, "there is an expert 'expert_0' already"),
         ({"name": "a.b"}, "an expert's name has letters, digits, _ and - only, got 'a.b'"),
         ({"name": "../a"}, "an expert's name has letters, .* got '../a'"),
@@ -191,11 +194,11 @@ def test_a_name_that_peft_would_mix_up_with_a_module_is_refused(name: str) -> No
         mixture().add_expert(name, rank=4)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
-def test_initialisations_leave_the_base_and_the_old_experts_as_they_are(init: bool | str) -> None:
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
+def test_initializations_leave_the_base_and_the_old_experts_as_they_are(init: str) -> None:
     model = mixture(dtype=torch.float32)
     old, before = list(model.experts.names), model(IDS).logits
-    model.add_expert("new", rank=4, init_lora_weights=init)
+    model.add_expert("new", rank=4, init=init)
     with model.base_only():
         assert torch.equal(model(IDS).logits, tiny(dtype=torch.float32)(IDS).logits)
     model.experts.set_active(old)
@@ -206,16 +209,28 @@ def test_initialisations_leave_the_base_and_the_old_experts_as_they_are(init: bo
     ("init", "rank"),
     [("olora", 4), ("pissa", 4), ("nonsense", 4), ("orthogonal", 3)],  # PEFT: orthogonal needs an even rank
 )
-def test_an_initialisation_that_cannot_be_is_refused(init: str, rank: int) -> None:
+def test_an_impossible_initialization_is_refused(init: str, rank: int) -> None:
     model = mixture(dtype=torch.float32)
     before = model(IDS).logits
     modules = [name for name, _ in model.named_modules()]
     with pytest.raises(ExpertError, match=init):
-        model.add_expert(init_lora_weights=init, rank=rank)
+        model.add_expert(init=init, rank=rank)
     assert [name for name, _ in model.named_modules()] == modules
     assert torch.equal(model(IDS).logits, before)
     with model.base_only():
         assert torch.equal(model(IDS).logits, tiny(dtype=torch.float32)(IDS).logits)
+
+
+def test_pissa_for_a_single_expert_is_refused() -> None:
+    """PiSSA divides the components of the base among all experts of a new mixture."""
+    with pytest.raises(ExpertError, match="`init` pissa divides"):
+        mixture().add_expert(init="pissa")
+
+
+def test_a_mixture_has_the_defaults_of_the_spec() -> None:
+    defaults = inspect.signature(DyLoRA_MoE.__init__).parameters
+    for field in dataclasses.fields(ExpertSpec):
+        assert defaults[field.name].default == field.default
 
 
 @pytest.mark.parametrize("method", ["set_active", "freeze", "unfreeze", "num_parameters"])
@@ -241,6 +256,38 @@ def test_without_an_expert_the_base_is_frozen_and_there_is_nothing_to_use() -> N
     for attribute in ("peft_model", "routing_state"):
         with pytest.raises(ExpertError, match="there is no expert yet; create or import one first"):
             getattr(manager, attribute)
+
+
+# --- experts and the router's columns --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["created", "imported"])
+def test_an_expert_that_the_manager_adds_gets_a_column_of_the_router(tmp_path: Path, how: str) -> None:
+    model = mixture()
+    before = model(IDS)
+    if how == "created":
+        model.experts.create("sql", rank=4)
+    else:
+        foreign_adapter(tmp_path / "sql")
+        model.experts.import_adapter(tmp_path / "sql")
+    assert model.experts.names[-1] == "sql" and model.router.num_experts == len(model.experts) == 4
+    after = model(IDS)
+    assert after.routing_weights.shape[-1] == 4
+    torch.testing.assert_close(after.router_logits[..., :3], before.router_logits)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = DyLoRA_MoE.from_pretrained(tmp_path / "saved", tiny())
+    loaded.router.double()
+    assert loaded.experts.names == model.experts.names
+    assert relative_error(loaded(IDS).logits, after.logits) < 1e-6
+    loaded.experts.create()
+    assert loaded.router.num_experts == 5 and loaded(IDS).routing_weights.shape[-1] == 5
+
+
+def test_a_copy_grows_its_own_router() -> None:
+    model = mixture()
+    copied = copy.deepcopy(model)
+    copied.experts.create()
+    assert (copied.router.num_experts, model.router.num_experts) == (4, 3)
 
 
 # --- active and frozen -----------------------------------------------------------------------------------------------
@@ -322,7 +369,7 @@ def test_a_frozen_expert_stays_frozen_after_peft_disabled_adapters() -> None:
 
 
 def foreign_adapter(folder: Path, *, family: str = "llama", **options: object) -> tuple[Path, Tensor]:
-    """An adapter that plain PEFT trained for a step and saved, and its logits; nothing of this package in it."""
+    """Return an adapter that PEFT alone trained for a step and saved, and its logits."""
     options = {"r": 5, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"], **options}
     torch.manual_seed(9)
     model = get_peft_model(tiny(family), LoraConfig(task_type="CAUSAL_LM", **options))
@@ -423,7 +470,7 @@ def test_weights_of_another_shape_are_refused_whole(tmp_path: Path, options: dic
 
 
 def wrong_shapes(folder: Path) -> None:
-    """The last tensor is a column short, so that those before it would already be loaded when it fails."""
+    """Cut a column off the last tensor, so that those before it would be loaded already when it fails."""
     weights = load_file(folder / "adapter_model.safetensors")
     last = max(weights)
     save_file({**weights, last: weights[last][:, 1:].contiguous()}, folder / "adapter_model.safetensors")
@@ -474,7 +521,7 @@ REFUSED: dict[str, object] = {
     "below the prefix": {"layers_to_transform": [0, 1]},
     "a copy of the head": {"modules_to_save": ["lm_head"]},
     "biases of the base": {"family": "gpt2", "target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"},
-    "tokens of its own": {"trainable_token_indices": [3, 4]},
+    "its own tokens": {"trainable_token_indices": [3, 4]},
     "wrong shapes": wrong_shapes,
     "a missing tensor": missing_tensor,
     "another model": another_model,
@@ -489,7 +536,7 @@ REFUSED: dict[str, object] = {
 @pytest.mark.parametrize("why", REFUSED)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 @pytest.mark.filterwarnings(
-    "ignore:Adapter '.*'. 3 LoRA tensor.s. have invalid shape",  # PEFT's mistake about lora_bias
+    "ignore:Adapter '.*'. 3 LoRA tensor.s. have invalid shape",  # PEFT is wrong about lora_bias
     "ignore:Found missing adapter keys",
     "ignore:Adapter .* was active which is now deleted",
     "ignore:Could not find a config file in",  # PEFT 0.19 looks for the base model of the other adapter

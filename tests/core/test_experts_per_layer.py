@@ -1,4 +1,4 @@
-"""Layers that carry some of the experts: each routes among its own, against a slow reference in float64."""
+"""Layers that carry some of the experts: each routes among its own, compared with a slow reference in float64."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_blocks_are_of_about_equal_size_and_in_any_order() -> None:
 
 
 def softmax_of(logits: Tensor, count: int, top_k: int | None, bias: Tensor) -> list[float]:
-    """The weights of one token among the first ``count`` experts, in plain Python."""
+    """Return the weights of one token among the first ``count`` experts, in plain Python."""
     among = list(range(count))
     if top_k is not None:
         among = sorted(among, key=lambda expert: float(logits[expert] + bias[expert]), reverse=True)[:top_k]
@@ -102,7 +102,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(saving[name], gradient, rtol=1e-10, atol=1e-14, msg=name)
 
 
-def test_weights_sum_to_1_and_a_gate_leaves_out_what_its_layer_has_not() -> None:
+def test_weights_sum_to_1_and_are_0_for_experts_that_a_layer_lacks() -> None:
     model = blocks_of().train()
     output = model(token_ids(2, 7), labels=token_ids(2, 7))
     torch.testing.assert_close(output.routing_weights.sum(dim=-1), torch.ones_like(output.routing_weights[..., 0]))
@@ -141,7 +141,7 @@ def test_it_survives_saving_and_a_later_expert_is_in_every_layer(tmp_path: Path)
     assert carried(grown) == carried(loaded)
 
 
-def test_some_active_experts_route_where_they_are() -> None:
+def test_active_experts_are_routed_among_in_the_layers_that_have_them() -> None:
     model = blocks_of().train()
     model.experts.set_active(["expert_1", "expert_3"])
     output = model(token_ids(2, 7), labels=token_ids(2, 7))
@@ -170,15 +170,15 @@ def test_losses_count_the_experts_that_a_gate_has() -> None:
         ([1, 2], "numbers from 1 to the number of experts"),
         ([0, 3], "numbers from 1"),
         ([], "numbers from 1"),
-        ([3] * (LAYERS + 1), rf"at most one number a layer \({LAYERS}\), got {LAYERS + 1}"),
+        ([3] * (LAYERS + 1), rf"at most one number for each layer \({LAYERS}\), got {LAYERS + 1}"),
     ],
 )
-def test_blocks_that_cannot_be_are_refused(blocks: list[int], message: str) -> None:
+def test_impossible_blocks_are_refused(blocks: list[int], message: str) -> None:
     with pytest.raises(ExpertError, match=message):
         mixture("llama", "per_layer", experts_per_layer=blocks)
 
 
 @pytest.mark.parametrize("routing", ["final", "prefix:1"])
 def test_a_gate_that_layers_share_has_all_experts(routing: str) -> None:
-    with pytest.raises(ExpertError, match=f"--experts_per_layer needs --routing per_layer, got {routing}"):
+    with pytest.raises(ExpertError, match=f"`experts_per_layer` needs `routing` per_layer, got {routing}"):
         mixture("llama", routing, experts_per_layer=[1, 3])

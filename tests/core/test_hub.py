@@ -1,4 +1,4 @@
-"""Mixtures, bases and adapters by their Hub ids; and that nothing local is ever asked of the Hub."""
+"""Mixtures, base models and adapters by their Hub ids; the Hub is never asked for local ones."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_a_mixture_and_its_base_come_from_the_hub_at_revisions(
     for revision, folder in ((None, NEW), ("v1", OLD), (OLD, OLD)):
         gates = DyLoRA_MoE.from_pretrained("user/mixture", revision=revision).router.gates[0]
         assert torch.equal(gates, DyLoRA_MoE.from_pretrained(tmp_path / folder).router.gates[0])
-    # a folder of the cache is called as the Hub calls it, at its commit
+    # a folder of the cache gets its Hub id and commit
     model = DyLoRA_MoE(str(base), 1, rank=2)
     assert (model.base_name, model.revision) == ("user/base", OLD)
     model.save_pretrained(tmp_path / "mixture")
@@ -92,12 +92,12 @@ def test_names_of_bases() -> None:
 
 
 def test_the_embedded_model_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dylo_moe.core.base_model._embedded_folder", lambda: tmp_path / "base")
+    monkeypatch.setattr("dylo_moe.core.base_model.embedded_folder", lambda: tmp_path / "base")
     base = write_tiny_folder(tmp_path / "base")
     assert DyLoRA_MoE(str(base), 1, rank=2).base_name == "demo"
 
 
-# --- nothing local is asked of the Hub -------------------------------------------------------------------------------
+# --- local names do not reach the Hub --------------------------------------------------------------------------------
 
 LOCAL = ("/nowhere/base", "./nowhere", "../nowhere", "~/nowhere", "models/of/mine", "a\\b")
 LOADERS: dict[str, Callable[[str], object]] = {
@@ -117,7 +117,7 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(
     name: str, load: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = note_questions(monkeypatch)
-    with pytest.raises(DyLoRAError, match=r"there is no folder|is no checkpoint") as refused:
+    with pytest.raises(DyLoRAError, match=r"there is no folder|is not a checkpoint") as refused:
         LOADERS[load](name)
     assert isinstance(refused.value, ModelError | CheckpointError | ExpertError)
     assert not asked and "\n" not in str(refused.value)
@@ -141,7 +141,7 @@ def test_a_folder_is_loaded_without_the_hub(tmp_path: Path, monkeypatch: pytest.
     assert not asked
 
 
-def test_the_guard_sees_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_sees_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = note_questions(monkeypatch)
     with pytest.raises(CheckpointError, match="the Hub cannot be reached"):
         folder_of("user/sql")

@@ -1,4 +1,4 @@
-"""How experts begin: nothing changes at first, the base never does, and each expert is another one."""
+"""How experts start: the mixture equals the base, the base never changes, and no two experts are equal."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from dylo_moe import DyLoRA_MoE
 from dylo_moe.errors import ExpertError
 from families import gradients, relative_error, tiny, token_ids
 
-INITIALISATIONS = ("default", "gaussian", "orthogonal", "eva", "pissa")
+INITIALIZATIONS = ("default", "gaussian", "orthogonal", "eva", "pissa")
 
 
-def begun(init: str, family: str = "llama", *, base: Any = None, **options: Any) -> DyLoRA_MoE:
+def started(init: str, family: str = "llama", *, base: Any = None, **options: Any) -> DyLoRA_MoE:
     torch.manual_seed(4)
     base = tiny(family) if base is None else base
     options = {"num_experts": 2, "rank": 4, "routing": "prefix:1", **options}
@@ -40,12 +40,12 @@ def plain_state(base: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("init", INITIALISATIONS)
-def test_the_base_stays_as_it_is_and_the_mixture_begins_as_the_base(init: str, family: str) -> None:
+@pytest.mark.parametrize("init", INITIALIZATIONS)
+def test_the_base_stays_as_it_is_and_the_mixture_starts_as_the_base(init: str, family: str) -> None:
     base = tiny(family)
     before, ids = plain_state(base), token_ids(2, 9)
     logits = base(ids).logits
-    model = begun(init, family, base=base)
+    model = started(init, family, base=base)
     after = plain_state(model.experts.base_model)
     assert before.keys() == after.keys()
     for name, parameter in before.items():
@@ -54,9 +54,9 @@ def test_the_base_stays_as_it_is_and_the_mixture_begins_as_the_base(init: str, f
     assert relative_error(model(ids).logits, logits) < (1e-6 if init == "orthogonal" else 1e-12)
 
 
-@pytest.mark.parametrize("init", INITIALISATIONS)
-def test_every_expert_gets_gradients_and_none_begins_as_another(init: str) -> None:
-    model = begun(init).train()
+@pytest.mark.parametrize("init", INITIALIZATIONS)
+def test_every_expert_gets_gradients_and_no_two_start_equal(init: str) -> None:
+    model = started(init).train()
     ids = token_ids(2, 9)
     model(ids, labels=ids).loss.backward()
     found = gradients(model)
@@ -71,13 +71,13 @@ def test_every_expert_gets_gradients_and_none_begins_as_another(init: str) -> No
 
 
 def directions(matrix: Tensor) -> Tensor:
-    """An orthonormal basis of the rows."""
+    """Return an orthonormal basis of the rows."""
     _, values, rows = torch.linalg.svd(matrix.detach(), full_matrices=False)
     return rows[values > 1e-8 * values[0]]
 
 
 def test_eva_deals_out_the_principal_directions_of_the_inputs() -> None:
-    model = begun("eva")
+    model = started("eva")
     layer = model.experts.base_model.model.layers[1].self_attn.q_proj
     inputs = []
     hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
@@ -97,8 +97,8 @@ def test_eva_deals_out_the_principal_directions_of_the_inputs() -> None:
 
 
 def test_eva_leaves_padding_out() -> None:
-    def begun_from(width: int) -> Tensor:
-        model = begun("default")
+    def started_from(width: int) -> Tensor:
+        model = started("default")
         batches = []
         for batch in data():
             junk = torch.full((4, width), 7)
@@ -108,13 +108,13 @@ def test_eva_leaves_padding_out() -> None:
         model.initialise_eva(batches)
         return model.get_parameter("model.base_model.model.model.layers.2.self_attn.q_proj.lora_A.expert_0.weight")
 
-    torch.testing.assert_close(begun_from(0).abs(), begun_from(5).abs(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(started_from(0).abs(), started_from(5).abs(), rtol=1e-3, atol=1e-4)
 
 
 def test_pissa_trains_from_the_principal_components_against_a_constant() -> None:
-    """A slow reference: ``W - s B0 A0`` frozen, ``B A`` from ``B0 A0``, one SGD step, for the expert alone."""
-    model = begun("pissa", rank=3, alpha=5.0)
-    assert model.experts.held == {"expert_0", "expert_1"}
+    """Compare with ``B0 A0`` of a full SVD, dealt out to the experts in turn."""
+    model = started("pissa", rank=3, alpha=5.0)
+    assert model.experts.pissa_experts == {"expert_0", "expert_1"}
     layer = model.experts.base_model.model.layers[1].self_attn.o_proj
     weight, scaling = layer.base_layer.weight, layer.scaling["expert_1"]
     assert scaling == pytest.approx(5.0 / 3)
@@ -133,36 +133,36 @@ def test_pissa_trains_from_the_principal_components_against_a_constant() -> None
     assert down.grad[:3].any() and up.grad[:, :3].any()
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD], ids=["adamw", "sgd"])
-def test_the_constant_of_pissa_never_moves(optimizer: type[torch.optim.Optimizer]) -> None:
-    model = begun("pissa").train()
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD], ids=["adamw", "sgd"])
+def test_the_constant_of_pissa_never_moves(optimizer_class: type[torch.optim.Optimizer]) -> None:
+    model = started("pissa").train()
     chosen = [p for p in model.parameters() if p.requires_grad]
-    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {"weight_decay": 0.0}
-    optimiser = optimizer(chosen, lr=1e-2, **options)
+    options = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {"weight_decay": 0.0}
+    optimizer = optimizer_class(chosen, lr=1e-2, **options)
     layer = model.experts.base_model.model.layers[2].self_attn.v_proj
     before = layer.lora_A["expert_0"].weight.detach().clone()
     for seed in range(3):
         ids = token_ids(2, 9, seed)
         model(ids, labels=ids).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     after = layer.lora_A["expert_0"].weight
     assert torch.equal(after[4:], before[4:])
     assert not torch.equal(after[:4], before[:4])
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("init", INITIALISATIONS)
+@pytest.mark.parametrize("init", INITIALIZATIONS)
 def test_a_trained_expert_is_exported_as_a_plain_adapter_that_is_the_same(
     init: str, rslora: bool, tmp_path: Path
 ) -> None:
-    model = begun(init, use_rslora=rslora).train()
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model = started(init, use_rslora=rslora).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     ids = token_ids(2, 9)
     for _ in range(2):
         model(ids, labels=ids).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     model.eval().experts.export("expert_1", tmp_path / "adapter")
     model.experts.set_active("expert_1")
     logits = model(ids).logits
@@ -177,18 +177,18 @@ def test_a_trained_expert_is_exported_as_a_plain_adapter_that_is_the_same(
 
 
 def test_parameters_that_train_are_counted_without_the_constant() -> None:
-    assert begun("pissa").num_trainable_parameters() == begun("default").num_trainable_parameters()
+    assert started("pissa").num_trainable_parameters() == started("default").num_trainable_parameters()
 
 
 @pytest.mark.parametrize(
     ("init", "options", "message"),
     [
-        ("pissa", {"rank": 9}, "--init pissa deals out num_experts x lora_r = 18 components"),
-        ("eva", {"rank": 9}, "--init eva needs inputs of a width of 2 x num_experts x lora_r = 36"),
-        ("eva", {"rank": 17}, "--init eva needs batches of 68 tokens"),
-        ("olora", {}, "init_lora_weights must leave the base as it is"),
+        ("pissa", {"rank": 9}, "`init` pissa needs `num_experts` x `rank` = 18 components"),
+        ("eva", {"rank": 9}, "`init` eva needs inputs of a width of 2 x `num_experts` x `rank` = 36"),
+        ("eva", {"rank": 17}, "`init` eva needs batches of 68 tokens"),
+        ("olora", {}, "`init` must be one of default, gaussian, orthogonal, pissa, got 'olora'"),
     ],
 )
-def test_what_cannot_begin_is_refused(init: str, options: dict[str, int], message: str) -> None:
+def test_impossible_starts_are_refused(init: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(ExpertError, match=message):
-        begun(init, **options)
+        started(init, **options)

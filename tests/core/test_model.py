@@ -1,4 +1,4 @@
-"""The whole model: what trains, what the loss is, and that batches, padding, precision and copies change nothing."""
+"""The whole model: trained parameters, losses, and independence of batches, padding, precision and copies."""
 
 import copy
 import hashlib
@@ -39,16 +39,16 @@ IDS = token_ids(2, 8)
 
 
 def labels_for(ids: Tensor, mask: Tensor) -> Tensor:
-    """Labels of a batch whose rows begin with a prompt of two tokens, which carries no loss."""
+    """Return labels of a batch whose rows start with a prompt of two tokens without a loss."""
     prompt = mask.cumsum(dim=1) <= 2
     return ids.masked_fill((mask == 0) | prompt, -100)
 
 
-# --- what trains -----------------------------------------------------------------------------------------------------
+# --- trained parameters ----------------------------------------------------------------------------------------------
 
 
 def base_checksum(model: DyLoRA_MoE) -> str:
-    """Of every parameter and buffer that is neither of an expert nor of the router."""
+    """Return a checksum of every parameter and buffer that belongs to neither an expert nor the router."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if ".lora_" not in name and not name.startswith("router."):
@@ -93,8 +93,8 @@ def test_a_frozen_expert_does_not_move() -> None:
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
-def loss_by_hand(logits: Tensor, labels: Tensor, smoothing: float) -> float:
-    """Token by token: the labelled token's share of nats, and an even share over the vocabulary."""
+def slow_loss(logits: Tensor, labels: Tensor, smoothing: float) -> float:
+    """Return the smoothed cross-entropy in nats, token by token."""
     total, count = 0.0, 0
     for row in range(labels.shape[0]):
         for position in range(1, labels.shape[1]):
@@ -107,8 +107,8 @@ def loss_by_hand(logits: Tensor, labels: Tensor, smoothing: float) -> float:
     return total / count
 
 
-def router_losses_by_hand(router_logits: Tensor, mask: Tensor, top_k: int) -> tuple[float, float]:
-    """Balance and z loss, gate by gate and token by token."""
+def slow_router_losses(router_logits: Tensor, mask: Tensor, top_k: int) -> tuple[float, float]:
+    """Return the balance loss and the z-loss, gate by gate and token by token."""
     balances, zs = [], []
     experts = router_logits.shape[-1]
     for gate in router_logits:
@@ -126,13 +126,13 @@ def router_losses_by_hand(router_logits: Tensor, mask: Tensor, top_k: int) -> tu
 @EVERY_ROUTING
 @SMOOTHING
 @pytest.mark.parametrize("training", [True, False])
-def test_the_loss_is_the_sum_of_its_parts_by_hand(routing: str, smoothing: float, training: bool) -> None:
+def test_the_loss_is_the_sum_of_its_parts(routing: str, smoothing: float, training: bool) -> None:
     model = mixture(routing=routing, num_experts=4, **COEFFICIENTS).train(training)
     ids, mask = padded(ROWS[:4], "right")
     labels = labels_for(ids, mask)
     output = model(ids, mask, labels, label_smoothing=smoothing)
-    balance, z = router_losses_by_hand(output.router_logits.detach(), mask, top_k=2)
-    assert output.lm_loss.item() == pytest.approx(loss_by_hand(output.logits.detach(), labels, smoothing), rel=1e-9)
+    balance, z = slow_router_losses(output.router_logits.detach(), mask, top_k=2)
+    assert output.lm_loss.item() == pytest.approx(slow_loss(output.logits.detach(), labels, smoothing), rel=1e-9)
     assert output.balance_loss.item() == pytest.approx(balance, rel=1e-9)
     assert output.z_loss.item() == pytest.approx(z, rel=1e-9)
     assert output.aux_loss.item() == pytest.approx(0.3 * balance + 0.05 * z, rel=1e-9)
@@ -185,7 +185,7 @@ def test_eight_micro_batches_of_one_are_one_batch_of_eight(routing: str, smoothi
     load = expert_load(whole.router_logits, mask, model.router.top_k)
     total = 0.0
     for row in range(len(ROWS)):
-        cut = slice(0, int(mask[row].sum()) + row % 3)  # each micro-batch is padded to a length of its own
+        cut = slice(0, int(mask[row].sum()) + row % 3)  # each micro-batch is padded to its own length
         part = model(
             ids[row : row + 1, cut],
             mask[row : row + 1, cut],
@@ -291,7 +291,7 @@ def test_gradient_checkpointing_can_be_ended_and_refuses_what_would_lose_gradien
     model.gradient_checkpointing_enable()
     model.gradient_checkpointing_disable()
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    with pytest.raises(RoutingError, match="checkpointing needs use_reentrant=False here, got True"):
+    with pytest.raises(RoutingError, match=r"`use_reentrant` must be False .*, got True"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
@@ -322,7 +322,7 @@ def test_a_new_expert_leaves_the_old_ones_as_they_were(routing: str, mature: boo
     else:  # the new expert is zero still, so each layer's input is the old one's only in the first
         assert relative_error((shares / shares.sum(dim=-1, keepdim=True))[0], dense[0]) < TOLERANCE
 
-    stir(model.model.base_model, seed=2)  # the values that ``mixture`` gave the old ones, and some to the new one
+    stir(model.model.base_model, seed=2)  # the values that ``mixture`` gave the old experts, and some for the new one
     for name, value in parameters.items():
         if name in now:
             now[name].data.copy_(value)
@@ -335,7 +335,7 @@ def test_a_new_expert_leaves_the_old_ones_as_they_were(routing: str, mature: boo
 
 
 @EVERY_ROUTING
-def test_sparse_routing_begins_exactly_when_all_are_mature_and_the_model_evaluates(routing: str) -> None:
+def test_routing_is_sparse_exactly_when_all_are_mature_and_the_model_evaluates(routing: str) -> None:
     model = mixture(routing=routing)
     for mature in (["expert_0"], ["expert_0", "expert_2"], ["expert_0", "expert_1", "expert_2"]):
         model.set_maturity(0)
@@ -361,7 +361,7 @@ def test_selection_bias_changes_the_choice_but_not_the_ratios() -> None:
 
 def test_maturity_is_checked() -> None:
     model = mixture()
-    with pytest.raises(RoutingError, match=r"maturity must be 0 \(young\) or 1 \(mature\), got 2"):
+    with pytest.raises(RoutingError, match=r"`maturity` must be 0 \(young\) or 1 \(mature\), got 2"):
         model.set_maturity(2)
     with pytest.raises(ExpertError, match=r"no expert 'exprt_1' .* did you mean 'expert_"):
         model.set_maturity(1, ["exprt_1"])
@@ -381,7 +381,7 @@ def test_parameters_are_counted() -> None:
 @EVERY_ROUTING
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 def test_bfloat16_routes_in_float32_and_is_near_the_float32_model(family: str, routing: str, how: str) -> None:
-    rounded = tiny(family, dtype=torch.bfloat16)  # both models have the weights that bfloat16 can hold
+    rounded = tiny(family, dtype=torch.bfloat16)  # both models have weights that are exact in bfloat16
     exact = mixture(family, routing, dtype=torch.float32, **COEFFICIENTS)
     exact.experts.base_model.load_state_dict(rounded.state_dict(), strict=False)
     for name, parameter in exact.experts.base_model.named_parameters():
@@ -444,7 +444,7 @@ def test_an_exception_in_a_forward_leaves_nothing_behind(routing: str, training:
 
 @EVERY_ROUTING
 def test_a_model_that_generated_in_inference_mode_trains_afterwards(routing: str) -> None:
-    model = mixture(routing=routing, rank=7, alpha=5)  # a shape that no other test has used, were any of it kept
+    model = mixture(routing=routing, rank=7, alpha=5)  # a shape of no other test, in case tensors are cached
     with torch.inference_mode():
         model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=PAD)
     model.train()(IDS, labels=IDS).loss.backward()
@@ -498,8 +498,8 @@ def test_a_deep_copy_routes_independently(routing: str) -> None:
         ({"num_experts": 2, "top_k": 3}, RoutingError, r"`top_k` must be from 1 to the number of experts \(2\), got 3"),
         ({"num_experts": 0}, RoutingError, "`num_experts` must be at least 1, got 0"),
         ({"temperature": 0.0}, RoutingError, "`temperature` must be above 0, got 0.0"),
-        ({"rank": -1}, ExpertError, "the rank of an expert must be at least 1, got -1"),
-        ({"dropout": 1.5}, ExpertError, "the dropout of an expert must be from 0 .* got 1.5"),
+        ({"rank": -1}, ExpertError, "`rank` must be at least 1, got -1"),
+        ({"dropout": 1.5}, ExpertError, "`dropout` must be from 0 .* got 1.5"),
         (
             {"routing": "lst"},
             RoutingError,
@@ -509,7 +509,7 @@ def test_a_deep_copy_routes_independently(routing: str) -> None:
         (
             {"target_modules": ["c_attn"]},
             ModelError,
-            "'c_attn' is no linear module of LlamaForCausalLM, which has: down_",
+            r"`target_modules` must be linear modules of LlamaForCausalLM \(down_.*\), got 'c_attn'",
         ),
     ],
 )

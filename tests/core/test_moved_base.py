@@ -1,4 +1,4 @@
-"""A mixture whose base model is not where it was when the mixture was made."""
+"""A mixture whose base model has been moved since the mixture was made."""
 
 import json
 import shutil
@@ -19,14 +19,14 @@ IDS = token_ids(1, 6)
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A folder with ``base`` and ``mixture``."""
+    """Return a folder with ``base`` and ``mixture``."""
     (tmp_path / "here").mkdir()
     base = write_tiny_folder(tmp_path / "here" / "base")
     DyLoRA_MoE(str(base), 2, rank=2, routing="prefix:1").save_pretrained(tmp_path / "here" / "mixture")
     return tmp_path / "here"
 
 
-def said_of_base(mixture: Path) -> dict[str, str]:
+def base_entry(mixture: Path) -> dict[str, str]:
     found: dict[str, str] = json.loads((mixture / "dylo_moe.json").read_text())["base_model"]
     return found
 
@@ -38,8 +38,8 @@ def test_a_relative_path_works_from_anywhere(
     monkeypatch.chdir(made)
     model = DyLoRA_MoE(name, 2, rank=2)
     model.save_pretrained("relative")
-    assert said_of_base(made / "relative")["name"] == str(made / "base")
-    assert said_of_base(made / "relative")["from_here"] == "../base"
+    assert base_entry(made / "relative")["name"] == str(made / "base")
+    assert base_entry(made / "relative")["from_here"] == "../base"
     monkeypatch.chdir(tmp_path)
     assert DyLoRA_MoE.from_pretrained("here/relative").base_name == str(made / "base")
     monkeypatch.chdir("/")
@@ -54,13 +54,13 @@ def test_moved_together_they_find_each_other(made: Path, tmp_path: Path) -> None
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, wanted)
     loaded.save_pretrained(tmp_path / "again")
-    assert said_of_base(tmp_path / "again")["name"] == str(tmp_path / "there" / "base")
+    assert base_entry(tmp_path / "again")["name"] == str(tmp_path / "there" / "base")
 
 
 def test_with_skills_they_find_each_other_too(made: Path, tmp_path: Path) -> None:
     model = DyLoRA_MoE.from_pretrained(made / "mixture")
     save_with_skills(model, SkillLibrary(model.router.hidden_size), made / "skills")
-    assert said_of_base(made / "skills")["from_here"] == "../base"
+    assert base_entry(made / "skills")["from_here"] == "../base"
     made.rename(tmp_path / "there")
     DyLoRA_MoE.from_pretrained(tmp_path / "there" / "skills")
     rename_expert(tmp_path / "there" / "skills", "expert_0", "sql")
@@ -69,12 +69,12 @@ def test_with_skills_they_find_each_other_too(made: Path, tmp_path: Path) -> Non
 def test_a_base_that_is_gone_is_one_line_that_names_the_flag(made: Path, tmp_path: Path) -> None:
     (made / "base").rename(tmp_path / "elsewhere")
     for load in (DyLoRA_MoE.from_pretrained, lambda path: rename_expert(path, "expert_0", "sql")):
-        with pytest.raises(CheckpointError, match=r"was in .*/here/base, which is not there any more; .*--base_model"):
+        with pytest.raises(CheckpointError, match=r"was in .*/here/base, which is not there any more; .*`base_model`"):
             load(made / "mixture")
     loaded = DyLoRA_MoE.from_pretrained(made / "mixture", str(tmp_path / "elsewhere"))
     assert loaded.base_name == str(tmp_path / "elsewhere")
     rename_expert(made / "mixture", "expert_0", "sql", str(tmp_path / "elsewhere"))
-    with pytest.raises(ModelError, match=r"there is no folder '\./gone'; check --base_model"):
+    with pytest.raises(ModelError, match=r"there is no folder '\./gone'; check `base_model`"):
         DyLoRA_MoE.from_pretrained(made / "mixture", "./gone")
 
 
@@ -98,7 +98,7 @@ def test_another_base_is_refused(made: Path, tmp_path: Path) -> None:
         DyLoRA_MoE.from_pretrained(made / "mixture", str(other))
 
 
-def test_an_expert_of_pissa_is_known_as_such_when_it_is_loaded(made: Path, tmp_path: Path) -> None:
+def test_a_pissa_expert_is_still_one_after_loading(made: Path, tmp_path: Path) -> None:
     model = DyLoRA_MoE(str(made / "base"), 2, rank=2, init="pissa")
     model.save_pretrained(tmp_path / "pissa")
     loaded = DyLoRA_MoE.from_pretrained(tmp_path / "pissa").train()

@@ -1,4 +1,4 @@
-"""Exported experts: what a tool that scales by ``lora_alpha / r`` makes of them is what the expert adds."""
+"""Exported experts: a tool that scales by ``lora_alpha / r`` adds the same as the expert."""
 
 import json
 import math
@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 def adapter(folder: Path, family: str = "llama", **options: object) -> Path:
-    """An adapter that plain PEFT made and saved."""
+    """Return the folder of an adapter that PEFT alone made and saved."""
     targets = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "v_proj", "o_proj"]
     config = LoraConfig(task_type="CAUSAL_LM", **{"r": 5, "lora_alpha": 7, "target_modules": targets, **options})
     torch.manual_seed(9)
@@ -85,7 +85,7 @@ def test_a_plain_adapter_keeps_its_bits(tmp_path: Path) -> None:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "peft" / file).read_bytes()
 
 
-def test_where_a_whole_alpha_says_it_all_the_weights_keep_their_bits(tmp_path: Path) -> None:
+def test_weights_keep_their_bits_if_an_integer_alpha_fits(tmp_path: Path) -> None:
     source = adapter(tmp_path / "sql", **KINDS["rsLoRA, whole"])
     exported(source, tmp_path / "out")
     before, after = load_file(weights_of(source)), load_file(weights_of(tmp_path / "out"))
@@ -93,7 +93,7 @@ def test_where_a_whole_alpha_says_it_all_the_weights_keep_their_bits(tmp_path: P
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 12  # 6 / sqrt(4) * 4
 
 
-def test_by_hand() -> None:
+def test_a_worked_example() -> None:
     down, up = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])
     prefix = "base_model.model.layers.0.up"
     weights = {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
@@ -124,7 +124,7 @@ def test_a_mixture_keeps_the_scaling_that_it_trains_with(tmp_path: Path) -> None
     assert said["use_rslora"] is True
 
 
-def test_weights_that_are_scaled_otherwise_are_not_put_into_an_expert(tmp_path: Path) -> None:
+def test_weights_of_another_scaling_are_not_loaded_into_an_expert(tmp_path: Path) -> None:
     model = mixture(use_rslora=True, rank=5, alpha=3)
     model.experts.export("expert_0", tmp_path / "out")
     before = model(IDS).logits
@@ -161,13 +161,13 @@ PARTS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "
 
 
 def as_llama_cpp_rotates(rows: Tensor, heads: int) -> Tensor:
-    """Its order of the rows of queries and keys: halves of a head one after the other become pairs."""
+    """Return rows of queries and keys in the order of llama.cpp: the two halves of a head are interleaved."""
     return rows.reshape(heads, 2, -1, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
 
 @needs_converter
 @pytest.mark.parametrize("kind", ["plain", "rsLoRA", "rsLoRA, whole", "patterns", "both", "pissa"])
-def test_what_llama_cpp_reads_adds_the_same(tmp_path: Path, kind: str) -> None:
+def test_an_export_adds_the_same_in_llama_cpp(tmp_path: Path, kind: str) -> None:
     gguf = pytest.importorskip("gguf")
     base = write_tiny_folder(tmp_path / "base")
     if kind == "pissa":

@@ -1,4 +1,4 @@
-"""Experts on a base in 4 or 8 bits, where bitsandbytes runs; and what is said where it does not."""
+"""Experts on a base in 4 or 8 bits if bitsandbytes runs, and the errors if it does not."""
 
 import importlib.util
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_without_bitsandbytes_the_flag_and_the_remedy_are_named(
     folder: Path, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantised, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(ModelError, match=f"--load_in_{bits}bit needs bitsandbytes.*pip install") as raised:
+    with pytest.raises(ModelError, match=f"`bits`={bits} .*needs bitsandbytes.*pip install") as raised:
         load_base_model(str(folder), bits=bits)
     assert "\n" not in str(raised.value)
 
@@ -45,18 +45,18 @@ def test_without_bitsandbytes_the_flag_and_the_remedy_are_named(
 def test_without_a_device_that_can_the_flag_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantised, "is_bitsandbytes_available", lambda: True)
     monkeypatch.setattr(quantised, "validate_bnb_backend_availability", lambda: False)
-    with pytest.raises(ModelError, match=r"--load_in_8bit: .* supports none of this machine's devices"):
+    with pytest.raises(ModelError, match=r"`bits`=8 .* supports none of this machine's"):
         load_base_model(str(folder), bits=8)
 
 
 def test_other_bits_are_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="4 or 8 bits, got 3"):
+    with pytest.raises(ModelError, match="`bits` must be 4 or 8, got 3"):
         load_base_model(str(folder), bits=3)
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
-def test_routed_experts_work_on_a_quantised_base(folder: Path, bits: int) -> None:
+def test_routed_experts_work_on_a_quantized_base(folder: Path, bits: int) -> None:
     model, plain = on(folder, bits), on(folder, None)
     ids = token_ids(2, 9)
     layer = model.experts.base_model.model.layers[2].self_attn.q_proj
@@ -74,17 +74,17 @@ def test_routed_experts_work_on_a_quantised_base(folder: Path, bits: int) -> Non
 @needs_bitsandbytes
 @pytest.mark.parametrize("init", ["default", "pissa"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_experts_train_on_a_quantised_base(folder: Path, bits: int, init: str, tmp_path: Path) -> None:
+def test_experts_train_on_a_quantized_base(folder: Path, bits: int, init: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = DyLoRA_MoE(str(folder), 2, rank=4, routing="prefix:1", bits=bits, init=init).train()
     base = {name: p.detach().clone() for name, p in model.named_parameters() if "base_layer" in name}
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids, losses = token_ids(4, 12), []
     for _ in range(5):
         loss = model(ids, labels=ids).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in base.items())
@@ -96,9 +96,9 @@ def test_experts_train_on_a_quantised_base(folder: Path, bits: int, init: str, t
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gradients_are_those_on_the_dequantised_base(folder: Path, bits: int) -> None:
+def test_gradients_are_those_on_the_dequantized_base(folder: Path, bits: int) -> None:
     model, plain_base = on(folder, bits), load_base_model(str(folder))
-    # of another copy: PEFT's function spoils an 8-bit layer on a CPU that has run before
+    # from another copy: on a CPU, PEFT's function breaks an 8-bit layer that has run before
     for name, module in load_base_model(str(folder), bits=bits).named_modules():
         if type(module).__module__.startswith("bitsandbytes"):
             plain = plain_base.get_submodule(name)
@@ -110,7 +110,7 @@ def test_gradients_are_those_on_the_dequantised_base(folder: Path, bits: int) ->
     )
     ids = token_ids(4, 12)
     with torch.no_grad():
-        model(ids)  # training goes on after an evaluation
+        model(ids)  # training continues after an evaluation
     found = []
     for each in (model.train(), plain_model):
         each(ids, labels=ids).loss.backward()

@@ -1,4 +1,4 @@
-"""A trained-looking mixture in a folder beside its base model, and the fields that every trainer is given."""
+"""A mixture with random experts in a folder next to its base model, and the arguments of every trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ QUIET: dict[str, Any] = {
     "learning_rate": 1e-2,
     "logging_steps": 1,
 }
-"""Arguments of any trainer of transformers or TRL: on the CPU, in few words, with steps that can be seen."""
+"""Arguments of any trainer of transformers or TRL: on the CPU, with little output and large steps."""
 
 
 def write_base(folder: Path) -> Path:
-    """Write a random Llama whose every part matters to its logits, and a tokenizer with a chat template."""
+    """Write a random Llama, each part of which changes its logits, and a tokenizer with a chat template."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -38,7 +38,7 @@ def write_base(folder: Path) -> Path:
 
 
 def mixture_on(base: Path, routing: str = "prefix:1", **options: Any) -> DyLoRA_MoE:
-    """Return a mixture that is not saved, whose experts and router have random values that matter."""
+    """Return an unsaved mixture whose experts and router have large random values."""
     torch.manual_seed(1)
     model = DyLoRA_MoE(str(base), **{"num_experts": 3, "rank": 4, "routing": routing, **options})
     stir(model, 2)
@@ -55,23 +55,23 @@ def write_mixture(folder: Path, base: Path, routing: str = "prefix:1", **options
 
 
 def tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return copies of all that a model holds."""
+    """Return copies of all tensors of a model."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def kind_of(name: str) -> str:
-    """Tell whether a tensor of a mixture belongs to its experts, its router or its base."""
+    """Return ``experts``, ``router`` or ``base``: the part of a mixture that a tensor belongs to."""
     return "router" if name.startswith("router.") else "experts" if "lora_" in name else "base"
 
 
 def moved(before: dict[str, Tensor], model: torch.nn.Module) -> set[str]:
-    """Return which of experts, router and base are no longer, bit for bit, what they were."""
+    """Return the parts, of experts, router and base, that are not bit-equal to before."""
     after = model.state_dict()
     return {kind_of(name) for name, value in before.items() if not torch.equal(value, after[name])}
 
 
 def forward_in_child(model: DyLoRA_MoE, ids: Tensor, results: Any) -> None:
-    """Put the logits of a forward into a queue; it stands here since a spawned process can import this module."""
+    """Put the logits of a forward into a queue; here, because a spawned process can import this module."""
     torch.set_num_threads(1)
     with torch.no_grad():
         results.put(model(ids).logits.tolist())

@@ -1,4 +1,4 @@
-"""accelerate: the recipe for saving, and weights that lie elsewhere until a module is called."""
+"""accelerate: the recipe for saving, and offloaded weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_a_base_with_a_device_map_carries_a_mixture(folder: Path, base_folder: P
 def test_what_would_be_lost_on_an_offloaded_base_is_refused(
     way: str, folder: Path, base_folder: Path, tmp_path: Path
 ) -> None:
-    """PEFT writes into weights that lie elsewhere without an effect and without an error."""
+    """Refuse what PEFT would do silently: write into offloaded weights without an effect."""
     base = load_base_model(str(base_folder))
     WAYS[way](base, tmp_path / "base")
     with pytest.raises(ModelError, match="no expert can be made"):

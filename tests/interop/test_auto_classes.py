@@ -1,4 +1,4 @@
-"""A mixture's folder, read as any folder of transformers is: Auto classes, pipelines, and one expert by PEFT."""
+"""A mixture's folder in transformers and PEFT: Auto classes, pipelines, and one expert by PEFT."""
 
 import json
 import os
@@ -17,7 +17,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 40]])
 
 
 def logits_of_a_new_process(code: str, folder: Path, cache: Path) -> torch.Tensor:
-    """Run code that makes ``model`` in a process of its own, and return the mixture's logits for ``IDS``."""
+    """Run code that makes ``model`` in a new process, and return the mixture's logits for ``IDS``."""
     program = f"""
 import sys, json
 folder = sys.argv[1]

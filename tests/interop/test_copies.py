@@ -1,4 +1,4 @@
-"""A mixture is an object like another: pickled, copied, sent to a process."""
+"""A mixture can be pickled, copied, and sent to a process."""
 
 import copy
 import io

@@ -1,10 +1,10 @@
-"""EvalPlus' own way to generate with a model of transformers, on a mixture's folder."""
+"""Generation by EvalPlus, with its provider for transformers, on a mixture's folder."""
 
 from pathlib import Path
 
 import pytest
 
-# evalplus is installed without what it imports elsewhere, since this package needs its data alone
+# evalplus is installed without all of its dependencies: this package needs only its data
 provider = pytest.importorskip(
     "evalplus.provider.hf", reason="the packages that evalplus generates with are not installed", exc_type=ImportError
 )
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from dylo_moe import DyLoRA_MoE  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # what evalplus warns of is not ours
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of evalplus, not ours
 
 
 @pytest.mark.parametrize("routing", ["prefix:1"])
@@ -39,7 +39,7 @@ def test_codegen_generates_what_generate_does(routing: str, folder: Path) -> Non
 
 
 def test_it_stops_at_the_sequences_that_it_sets_on_the_model(folder: Path) -> None:
-    """EvalPlus puts a method of its own on the model object, which the base model has to heed."""
+    """Check that the base model uses a method that EvalPlus sets on the mixture."""
     decoder = provider.HuggingFaceDecoder(
         str(folder),
         dataset="humaneval",

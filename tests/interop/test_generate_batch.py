@@ -1,4 +1,4 @@
-"""Continuous batching: one paged cache for all requests, filled by a thread of transformers' own."""
+"""Continuous batching: one paged cache for all requests, filled by a thread of transformers."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def options() -> dict[str, object]:
     }
 
 
-def by_generate(model: DyLoRA_MoE) -> list[list[int]]:
+def generate_one_by_one(model: DyLoRA_MoE) -> list[list[int]]:
     config = options()["generation_config"]
     made = [model.generate(torch.tensor([prompt]), generation_config=config)[0].tolist() for prompt in PROMPTS]
     return [tokens[len(prompt) :] for tokens, prompt in zip(made, PROMPTS, strict=True)]
@@ -35,9 +35,9 @@ def by_generate(model: DyLoRA_MoE) -> list[list[int]]:
 @pytest.mark.parametrize("routing", ["per_layer", "prefix:1", "prefix:0"])
 def test_generate_batch_gives_the_tokens_of_generate(routing: str, base_folder: Path) -> None:
     model = mixture_on(base_folder, routing)
-    wanted = by_generate(model)
+    wanted = generate_one_by_one(model)
     with model.base_only():
-        assert by_generate(model) != wanted, "the experts make no difference to the tokens"
+        assert generate_one_by_one(model) != wanted, "the experts make no difference to the tokens"
     outputs = model.generate_batch(PROMPTS, **options())
     assert [output.generated_tokens for output in outputs.values()] == wanted
 

@@ -1,4 +1,4 @@
-"""docs/interop.md names tests that exist, and every file of tests here."""
+"""docs/interop.md names only tests that exist, and every test file of this folder."""
 
 import re
 from pathlib import Path

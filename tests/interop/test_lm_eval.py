@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: a mixture as an object and as a folder scores as its own logits say."""
+"""lm-evaluation-harness: a mixture, as an object and as a folder, scores as its logits do."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("lm_eval", reason="the package lm-eval is not installed; make test-interop installs it")
-# its model classes want transformers' own extras
+# its model classes need extras of transformers
 harness = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
 
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -15,12 +15,12 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from dylo_moe import DyLoRA_MoE  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # what the harness warns of is not ours
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of the harness, not ours
 
 QUESTIONS = [("def f", "(x):"), ("def", "(x): return x"), ("int x;", " /// Docs.")]
 
 
-def by_hand(folder: Path) -> list[tuple[float, bool]]:
+def slow_loglikelihoods(folder: Path) -> list[tuple[float, bool]]:
     model, tokenizer = DyLoRA_MoE.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     answers = []
     for question, answer in QUESTIONS:
@@ -39,7 +39,7 @@ def test_loglikelihoods_are_those_of_the_logits(kind: str, folder: Path) -> None
     assert isinstance(scorer.model, DyLoRA_MoE)
     requests = [Instance("loglikelihood", {}, question, index) for index, question in enumerate(QUESTIONS)]
     got = scorer.loglikelihood(requests, disable_tqdm=True)
-    for (score, greedy), (wanted, is_greedy) in zip(got, by_hand(folder), strict=True):
+    for (score, greedy), (wanted, is_greedy) in zip(got, slow_loglikelihoods(folder), strict=True):
         assert score == pytest.approx(wanted, rel=1e-4)
         assert greedy is is_greedy
 

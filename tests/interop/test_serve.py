@@ -1,4 +1,4 @@
-"""``transformers serve`` on a mixture's folder, in a process of its own, asked by the official client of OpenAI."""
+"""``transformers serve`` on a mixture's folder, in its own process, with the official client of OpenAI."""
 
 import os
 import socket
@@ -43,7 +43,7 @@ def wait_for(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 @pytest.fixture(scope="module", params=[[], ["--continuous-batching"]], ids=["one by one", "continuous batching"])
 def address(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the folder, ended afterwards."""
+    """Start a server of the folder, yield its address, and stop it."""
     home, port = tmp_path_factory.mktemp("home"), free_port()
     log = home / "log"
     place = ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]

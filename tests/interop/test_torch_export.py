@@ -14,7 +14,7 @@ OTHER = torch.tensor([[40, 41, 42, 5, 7, 11, 12, 13], [3, 4, 5, 6, 7, 8, 9, 10],
 
 
 class Logits(nn.Module):
-    """What is exported: token ids to logits, without a cache."""
+    """A module to export: token ids to logits, without a cache."""
 
     def __init__(self, model: DyLoRA_MoE) -> None:
         super().__init__()

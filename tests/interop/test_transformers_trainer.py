@@ -1,4 +1,4 @@
-"""The Trainer of transformers itself, which knows nothing of mixtures."""
+"""The unmodified Trainer of transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def test_training_moves_experts_and_router_and_leaves_the_base(folder: Path, tmp
 def test_eval_loss_is_the_cross_entropy_of_the_labelled_tokens(folder: Path, tmp_path: Path) -> None:
     trainer = trainer_of(folder, tmp_path, per_device_eval_batch_size=1)
     pairs = cross_entropies(trainer.model.eval())
-    # the Trainer's mean is over rows where a batch is one row
+    # with batches of one row, the Trainer averages over rows
     wanted = torch.stack([F.nll_loss(logs, labels) for logs, labels in pairs]).mean()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
@@ -104,7 +104,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(folder: Path, tmp_path: Path) 
         folder,
         tmp_path,
         max_steps=3,
-        greater_is_better=True,  # the loss falls, so that the best is not the last
+        greater_is_better=True,  # the loss falls, so the best checkpoint is not the last
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",

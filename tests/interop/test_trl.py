@@ -1,4 +1,4 @@
-"""TRL's trainers on a mixture, which they take for an ordinary causal LM that trains in full."""
+"""TRL's trainers on a mixture, which they treat as an ordinary causal LM."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from dylo_moe import DyLoRA_MoE  # noqa: E402
 from saved_mixture import QUIET, mixture_on, moved, tensors  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # what TRL warns of is not ours
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of TRL, not ours
 
 TEXTS = Dataset.from_dict({"text": [f"def f{i}(x):\n    return x + {i}\n" for i in range(8)]})
 PAIRS = Dataset.from_dict(
@@ -79,7 +79,7 @@ def test_experts_and_router_train_and_the_base_stays(
 
 
 def test_sft_loss_is_the_cross_entropy_of_the_mixture(folder: Path, tmp_path: Path) -> None:
-    exact = {"bf16": False, "per_device_eval_batch_size": 1}  # TRL's own choice is bfloat16
+    exact = {"bf16": False, "per_device_eval_batch_size": 1}  # the default of TRL is bfloat16
     trainer = sft(DyLoRA_MoE.from_pretrained(folder), folder, tmp_path, **exact)
     got = trainer.evaluate()["eval_loss"]
     model, tokenizer = DyLoRA_MoE.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -93,7 +93,7 @@ def test_sft_loss_is_the_cross_entropy_of_the_mixture(folder: Path, tmp_path: Pa
 
 
 def test_the_balance_loss_is_not_in_trls_loss(folder: Path, base_folder: Path, tmp_path: Path) -> None:
-    """A coefficient of a million changes nothing: the page says so, and what to do instead."""
+    """Check that a coefficient of a million changes nothing, as docs/interop.md says."""
     losses = []
     for coefficient in (0.0, 1e6):
         place = tmp_path / str(coefficient)
@@ -174,7 +174,7 @@ def test_grpo_generates_by_continuous_batching(folder: Path, tmp_path: Path) -> 
         model,
         folder,
         tmp_path,
-        bf16=False,  # it would round the base model for the time of generating, and leave it so
+        bf16=False,  # it would round the base model to generate, and leave it rounded
         use_transformers_continuous_batching=True,
         transformers_continuous_batching_config=batching,
     )

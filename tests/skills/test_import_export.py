@@ -158,7 +158,7 @@ MISTAKES = {
     "over itself": (["--export", "expert_0", "MIXTURE"], "a part of the mixture"),
     "two changes": (["--export", "expert_0", "OUT", "--remove", "expert_0"], "--export must be left out"),
     "nothing there": (["--import", "./gone"], r"there is no folder './gone' to import an adapter from"),
-    "no adapter": (["--import", "THESIS"], "is no PEFT adapter that can be imported: it has no adapter_config.json"),
+    "no adapter": (["--import", "THESIS"], "is not a PEFT adapter that can be imported: it has no adapter_config.json"),
     "no id": (["--import", "gone"], "there is no folder 'gone'; give a folder, or a Hub id"),
     "offline": (["--import", "nobody/nothing"], "the Hub cannot be reached"),
     "taken": (["--import", "ADAPTER", "--as", "expert_0"], "there is an expert 'expert_0' already"),

@@ -1,5 +1,5 @@
 """The mixture itself: base model, experts, router, and the model that they make up."""
 
-# before any other module of this package: importing transformers imports this one (see ``registration``), and whatever
-# is half-way imported then cannot be imported by it
+# first, before any other module of the package: importing transformers imports this package (see ``registration``), and
+# a half-imported module cannot be imported again
 import dylo_moe.core.model  # noqa: F401

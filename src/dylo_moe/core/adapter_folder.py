@@ -1,7 +1,7 @@
-"""A PEFT adapter folder, read and checked before any model is touched.
+"""A PEFT adapter folder, read and checked before any model is changed.
 
-What passes here loads: the configuration is plain LoRA, and the tensors are exactly those that PEFT will make for
-the base model. A refusal therefore leaves nothing to undo.
+A folder that passes loads: its configuration is plain LoRA, and its tensors are exactly those that PEFT will make for
+the base model. A refusal leaves nothing to undo.
 """
 
 import dataclasses
@@ -25,14 +25,11 @@ CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES = ("adapter_config.json", "adapter_mod
 _KEY_PREFIX = "base_model.model."
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 _NOT_ROUTED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias")
-"""Options of ``LoraConfig`` that change more than ``B A x`` adds up to."""
-
-PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-"""Those that leave the base weights as they are; PiSSA and its kin subtract from them."""
+"""Options of ``LoraConfig`` that change more than the sum with ``B A x``."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder.
+    """Return the tensors of an adapter folder.
 
     Raises:
         ExpertError: The file is missing or damaged.
@@ -44,24 +41,24 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_adapter(folder: Path, linear: Mapping[str, nn.Module], module_names: list[str]) -> None:
-    """Raises ``ExpertError`` unless the folder holds a LoRA adapter that can be routed on a base model.
+    """Raise ``ExpertError`` unless a folder has a LoRA adapter that can be routed on a base model.
 
     Args:
-        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
-        linear: The linear modules that may carry experts, by their full names.
+        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        linear: Linear modules that may carry experts, by their full names.
         module_names: Full names of all modules of the base model.
     """
     config = _read_config(folder)
     wrong = _unroutable(config) or _misplaced(config, linear, module_names)
     if wrong is None:
         shapes = {key.removeprefix(_KEY_PREFIX): shape for key, shape in tensor_shapes(read_weights(folder)).items()}
-        wrong = difference(shapes, _expected_shapes(config, linear))
+        wrong = first_shape_mismatch(shapes, _expected_shapes(config, linear))
     if wrong is not None:
         raise ExpertError(f"the adapter {folder} cannot become an expert of this model: {wrong}")
 
 
-def difference(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
-    """In words, the first difference between two sets of tensor shapes; None where there is none."""
+def first_shape_mismatch(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return the first difference between two sets of tensor shapes in words; None if they are equal."""
     for key in sorted(got.keys() | wanted.keys()):
         if key not in got:
             return f"it has no {key}"
@@ -73,7 +70,7 @@ def difference(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of an adapter's configuration as they are written.
+    """Return the fields of ``adapter_config.json`` as they are in the file.
 
     Raises:
         ExpertError: The file is missing or damaged.
@@ -105,16 +102,16 @@ def scalings(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[s
 
 
 def tensor_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes of named tensors."""
+    """Return the shapes of named tensors."""
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def _read_config(folder: Path) -> LoraConfig:
     for file in ADAPTER_FILES:
         if not (folder / file).is_file():
-            raise ExpertError(f"{folder} is no PEFT adapter that can be imported: it has no {file}")
+            raise ExpertError(f"{folder} is not a PEFT adapter that can be imported: it has no {file}")
     try:
-        json.loads((folder / CONFIG_FILE).read_text())  # PEFT would look for what it cannot read on the Hub
+        json.loads((folder / CONFIG_FILE).read_text())  # PEFT would look on the Hub for a file that it cannot read
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError) as error:
         raise ExpertError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
@@ -124,7 +121,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _unroutable(config: LoraConfig) -> str | None:
-    """What in a configuration is more than plain LoRA, in words."""
+    """Return in words what a configuration has beyond plain LoRA; None for plain LoRA."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}
     for name in (*sorted(variants), *_NOT_ROUTED):
@@ -141,8 +138,8 @@ def _misplaced(config: LoraConfig, linear: Mapping[str, nn.Module], module_names
     for name in module_names:
         if name not in linear and check_target_module_exists(config, name):
             return (
-                f"it adapts {name}, which is no linear module of the decoder layers that route here; "
-                "routing prefix:K has none below layer K"
+                f"it adapts {name}, which is not a linear module of the decoder layers that carry experts; "
+                "with routing prefix:K, layers below K carry none"
             )
     return None
 
@@ -160,7 +157,7 @@ def _expected_shapes(config: LoraConfig, linear: Mapping[str, nn.Module]) -> dic
 
 
 def in_and_out_features(module: nn.Module) -> tuple[int, int]:
-    """The input and output widths of a linear module."""
+    """Return the input and output widths of a linear module."""
     if isinstance(module, Conv1D):
         columns, rows = module.weight.shape
         return columns, rows

@@ -1,12 +1,11 @@
-"""The one checkpoint format.
+"""The checkpoint format: its files, and how they are written and read.
 
     experts/<name>/adapter_config.json + adapter_model.safetensors    plain PEFT
     router.safetensors                                                the router's gates
     dylo_moe.json                                                     base model, experts, maturity, routing
     README.md                                                         model card
 
-Safetensors and JSON only: nothing is unpickled. This module reads and writes files; building a model out of
-them is the business of ``model.py``.
+Safetensors and JSON only: nothing is unpickled. ``save_and_load`` builds a model from the files.
 """
 
 import shutil
@@ -20,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dylo_moe.core.adapter_folder import ADAPTER_FILES, difference, tensor_shapes
+from dylo_moe.core.adapter_folder import ADAPTER_FILES, first_shape_mismatch, tensor_shapes
+from dylo_moe.core.fingerprint import FINGERPRINT_PATTERN
 from dylo_moe.errors import CheckpointError, first_line
 
 DESCRIPTION_FILE = "dylo_moe.json"
-FINGERPRINT_PATTERN = r"^[0-9a-f]{16}(:([0-9a-f]{4})*){2}$"
 ROUTER_FILE = "router.safetensors"
 EXPERTS_FOLDER = "experts"
 CARD_FILE = "README.md"
@@ -35,28 +34,29 @@ class _Entry(BaseModel):
 
 
 class BaseModelEntry(_Entry):
-    """The base model that the experts belong to."""
+    """Base model that the experts belong to."""
 
     name: str
     revision: str | None
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     fingerprint: str = Field(pattern=FINGERPRINT_PATTERN)
     from_here: str | None = None
-    """The way from this folder to that of the base model, where that is a folder."""
+    """Relative path from this folder to that of the base model, if the base model is in a folder."""
 
 
 class ExpertEntry(_Entry):
-    """One expert, in the order of the router's columns; a frozen one is not trained any further."""
+    """An expert; the list is in the order of the router's columns."""
 
     name: str
     maturity: Literal[0, 1]
     frozen: bool = False
+    """Whether later training leaves the expert unchanged."""
     pissa: bool = False
-    """Whether the second half of its ranks is the constant that PiSSA takes away; see ``initialise``."""
+    """Whether the second half of its ranks is constant; see ``initialise.initialize_pissa``."""
 
 
 class RoutingEntry(_Entry):
-    """How tokens are routed."""
+    """Routing mode and the options of the router."""
 
     mode: str
     top_k: int
@@ -65,14 +65,14 @@ class RoutingEntry(_Entry):
 
 
 class LossEntry(_Entry):
-    """What the router's losses weigh."""
+    """Weights of the router's losses."""
 
     balance_coefficient: float
     z_loss_coefficient: float
 
 
 class Description(_Entry):
-    """The contents of ``dylo_moe.json``."""
+    """Contents of ``dylo_moe.json``."""
 
     format_version: Literal[1] = 1
     dylo_moe_version: str
@@ -90,14 +90,14 @@ def write_files(
     description: Description,
     adapters: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes the files of a checkpoint into a folder, one after the other.
+    """Write the files of a checkpoint into a folder.
 
     Args:
-        folder: Empty; ``atomic_directory`` gives one that becomes a checkpoint as a whole.
-        peft_model: The experts.
+        folder: Empty folder; ``durable.atomic_directory`` gives one.
+        peft_model: Model with the experts.
         router_state: The router's state dict.
-        description: What the folder says of itself.
-        adapters: State of the experts, as the PEFT model names it; its own by default.
+        description: Contents of ``dylo_moe.json``.
+        adapters: State dict of the experts with the PEFT model's keys; by default that of the PEFT model.
     """
     for expert in description.experts:
         write_adapter(folder / EXPERTS_FOLDER / expert.name, peft_model, expert.name, adapters)
@@ -106,16 +106,16 @@ def write_files(
 
 
 def write_description(folder: Path, description: Description) -> None:
-    """Writes what a checkpoint says of itself, for programs and for people."""
+    """Write ``dylo_moe.json`` and the model card."""
     (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n")
     (folder / CARD_FILE).write_text(_model_card(description))
 
 
 def write_adapter(folder: Path, peft_model: PeftModel, name: str, state: dict[str, Tensor] | None = None) -> None:
-    """Writes one adapter as PEFT does, into ``folder`` itself whatever the adapter is called."""
+    """Write one adapter as PEFT does, but always into ``folder`` itself, whatever its name."""
     scratch = folder.with_name(f".{folder.name}-peft")
     peft_model.save_pretrained(str(scratch), selected_adapters=[name], save_embedding_layers=False, state_dict=state)
-    # PEFT puts an adapter that is called "default" into the folder, any other one into a folder of its name
+    # PEFT writes an adapter called "default" into the folder, and any other into a subfolder of its name
     written = scratch if name == "default" else scratch / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in ADAPTER_FILES:
@@ -124,20 +124,20 @@ def write_adapter(folder: Path, peft_model: PeftModel, name: str, state: dict[st
 
 
 def read_description(path: Path) -> Description:
-    """Reads ``dylo_moe.json`` and checks that every file it speaks of is there.
+    """Read ``dylo_moe.json`` and check that every file it names is there.
 
     Raises:
-        CheckpointError: There is no checkpoint at ``path``, or it is not whole.
+        CheckpointError: There is no checkpoint at ``path``, or a file is missing or invalid.
     """
     file = path / DESCRIPTION_FILE
     if not file.is_file():
-        raise CheckpointError(f"{path} is no checkpoint of this program: it has no {DESCRIPTION_FILE}")
+        raise CheckpointError(f"{path} is not a checkpoint of this program: it has no {DESCRIPTION_FILE}")
     try:
         description = Description.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise CheckpointError(f"{file} cannot be read: {place}: {first['msg']}") from error
+        location = ".".join(map(str, first["loc"])) or "the file"
+        raise CheckpointError(f"{file} cannot be read: {location}: {first['msg']}") from error
     for expert in description.experts:
         for name in ADAPTER_FILES:
             if not (path / EXPERTS_FOLDER / expert.name / name).is_file():
@@ -151,14 +151,14 @@ def read_description(path: Path) -> Description:
 
 
 def read_router(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Reads the router's state dict.
+    """Read the router's state dict.
 
     Args:
         path: The checkpoint.
-        like: A state dict of the same shapes.
+        like: State dict with the expected shapes.
 
     Raises:
-        CheckpointError: The file is damaged, or holds a router of another shape.
+        CheckpointError: The file is damaged, or has a router of another shape.
     """
     try:
         state = load_file(path / ROUTER_FILE)
@@ -166,7 +166,7 @@ def read_router(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path / ROUTER_FILE} is damaged: {first_line(error)}; use another checkpoint"
         ) from error
-    wrong = difference(tensor_shapes(state), tensor_shapes(like))
+    wrong = first_shape_mismatch(tensor_shapes(state), tensor_shapes(like))
     if wrong is not None:
         raise CheckpointError(f"the router in {path} does not fit its experts: {wrong}")
     return state

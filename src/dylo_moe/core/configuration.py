@@ -1,7 +1,7 @@
-"""What ``config.json`` of a mixture's folder says, so that transformers reads the folder as a model of its own kind.
+"""``config.json`` of a mixture's folder, by which transformers reads the folder as a model.
 
-``dylo_moe.json`` is what the mixture is loaded from; this file names the class, and carries the base model's
-configuration for whoever wants to know of the vocabulary or the positions without loading anything.
+The mixture itself is loaded from ``dylo_moe.json``. ``config.json`` names the class, and carries the base model's
+configuration, so that tools can read the vocabulary or the positions without loading anything.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from dylo_moe import DyLoRA_MoE, DyLoRAConfig
 
 __all__ = ["DyLoRAConfig", "DyLoRA_MoE"]
 '''
-"""Written beside a mixture. After ``import dylo_moe`` it is not needed: the class is registered."""
+"""Written into a mixture's folder. Not needed after ``import dylo_moe``, which registers the class."""
 
 
 class DyLoRAConfig(PreTrainedConfig):
@@ -27,7 +27,7 @@ class DyLoRAConfig(PreTrainedConfig):
 
     Args:
         base_config: The base model's configuration, as a dictionary with its ``model_type``.
-        **kwargs: As for ``transformers.PreTrainedConfig``.
+        **kwargs: Passed to ``transformers.PreTrainedConfig``.
     """
 
     model_type = MODEL_TYPE
@@ -52,7 +52,7 @@ def folder_config(base_config: PreTrainedConfig) -> dict[str, Any]:
     text = base_config.get_text_config()
     config = DyLoRAConfig(
         base,
-        # transformers' server takes a class of this name out of transformers itself
+        # the server of transformers imports a class of this name from transformers itself
         architectures=["AutoModelForCausalLM"],
         pad_token_id=text.pad_token_id,
         bos_token_id=text.bos_token_id,
@@ -66,8 +66,8 @@ def folder_config(base_config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def register(model_class: type[Any]) -> None:
-    """Let ``AutoConfig`` and ``AutoModelForCausalLM`` know of mixtures."""
+    """Register mixtures with ``AutoConfig`` and ``AutoModelForCausalLM``."""
     AutoConfig.register(MODEL_TYPE, DyLoRAConfig, exist_ok=True)
     AutoModelForCausalLM.register(DyLoRAConfig, model_class, exist_ok=True)
-    # where transformers looks up by name what a causal LM is: the Trainer's label smoother, pipelines, its server
+    # the Trainer's label smoother, pipelines and the server look up causal LMs here by name
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = CLASS_NAME

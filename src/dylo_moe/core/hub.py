@@ -1,4 +1,4 @@
-"""Folders by path or by Hub id: mixtures and adapters, whichever way a user names them."""
+"""Folders of mixtures and adapters, given by a path or by a Hub id."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Tell whether a name can be a Hub id: ``name`` or ``user/name``, and no folder here."""
+    """Return whether a name can be a Hub id: ``name`` or ``user/name``, and not a path or a folder here."""
     name = str(source)
     return (
         not Path(name).exists() and not name.startswith(("/", ".", "~")) and name.count("/") <= 1 and "\\" not in name
@@ -40,12 +40,12 @@ def folder_of(
     Args:
         source: A path or a Hub id.
         revision: Commit, tag or branch on the Hub.
-        subfolder: Within the repository or folder.
+        subfolder: Path within the repository or folder.
         files: Patterns of the files to fetch.
         **hub: Passed to ``huggingface_hub.snapshot_download``.
 
     Raises:
-        CheckpointError: There is no such folder, or the repository cannot be had.
+        CheckpointError: There is no such folder, or the repository cannot be fetched.
     """
     if not is_hub_id(source):
         return Path(source) / subfolder
@@ -62,7 +62,7 @@ def folder_of(
 def _explain(name: str, revision: str | None, error: BaseException) -> str:
     causes = tuple(type(cause) for cause in causes_of(error))
     if any(issubclass(cause, HFValidationError) for cause in causes):
-        return f"there is no folder {name!r}, and it is no Hub id either: {first_line(error)}"
+        return f"there is no folder {name!r}, and it is not a Hub id: {first_line(error)}"
     if any(issubclass(cause, RevisionNotFoundError) for cause in causes):
         return f"{name!r} has no revision {revision!r} on the Hub"
     if any(issubclass(cause, GatedRepoError | RepositoryNotFoundError) for cause in causes):

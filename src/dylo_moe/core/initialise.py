@@ -1,81 +1,73 @@
-"""How the experts of a new mixture begin: as in PEFT, from the base's weights (PiSSA), or from data (EVA).
+"""How the experts of a new mixture start: as in PEFT, from the base's weights (PiSSA), or from data (EVA).
 
-The last two know principal directions of which one adapter would take the first ``r``. Several experts that began alike
-would get gradients in proportion and stay alike, so the directions are dealt to them in turn: expert e of E takes
-the e-th, the (e+E)-th and so on, and all get about the same share of the large ones.
+PiSSA and EVA find principal directions, and one adapter would take the first ``r``. Several experts that start equal
+would get proportional gradients and stay equal. So the directions are dealt out in turn: expert e of E takes the e-th,
+the (e+E)-th and so on, and all get about the same share of the large ones.
 
 No parameter of the base changes.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.core.expert import ExpertManager
 from dylo_moe.errors import ExpertError
+from dylo_moe.expert_spec import ExpertSpec
 
 _OVERSAMPLING, _ITERATIONS = 8, 16
-"""Of the randomised SVD that PiSSA uses as well. How near it comes does not matter to the model: what is added at the
-start is what is taken away."""
+"""Settings of the randomized SVD, as in PiSSA. Its error does not change the model: what the experts add at the start,
+their constant takes away."""
 
-_MOST_FORWARDS = 200
-"""After which EVA is given up: its principal components did not settle."""
+_MAX_FORWARDS = 200
+"""Number of forwards after which EVA gives up, because its principal components do not settle."""
 
 
-def create_experts(
-    experts: ExpertManager,
-    number: int,
-    init: str,
-    *,
-    rank: int,
-    alpha: float | None,
-    use_rslora: bool,
-    **options: Any,
-) -> ExpertManager:
-    """Makes the experts of a new mixture; ``DyLoRA_MoE`` says what the arguments mean.
+def create_experts(experts: ExpertManager, number: int, spec: ExpertSpec) -> None:
+    """Create the experts of a new mixture.
 
     Raises:
         ModelError: The base model cannot carry them.
-        ExpertError: An option is out of its range.
+        ExpertError: The base has too few components for ``init`` pissa.
     """
-    scale: dict[str, Any] = {"rank": rank, "alpha": alpha, "use_rslora": use_rslora}
-    if init == "pissa":
-        scale = _with_constant(**scale)
+    from_base = spec.init == "pissa"
+    if from_base:
+        spec = _with_constant(spec)
     for _ in range(number):
-        experts.create(init_lora_weights=True if init in ("default", "pissa") else init, **scale, **options)
-    if init == "pissa":
-        initialise_pissa(experts)
-    return experts
+        experts.create(spec=spec)
+    if from_base:
+        initialize_pissa(experts)
 
 
-def _with_constant(rank: int, alpha: float | None, use_rslora: bool) -> dict[str, Any]:
-    """The options for an expert of ``rank`` that also holds a constant of that rank, with the same scaling."""
-    alpha = 2 * rank if alpha is None else alpha
-    return {"rank": 2 * rank, "alpha": alpha * (math.sqrt(2) if use_rslora else 2), "use_rslora": use_rslora}
+def _with_constant(spec: ExpertSpec) -> ExpertSpec:
+    """Return a spec of twice the rank and the same scaling: the second half of the ranks will hold the constant."""
+    factor = math.sqrt(2) if spec.use_rslora else 2
+    return replace(spec, rank=2 * spec.rank, alpha=factor * spec.effective_alpha, init="default")
 
 
 @torch.no_grad()
-def initialise_pissa(experts: ExpertManager) -> None:
-    """Begins with the principal components of the base's weights (PiSSA, Meng et al. 2024, arXiv 2404.02948).
+def initialize_pissa(experts: ExpertManager) -> None:
+    """Start with the principal components of the base's weights (PiSSA, Meng et al. 2024, arXiv 2404.02948).
 
-    PiSSA trains ``B A`` from ``B0 A0``, the largest components of ``W``, and takes them away from ``W``. Here ``W``
-    stays as it is, and the constant ``-B0 A0`` is part of the expert: of its ranks the first half is ``B, A`` and
-    trains, and the second half is ``-B0, A0`` and gets no gradient. The sum is what PEFT makes of a PiSSA adapter
-    when it converts it to a plain LoRA of twice the rank, and is exported as one at any time.
+    PiSSA trains ``B A`` from ``B0 A0``, the largest components of ``W``, and subtracts them from ``W``. Here ``W``
+    stays as it is, and the constant ``-B0 A0`` is part of the expert: its first half of ranks is ``B, A`` and trains;
+    its second half is ``-B0, A0`` and gets no gradient. PEFT makes the same sum when it converts a PiSSA adapter to a
+    plain LoRA of twice the rank, and the expert can be exported as one at any time.
     Train it without weight decay, which would shrink the constant.
 
     Args:
-        experts: All of them created with the options of ``_with_constant``.
+        experts: All of them, created with the spec of ``_with_constant``.
 
     Raises:
-        ExpertError: The base has fewer components than there are ranks to begin.
+        ExpertError: The base has fewer components than there are ranks to start.
     """
     for path, layer in _lora_layers(experts):
         names = [name for name in experts.names if name in layer.r]
@@ -83,97 +75,100 @@ def initialise_pissa(experts: ExpertManager) -> None:
         weight = _weight(layer)
         if count > min(weight.shape):
             raise ExpertError(
-                f"--init pissa deals out num_experts x lora_r = {count} components of each weight, and {path} has "
-                f"{min(weight.shape)}; lower --lora_r or --num_experts, or leave it out with --target_modules"
+                f"`init` pissa needs `num_experts` x `rank` = {count} components of each weight, and {path} has "
+                f"{min(weight.shape)}; lower `rank` or `num_experts`, or leave the module out of `target_modules`"
             )
         left, values, right = torch.svd_lowrank(weight, min(count + _OVERSAMPLING, *weight.shape), _ITERATIONS)
         for name in names:
-            share = slice(experts.names.index(name), count, len(experts.names))
-            root = (values[share] / layer.scaling[name]).sqrt()
-            down, up = root[:, None] * right[:, share].T, left[:, share] * root
-            layer.lora_A[name].weight.copy_(torch.cat([down, down]))
-            layer.lora_B[name].weight.copy_(torch.cat([up, -up], dim=1))
+            dealt = slice(experts.names.index(name), count, len(experts.names))
+            root = (values[dealt] / layer.scaling[name]).sqrt()
+            down, up = root[:, None] * right[:, dealt].T, left[:, dealt] * root
+            a, b = _factors(layer, name)
+            a.copy_(torch.cat([down, down]))
+            b.copy_(torch.cat([up, -up], dim=1))
     hold_constant(experts, experts.names)
 
 
 def hold_constant(experts: ExpertManager, names: Sequence[str]) -> None:
-    """Give the second half of these experts' ranks no gradient, as ``initialise_pissa`` says."""
+    """Stop gradients to the second half of these experts' ranks; see ``initialize_pissa``."""
     for _, layer in _lora_layers(experts):
         for name in names:
             if name in layer.r:
-                _hold_second_half(layer.lora_A[name].weight, dim=0)
-                _hold_second_half(layer.lora_B[name].weight, dim=1)
-    experts.held.update(names)
+                a, b = _factors(layer, name)
+                _hold_second_half(a, dim=0)
+                _hold_second_half(b, dim=1)
+    experts.pissa_experts.update(names)
 
 
 def _hold_second_half(parameter: Tensor, dim: int) -> None:
     half = parameter.shape[dim] // 2
 
     def without_constant(gradient: Tensor) -> Tensor:
-        kept = gradient.clone()
-        kept.narrow(dim, half, half).zero_()
-        return kept
+        masked = gradient.clone()
+        masked.narrow(dim, half, half).zero_()
+        return masked
 
     parameter.register_hook(without_constant)
 
 
-def initialise_eva(
-    experts: ExpertManager, forward: Callable[[Mapping[str, Tensor]], Any], batches: Sequence[Mapping[str, Tensor]]
+def initialize_eva(
+    experts: ExpertManager, forward: Callable[[Mapping[str, Tensor]], object], batches: Sequence[Mapping[str, Tensor]]
 ) -> None:
-    """Lets each ``A`` see the directions in which its inputs vary most (EVA, Paischer et al. 2024, arXiv 2410.07170).
+    """Start each ``A`` with the directions of largest input variance (EVA, Paischer et al. 2024, arXiv 2410.07170).
 
-    They are the principal components of the inputs of each layer, found by PEFT's incremental SVD; ``B`` is zero, so
-    that nothing changes yet. Ranks are not redistributed between layers (rho = 1): experts of equal rank are what
-    the fused product and the parameter budget assume.
+    They are the principal components of each layer's inputs, found by PEFT's incremental SVD. ``B`` is zero, so
+    nothing changes yet. Ranks are not redistributed between layers (rho = 1): the fused product and the parameter
+    budget assume experts of equal rank.
 
     Args:
-        experts: Those to begin.
+        experts: All experts of a new mixture.
         forward: Runs the base model on a batch.
-        batches: What to run it on, each with ``attention_mask``, ``(batch, seq)``.
+        batches: Batches of data, each with ``attention_mask``, ``(batch, seq)``.
 
     Raises:
         ExpertError: The batches are too small, a layer too narrow, or the components do not settle.
     """
     ranks = [layer.r[name] for _, layer in _lora_layers(experts) for name in layer.r]
     count = len(experts.names) * max(ranks)
-    # the incremental SVD looks at twice as many directions as it returns
+    # the incremental SVD follows twice as many directions as it returns
     large = [dict(batch) for batch in batches if batch["attention_mask"].sum() >= 2 * count]
     if not large:
         raise ExpertError(
-            f"--init eva needs batches of {2 * count} tokens (2 x num_experts x lora_r) and the first ones have fewer; "
-            "raise --train_batch_size or --max_seq_length"
+            f"`init` eva needs batches of {2 * count} tokens (2 x `num_experts` x `rank`), and the first ones have "
+            "fewer; raise `train_batch_size` or `max_seq_length`"
         )
     for path, layer in _lora_layers(experts):
         if layer.in_features < 2 * count:
             raise ExpertError(
-                f"--init eva needs inputs of a width of 2 x num_experts x lora_r = {2 * count}, and {path} has "
-                f"{layer.in_features}; lower --lora_r or --num_experts"
+                f"`init` eva needs inputs of a width of 2 x `num_experts` x `rank` = {2 * count}, and {path} has "
+                f"{layer.in_features}; lower `rank` or `num_experts`"
             )
     components = _principal_inputs(experts, forward, large, count)
     with torch.no_grad():
         for path, layer in _lora_layers(experts):
             for name in layer.r:
                 dealt = components[path][experts.names.index(name) :: len(experts.names)]
-                layer.lora_A[name].weight.copy_(dealt[: layer.r[name]])
-                layer.lora_B[name].weight.zero_()
+                a, b = _factors(layer, name)
+                a.copy_(dealt[: layer.r[name]])
+                b.zero_()
 
 
 def _principal_inputs(
     experts: ExpertManager,
-    forward: Callable[[Mapping[str, Tensor]], Any],
+    forward: Callable[[Mapping[str, Tensor]], object],
     batches: list[dict[str, Tensor]],
     count: int,
 ) -> dict[str, Tensor]:
-    """``(count, in_features)`` for each LoRA layer by its name, the largest first."""
+    """Return the principal components of each LoRA layer's inputs, largest first, ``(count, in_features)``."""
     forwards = 0
 
     def counted(model: object, batch: Mapping[str, Tensor]) -> None:
         nonlocal forwards
         forwards += 1
-        if forwards > _MOST_FORWARDS:
+        if forwards > _MAX_FORWARDS:
             raise ExpertError(
-                f"--init eva: the principal components of the inputs did not settle in {_MOST_FORWARDS} forwards; "
-                "lower --lora_r or --num_experts, or use another --init"
+                f"`init` eva: the principal components of the inputs did not settle in {_MAX_FORWARDS} forwards; "
+                "lower `rank` or `num_experts`, or use another `init`"
             )
         with torch.no_grad():
             forward(batch)
@@ -189,18 +184,23 @@ def _principal_inputs(
     return found
 
 
-def _lora_layers(experts: ExpertManager) -> Iterator[tuple[str, Any]]:
+def _lora_layers(experts: ExpertManager) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in experts.peft_model.named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
 
 
-def _weight(layer: Any) -> Tensor:
-    """The base layer's weight, ``(out, in)``, as it is in effect; float32 at least."""
+def _factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return ``A``, ``(rank, in)``, and ``B``, ``(out, rank)``, of an expert."""
+    return layer.lora_A[name].get_parameter("weight"), layer.lora_B[name].get_parameter("weight")
+
+
+def _weight(layer: LoraLayer) -> Tensor:
+    """Return the base layer's dequantized weight, ``(out, in)``, in float32 at least."""
     base = layer.get_base_layer()
     own = base.weight
     weight: Tensor = dequantize_module_weight(base).detach()
-    # on a CPU, PEFT puts a copy there that has lost what the 8-bit forwards before had settled
+    # on a CPU, PEFT replaces an 8-bit weight by a copy that lacks the state of earlier forwards
     base.weight = own
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return weight.T if layer.fan_in_fan_out else weight
+    return weight.T if isinstance(base, Conv1D) else weight

@@ -1,28 +1,30 @@
-"""What tools ask of any transformers model, answered for a mixture.
+"""The methods and properties of a transformers model that tools use, for a mixture.
 
-A mixture is a ``PreTrainedModel`` so that the Trainer, TRL, pipelines and evaluation harnesses take it as it is. What
-they ask is answered by the base model: its configuration, its embeddings, its way to generate. What would change the
-bare base behind the mixture's back is refused by name.
+A mixture is a ``PreTrainedModel`` so that the Trainer, TRL, pipelines and evaluation harnesses accept it. Its
+configuration, embeddings and generation are those of the base model. Methods that would change the base model under
+the mixture are refused by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from dylo_moe.core.expert import ExpertManager, count_parameters
 from dylo_moe.core.offload import device_of
 from dylo_moe.errors import ModelError, RoutingError
+from dylo_moe.routing_mode import RoutingMode
 
 NOT_FOR_METRICS = ("lm_loss", "aux_loss", "balance_loss", "z_loss", "router_logits", "routing_weights")
-"""What a forward returns beside the usual, and what the Trainer must not gather as predictions."""
+"""Outputs of a forward that the Trainer must not gather as predictions."""
 
 NOT_SAVED = "a mixture that is not saved: pass ref_model=copy.deepcopy(model), or call save_pretrained first"
-"""Stands where trainers look for a place to load a second copy from: they would take the bare base from its own."""
+"""Name of an unsaved mixture. Trainers load a second copy by name, and the base's name would load the bare base."""
 
 _REFUSED = {
     "resize_token_embeddings": "resize the base model before you make the mixture",
@@ -43,21 +45,22 @@ _REFUSED = {
 
 
 class OrdinaryModel(PreTrainedModel):
-    """The part of a mixture that stands in for its base model.
+    """The part of a mixture that acts as its base model.
 
     Args:
-        experts: The mixture's.
+        experts: The mixture's experts, with its base model.
 
     Attributes:
-        base_name: What the base model is loaded by.
+        routing_mode: Where the router reads its input.
     """
 
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     experts: ExpertManager
+    routing_mode: RoutingMode
 
     def __init__(self, experts: ExpertManager) -> None:
-        self.experts = experts  # first, since the properties below read it
+        self.experts = experts  # first: the properties below read it
         base = experts.base_model
         generation_config = base.generation_config
         super().__init__(base.config)
@@ -65,7 +68,7 @@ class OrdinaryModel(PreTrainedModel):
         self.loss_type = "ForCausalLM"
 
     def _mark_config(self, undo: list[Callable[[], None]]) -> None:
-        """Put into the base's configuration what tools read there of the whole model; ``undo`` takes it out again."""
+        """Set fields of the base's configuration that tools read for the whole model; ``undo`` resets them."""
         config = self.config
         ignored = getattr(config, "keys_to_ignore_at_inference", [])
         undo.append(partial(delattr, config, "keys_to_ignore_at_inference"))
@@ -94,12 +97,12 @@ class OrdinaryModel(PreTrainedModel):
 
     @property
     def base_model(self) -> nn.Module:
-        """The mixture without its language-modelling head: its forward is routed, and gives ``last_hidden_state``."""
+        """The mixture without its head: a routed forward that returns ``last_hidden_state``."""
         return self.experts.decoder.backbone
 
     @property
     def device(self) -> torch.device:
-        """Where the base model computes."""
+        """The device on which the base model computes."""
         return device_of(self.experts.base_model)
 
     @property
@@ -116,12 +119,12 @@ class OrdinaryModel(PreTrainedModel):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:  # type: ignore[override]
-        """The frozen base, which the Trainer does not miss in a checkpoint."""
+        """Keys of the frozen base, which the Trainer does not expect in a checkpoint."""
         return {name for name in self.state_dict() if "lora_" not in name and not name.startswith("router.")}
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Tell that it can."""
+        """Return True."""
         return True
 
     @override
@@ -158,38 +161,39 @@ class OrdinaryModel(PreTrainedModel):
         return experts_implementation
 
     def num_trainable_parameters(self) -> int:
-        """Count the parameters that train: those with a gradient, without the constants that an expert holds."""
-        held = self.experts.held & set(self.experts.active) - self.experts.frozen
-        return count_parameters(self, trainable=True) - sum(self.experts.num_parameters(name) // 2 for name in held)
+        """Return the number of parameters that train, without the constants of PiSSA experts."""
+        training = set(self.experts.active) - self.experts.frozen
+        constant = sum(self.experts.num_parameters(name) // 2 for name in self.experts.pissa_experts & training)
+        return count_parameters(self, trainable=True) - constant
 
     def num_base_parameters(self) -> int:
-        """Count the parameters of the frozen base."""
+        """Return the number of parameters of the frozen base."""
         return count_parameters(self.model) - sum(map(self.experts.num_parameters, self.experts.names))
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, in the words of PEFT."""
+        """Print the number of parameters that train, in PEFT's format."""
         trained, every = self.num_trainable_parameters(), count_parameters(self)
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")  # noqa: T201
 
     def activation_checkpointing_enable(  # type: ignore[override]
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Trade time for memory in training; the recomputation routes as the first run did.
+        """Recompute activations in the backward pass to save memory; the recomputation routes as the first run did.
 
         Args:
-            activation_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``.
+            activation_checkpointing_kwargs: Passed to ``torch.utils.checkpoint.checkpoint``.
             **options: Passed to the base model's method of the same name.
 
         Raises:
-            RoutingError: ``use_reentrant`` was asked for: it would lose the gradient to the router.
+            RoutingError: ``use_reentrant`` is True, which would lose the router's gradient.
         """
         for_torch = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if for_torch["use_reentrant"]:
-            raise RoutingError("activation checkpointing needs use_reentrant=False here, got True")
+            raise RoutingError("`use_reentrant` must be False for a mixture's activation checkpointing, got True")
         base: Any = self.experts.base_model
         if hasattr(base, "activation_checkpointing_enable"):
             base.activation_checkpointing_enable(activation_checkpointing_kwargs=for_torch, **options)
-        else:  # its name before transformers had the other one
+        else:  # its name in older versions of transformers
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=for_torch, **options)
 
     def activation_checkpointing_disable(self) -> None:
@@ -203,17 +207,59 @@ class OrdinaryModel(PreTrainedModel):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Do as ``activation_checkpointing_enable``, of which this is the older name."""
+        """Call ``activation_checkpointing_enable``; this is its older name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Do as ``activation_checkpointing_disable``, of which this is the older name."""
+        """Call ``activation_checkpointing_disable``; this is its older name."""
         self.activation_checkpointing_disable()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Do as the base model does."""
+        """Call the base model's method."""
         base: Any = self.experts.base_model
         return base.prepare_inputs_for_generation(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by continuous batching; see ``transformers``.
+
+        Raises:
+            RoutingError: The mode needs more of earlier tokens than a paged cache holds.
+        """
+        self._check_paged()
+        return self.experts.base_model.generate_batch(*args, **kwargs)  # type: ignore[operator]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Start continuous batching; raises as ``generate_batch``."""
+        self._check_paged()
+        return self.experts.base_model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
+
+    def _check_paged(self) -> None:
+        mode = self.routing_mode
+        if mode.needs_router_cache:
+            raise RoutingError(
+                f"`routing` {mode.kind} does not work with continuous batching, whose cache holds keys and values "
+                "alone; use generate, or a mixture with routing per_layer or prefix:K"
+            )
+
+    @contextmanager
+    def _overrides_of_generate(self) -> Iterator[None]:
+        """Let the base model generate with the private methods that tools have set on this object."""
+        base, own = vars(self.experts.base_model), vars(self)
+        names = [name for name in own if name.startswith("_") and callable(getattr(GenerationMixin, name, None))]
+        changed = {name: own[name] for name in names if name not in base}
+        base.update(changed)
+        try:
+            yield
+        finally:
+            for name in changed:
+                base.pop(name, None)
+
+    def _given_weights(self, routing_weights: Tensor | None, adapter_names: Sequence[str] | None) -> Tensor | None:
+        if adapter_names is None:
+            return routing_weights
+        if routing_weights is not None:
+            raise RoutingError("`adapter_names` and `routing_weights` both choose a row's expert; give one of them")
+        return rows_of_experts(self.experts.active, adapter_names, torch.float32, self.device)
 
     @override
     def __repr__(self) -> str:
@@ -224,9 +270,9 @@ class OrdinaryModel(PreTrainedModel):
         )
 
 
-def _refusing(name: str, remedy: str) -> Any:
-    def refuse(self: OrdinaryModel, *args: Any, **kwargs: Any) -> Any:
-        raise ModelError(f"{name} would change the base model behind the mixture's back; {remedy}")
+def _refusing(name: str, remedy: str) -> Callable[..., NoReturn]:
+    def refuse(self: OrdinaryModel, *args: object, **kwargs: object) -> NoReturn:
+        raise ModelError(f"{name} would change the base model under the mixture; {remedy}")
 
     refuse.__name__ = name
     refuse.__doc__ = f"Refuse: {remedy}."
@@ -259,19 +305,22 @@ for _name, _remedy in _REFUSED.items():
     setattr(OrdinaryModel, _name, _refusing(_name, _remedy))
 
 
-def rows_of_experts(names: list[str], rows: list[str], dtype: torch.dtype, device: torch.device) -> Tensor:
+def rows_of_experts(names: list[str], rows: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return routing weights that send each row to one expert, ``(rows, 1, num_experts)``.
 
     Args:
-        names: The active experts.
+        names: Names of the active experts.
         rows: The expert of each row, or ``__base__`` for the base alone, as in PEFT's mixed batches.
-        dtype: Of the weights.
-        device: Of the weights.
+        dtype: Floating type of the weights.
+        device: Device of the weights.
+
+    Raises:
+        RoutingError: A row names no active expert.
     """
     unknown = sorted({row for row in rows if row not in names and row != "__base__"})
     if unknown:
         raise RoutingError(
-            f"adapter_names must be active experts ({', '.join(names)}) or __base__, got {', '.join(unknown)}"
+            f"`adapter_names` must be active experts ({', '.join(names)}) or __base__, got {', '.join(unknown)}"
         )
     weights = torch.zeros(len(rows), 1, len(names), dtype=dtype, device=device)
     for index, row in enumerate(rows):

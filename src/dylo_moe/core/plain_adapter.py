@@ -1,9 +1,9 @@
-"""Adapters for tools that scale by ``lora_alpha / r`` and by nothing else.
+"""Adapters for tools that scale only by ``lora_alpha / r``.
 
-PEFT also scales by ``lora_alpha / sqrt(r)`` (rsLoRA), and by an alpha and a rank of each module's own (patterns).
-llama.cpp and LoRAX read ``lora_alpha`` and ``r`` alone, and vLLM knows no patterns. Here the rest is moved into the
-weights: the adapter adds the same to the base, and says so in two numbers. Training such a copy further is not the same
-as training the original, whose gradients are scaled otherwise.
+PEFT can also scale by ``lora_alpha / sqrt(r)`` (rsLoRA), and by an alpha and a rank for each module (patterns).
+llama.cpp and LoRAX read only ``lora_alpha`` and ``r``, and vLLM does not support patterns. Here any other scaling is
+folded into the weights, so that the adapter adds the same to the base. Training such a copy further differs from
+training the original, because its gradients are scaled differently.
 """
 
 import json
@@ -28,11 +28,11 @@ from dylo_moe.core.adapter_folder import (
 )
 from dylo_moe.errors import CheckpointError
 
-_SCALED_OTHERWISE = ("use_rslora", "rank_pattern", "alpha_pattern")
+_OTHER_SCALINGS = ("use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def check_target(folder: Path) -> None:
-    """Raise ``CheckpointError`` unless a folder can take an exported adapter: new, empty, or with an adapter alone."""
+    """Raise ``CheckpointError`` unless a folder is new, empty, or holds only an adapter."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, and writing would replace it; choose a new or empty folder")
     if not folder.exists():
@@ -45,13 +45,13 @@ def check_target(folder: Path) -> None:
 
 
 def make_plain(folder: Path) -> None:
-    """Rewrite an adapter folder so that ``lora_alpha / r`` scales every module; one that is so already is left alone.
+    """Rewrite an adapter folder so that ``lora_alpha / r`` scales every module; leave a plain one unchanged.
 
     Raises:
         ExpertError: A file cannot be read.
     """
     config = read_config(folder)
-    if not any(config.get(name) for name in _SCALED_OTHERWISE):
+    if not any(config.get(name) for name in _OTHER_SCALINGS):
         return
     config, weights = folded(config, read_weights(folder))
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -59,14 +59,17 @@ def make_plain(folder: Path) -> None:
 
 
 def folded(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter that adds the same and has one rank and one scaling, ``lora_alpha / r``.
+    """Return an equivalent adapter with one rank and one scaling, ``lora_alpha / r``.
 
-    Smaller ranks are filled up with zeros. Where one whole number can be ``lora_alpha`` for all modules, ``B`` keeps
-    its bits. Otherwise ``lora_alpha`` is ``r``, and ``B`` is multiplied by its module's scaling, in float32 at least.
+    Smaller ranks are padded with zeros. If one integer ``lora_alpha`` fits all modules, ``B`` keeps its bits.
+    Otherwise ``lora_alpha`` is ``r``, and ``B`` is multiplied by its module's scaling, in float32 at least.
 
     Args:
-        config: The fields of ``adapter_config.json``.
-        weights: ``A`` of ``(rank, in)`` and ``B`` of ``(out, rank)``, by their keys in the file.
+        config: Fields of ``adapter_config.json``.
+        weights: ``A``, ``(rank, in)``, and ``B``, ``(out, rank)``, by their keys in the file.
+
+    Returns:
+        The new fields and tensors.
     """
     factors = scalings(config, weights)
     rank = max(tensor.shape[0] for key, tensor in weights.items() if key.endswith(DOWN))
@@ -82,5 +85,5 @@ def folded(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[di
             if not whole:
                 tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factors[module_of(key)]
             plain[key] = F.pad(tensor, (0, rank - tensor.shape[1])).contiguous()
-    said = {"r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    return {**config, **said}, plain
+    plain_fields = {"r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return {**config, **plain_fields}, plain

@@ -1,7 +1,7 @@
 """Base models in 4 or 8 bits, by bitsandbytes through transformers.
 
-Only the linear layers of the base are quantised. Experts and router stay in full precision, on top of it: the routed
-layer asks its base layer for an output, and not for weights.
+Only the linear layers of the base are quantized. Experts and router stay in full precision on top: a routed layer
+asks its base layer for an output, never for weights.
 """
 
 import torch
@@ -14,37 +14,37 @@ from dylo_moe.errors import ModelError
 
 
 def check_quantisation(bits: int) -> None:
-    """Makes sure that a model can be loaded in 4 or 8 bits here.
+    """Check that a model can be loaded in 4 or 8 bits on this machine.
 
     Raises:
         ModelError: bitsandbytes is missing, or supports none of the devices.
     """
     if bits not in (4, 8):
-        raise ModelError(f"a base model is quantised to 4 or 8 bits, got {bits}")
+        raise ModelError(f"`bits` must be 4 or 8, got {bits}")
     if not is_bitsandbytes_available():
         raise ModelError(
-            f"--load_in_{bits}bit needs bitsandbytes, and it is not installed or too old; "
-            "run: pip install 'dylora-moe[quantisation]', or leave the flag out"
+            f"`bits`={bits} (`load_in_{bits}bit`) needs bitsandbytes, and it is not installed or too old; "
+            "run: pip install 'dylora-moe[quantisation]', or leave it out"
         )
     if not validate_bnb_backend_availability():
         raise ModelError(
-            f"--load_in_{bits}bit: the installed bitsandbytes supports none of this machine's devices; "
-            "leave the flag out"
+            f"`bits`={bits} (`load_in_{bits}bit`) needs a device that bitsandbytes supports, and the installed one "
+            "supports none of this machine's; leave it out"
         )
 
 
-def quantisation(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What a model is loaded with.
+def quantization_config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the configuration that transformers loads a model in 4 or 8 bits with.
 
-    4 bits are NF4 with the quantisation constants quantised too, as in QLoRA (Dettmers et al. 2023, arXiv
+    4 bits are NF4 with the quantization constants quantized too, as in QLoRA (Dettmers et al. 2023, arXiv
     2305.14314); 8 bits are LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
 
     Args:
         bits: 4 or 8.
-        compute_dtype: What 4-bit weights are dequantised to for a product.
+        compute_dtype: Floating type to which 4-bit weights are dequantized for a product.
 
     Raises:
-        ModelError: As ``check_quantisation``.
+        ModelError: See ``check_quantisation``.
     """
     check_quantisation(bits)
     if bits == 8:
@@ -58,11 +58,11 @@ def quantisation(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Lets a 4-bit model be trained after an evaluation on a CPU.
+    """Let a 4-bit model be trained after an evaluation on a CPU.
 
-    On some CPUs, bitsandbytes 0.50 repacks the weights at the first forward of an evaluation, for a product that has no
-    gradient: all later training would run through it, and everything below the last quantised layer would get none.
+    On some CPUs, bitsandbytes 0.50 repacks the weights at the first forward of an evaluation for a product that has no
+    gradient. All later training would use it, and nothing below the last quantized layer would get a gradient.
     """
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":  # by its name, as bitsandbytes may not be installed
+        if type(module).__name__ == "Linear4bit":  # compared by name: bitsandbytes may not be installed
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -15,12 +15,13 @@ from transformers import Cache, PreTrainedModel
 from dylo_moe.core.caches import BasePass, ContextPart, RunningSums, carry, empty_copy, part_of
 from dylo_moe.core.context import Context, means, running_sums
 from dylo_moe.core.decoder import Decoder, argument_names, evaluating, hidden_states_of, named_arguments
-from dylo_moe.core.expert import ExpertManager, carried_by_layers
+from dylo_moe.core.expert import ExpertManager
 from dylo_moe.core.extension import extend, restore
 from dylo_moe.core.offload import device_of
 from dylo_moe.core.routed_forward import RoutedBackbone
 from dylo_moe.core.router import DynamicHybridRouter
 from dylo_moe.core.routing_state import ForwardCall, RoutingState, Run
+from dylo_moe.core.targets import experts_per_layer
 from dylo_moe.core.token_weights import TokenWeights, one_hot_weights
 from dylo_moe.errors import ModelError, RoutingError
 from dylo_moe.routing_mode import RoutingMode
@@ -203,14 +204,14 @@ def make_router(
         num_experts: Number of experts that there will be.
         top_k: Experts per token when routing is sparse.
         temperature: Divisor of the router's logits.
-        experts_per_block: Number of experts that each block of layers carries; see ``expert.carried_by_layers``.
+        experts_per_block: Number of experts that each block of layers carries; see ``targets.experts_per_layer``.
 
     Raises:
         RoutingError: A number is out of its range.
     """
     decoder = experts.decoder
     num_gates = mode.num_gates(len(decoder.layers))
-    experts_per_gate = None if experts_per_block is None else carried_by_layers(experts_per_block, num_gates)
+    experts_per_gate = None if experts_per_block is None else experts_per_layer(experts_per_block, num_gates)
     hidden_size = decoder.output_width if mode.reads_base_output else decoder.layer_width
     router = DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, num_gates, experts_per_gate)
     return router.to(device_of(experts.base_model))

@@ -1,10 +1,10 @@
-"""Between a mixture in memory and its folder: what is written, what is read, and where the base model comes from."""
+"""Save a mixture to a folder and load one: its files, its options, and the place of its base model."""
 
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,33 +14,25 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dylo_moe.core import checkpoint
-from dylo_moe.core.base_model import (
-    DTYPES,
-    EMBEDDED,
-    fingerprint,
-    load_base_model,
-    local_tokenizer,
-    name_of,
-    same_base_model,
-)
+from dylo_moe.core.base_model import DTYPES, load_base_model, local_tokenizer, name_of
 from dylo_moe.core.configuration import MODELING_FILE, MODELING_SOURCE, DyLoRAConfig, folder_config
+from dylo_moe.core.embedded import EMBEDDED
 from dylo_moe.core.expert import ExpertManager
+from dylo_moe.core.fingerprint import fingerprint, same_base_model
 from dylo_moe.core.hub import folder_of, is_hub_id
 from dylo_moe.core.initialise import hold_constant
 from dylo_moe.core.offload import is_offloaded, state_in_place
-from dylo_moe.core.routing import make_router
+from dylo_moe.core.output import AuxLossWeights
+from dylo_moe.core.parts import Parts, RouterSpec, build_parts
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError
-from dylo_moe.routing_mode import RoutingMode
 
 if TYPE_CHECKING:
     from dylo_moe.core.model import DyLoRA_MoE
 
-_LOG = logging.getLogger(__name__)
-
-_TRAINERS_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINED_FILE, TRAINED_INDEX = "trained.safetensors", "model.safetensors.index.json"
-"""What the Trainer of transformers goes on from: only files of these names, with the keys of ``state_dict``."""
+"""Files that the Trainer of transformers resumes from, with the keys of ``state_dict``."""
 
 _OURS = (
     checkpoint.EXPERTS_FOLDER,
@@ -57,11 +49,21 @@ _OURS = (
     "skills.json",
     "skills.safetensors",
 )
-"""What a mixture's folder has of ours, now or from an earlier save, and what another kind of model would have."""
+"""Files that a save replaces or removes: ours, now or from an earlier version, and those of another kind of model."""
 
 _NO_EFFECT = ("max_shard_size", "save_function", "save_peft_format", "save_original_format", "token")
-_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
-_LOADERS_OWN = ("adapter_kwargs", "low_cpu_mem_usage", "use_safetensors", "weights_only")
+_DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+_UPLOAD_OPTIONS = (
+    "repo_id",
+    "commit_message",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "commit_description",
+    "tags",
+)
+_LOADER_OPTIONS = ("adapter_kwargs", "low_cpu_mem_usage", "use_safetensors", "weights_only")
 
 
 def save(
@@ -73,18 +75,16 @@ def save(
     push_to_hub: bool,
     options: dict[str, Any],
 ) -> None:
-    """Write a mixture's folder; ``DyLoRA_MoE.save_pretrained`` says what the arguments mean."""
-    hub = {name: options.pop(name) for name in (*_HUB_UPLOAD,) if name in options}
+    """Write a mixture's folder; see ``DyLoRA_MoE.save_pretrained`` for the arguments."""
+    hub = {name: options.pop(name) for name in _UPLOAD_OPTIONS if name in options}
     _check_options(options)
     if not is_main_process:
         return
     if state is None and is_offloaded(model):
         state = state_in_place(model)
-    in_trainers_checkpoint = _TRAINERS_CHECKPOINT.fullmatch(folder.name) is not None
-    marker = checkpoint.DESCRIPTION_FILE
-    with atomic_directory(folder, marker=marker, in_place=in_place, ours=_OURS) as target:
-        write_files(model, target, state, beside=folder)
-        if in_trainers_checkpoint:
+    with atomic_directory(folder, marker=checkpoint.DESCRIPTION_FILE, in_place=in_place, ours=_OURS) as target:
+        write_files(model, target, state, final_folder=folder)
+        if _TRAINER_CHECKPOINT.fullmatch(folder.name):
             _write_trained(model, target, state)
     name_model(model, folder)
     if push_to_hub:
@@ -93,34 +93,31 @@ def save(
         raise CheckpointError(f"{', '.join(sorted(hub))} of save_pretrained are for push_to_hub=True; leave them out")
 
 
-_HUB_UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "commit_description", "tags")
-
-
 def _check_options(options: dict[str, Any]) -> None:
     if not options.pop("safe_serialization", True):
         raise CheckpointError("a mixture is saved as safetensors only; leave out safe_serialization=False")
     if options.pop("variant", None) is not None:
         raise CheckpointError("a mixture has no variants; leave out variant=")
-    unknown = sorted(options.keys() - {*_NO_EFFECT})
+    unknown = sorted(options.keys() - set(_NO_EFFECT))
     if unknown:
         raise TypeError(f"save_pretrained() got an unexpected keyword argument {unknown[0]!r}")
 
 
 def write_files(
-    model: "DyLoRA_MoE", folder: Path, state: Mapping[str, Tensor] | None = None, *, beside: Path | None = None
+    model: "DyLoRA_MoE", folder: Path, state: Mapping[str, Tensor] | None = None, *, final_folder: Path | None = None
 ) -> None:
-    """Write the files of a mixture into a folder that is the caller's to make whole.
+    """Write the files of a mixture into a folder that the caller makes atomic.
 
     Args:
         model: The mixture.
-        folder: Empty.
-        state: Whole tensors as in ``state_dict``, where the model holds parts.
-        beside: Where the folder will be.
+        folder: Empty folder.
+        state: Whole tensors with the keys of ``state_dict``, if the model holds shards.
+        final_folder: Path that ``folder`` will be renamed to; ``folder`` by default.
     """
     adapters, router = None, model.router.state_dict()
     if state is not None:
-        adapters, router = _beginning_with("model.", state), _beginning_with("router.", state)
-    description = describe(model, beside or folder)
+        adapters, router = _with_prefix("model.", state), _with_prefix("router.", state)
+    description = describe(model, final_folder or folder)
     checkpoint.write_files(folder, model.model, router, description, adapters)
     config = folder_config(model.config)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -133,7 +130,7 @@ def write_files(
 
 
 def _write_trained(model: "DyLoRA_MoE", folder: Path, state: Mapping[str, Tensor] | None) -> None:
-    """Write what trains under the names of ``state_dict``, for a Trainer that knows nothing of mixtures."""
+    """Write the trained tensors with the keys of ``state_dict``, for the Trainer of transformers."""
     whole = model.state_dict() if state is None else state
     trained = {
         name: value.contiguous() for name, value in whole.items() if "lora_" in name or name.startswith("router.")
@@ -144,84 +141,97 @@ def _write_trained(model: "DyLoRA_MoE", folder: Path, state: Mapping[str, Tensor
 
 
 def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.Description:
-    """Return what a mixture's folder says of itself."""
-    router = model.router
+    """Return the contents of ``dylo_moe.json`` for a mixture that is saved in ``folder``."""
+    router, base_name = model.router, model.base_name
     entries = [
         checkpoint.ExpertEntry(
             name=name,
             maturity=maturity,
             frozen=name in model.experts.frozen,
-            pissa=name in model.experts.held,
+            pissa=name in model.experts.pissa_experts,
         )
         for name, maturity in zip(model.experts.names, router.maturity, strict=True)
     ]
     return checkpoint.Description(
         dylo_moe_version=version("dylora-moe"),
         base_model=checkpoint.BaseModelEntry(
-            name=model.base_name,
+            name=base_name,
             revision=model.revision,
             dtype=str(model.dtype).removeprefix("torch."),
             fingerprint=model._fingerprint,
-            from_here=_from_here(model.base_name, folder),
+            # relative as well, so that mixture and base model can be moved together
+            from_here=os.path.relpath(base_name, folder.resolve()) if Path(base_name).is_absolute() else None,
         ),
         experts=entries,
         routing=checkpoint.RoutingEntry(
             mode=model.routing,
             top_k=router.top_k,
             temperature=router.temperature,
-            experts_per_layer=model.experts.blocks,
+            experts_per_layer=model.experts.experts_per_block,
         ),
-        losses=model.losses,
+        losses=checkpoint.LossEntry(**asdict(model.losses)),
         prompt_template=model.prompt_template,
     )
-
-
-def _from_here(name: str, folder: Path) -> str | None:
-    """Return the way from a mixture's folder to a base model's, so that both can be moved together."""
-    return os.path.relpath(name, folder.resolve()) if Path(name).is_absolute() else None
 
 
 def load(
     cls: "type[DyLoRA_MoE]", source: str | Path, given: str | PreTrainedModel | None, options: dict[str, Any]
 ) -> Any:
-    """Load a mixture; ``DyLoRA_MoE.from_pretrained`` says what the arguments mean."""
+    """Load a mixture; see ``DyLoRA_MoE.from_pretrained`` for the arguments."""
     with_info = options.pop("output_loading_info", False)
-    hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+    hub = {name: options.pop(name) for name in _DOWNLOAD_OPTIONS if name in options}
     path = folder_of(source, revision=options.pop("revision", None), subfolder=options.pop("subfolder", ""), **hub)
     config = options.pop("config", None)
     if config is not None and not isinstance(config, DyLoRAConfig):
         raise CheckpointError(
-            f"the folder {path} is a mixture, and config is a {type(config).__name__}; leave config out, or pass what "
-            "AutoConfig.from_pretrained gives for the folder"
+            f"the folder {path} is a mixture, and `config` is a {type(config).__name__}; leave it out, or pass the "
+            "result of AutoConfig.from_pretrained for the folder"
         )
-    description = checkpoint.read_description(path)
     attention = getattr(config, "_attn_implementation", None)
     if attention is not None:  # AutoConfig has taken the argument
         options.setdefault("attn_implementation", attention)
+    description = checkpoint.read_description(path)
+    model = cls(_read_parts(path, description, given, options))
+    _set_router(model, checkpoint.read_router(path, model.router.state_dict()), description)
+    model.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
+    hold_constant(model.experts, [expert.name for expert in description.experts if expert.pissa])
+    name_model(model, path)
+    model.train(False)
+    info: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    return (model, info) if with_info else model
+
+
+def _read_parts(
+    path: Path, description: checkpoint.Description, given: str | PreTrainedModel | None, options: dict[str, Any]
+) -> Parts:
     base, name, revision = base_of(path, description.base_model, given, _base_options(options))
-    routing = description.routing
-    experts = ExpertManager(base)
-    mode = RoutingMode.parse(routing.mode, len(experts.decoder.layers))
-    router = make_router(
-        experts, mode, len(description.experts), routing.top_k, routing.temperature, routing.experts_per_layer
+    names, routing = [expert.name for expert in description.experts], description.routing
+
+    def add_experts(experts: ExpertManager) -> None:
+        for expert in names:
+            experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / expert, expert)
+
+    return build_parts(
+        ExpertManager(base),
+        len(names),
+        add_experts,
+        RouterSpec(routing.mode, routing.top_k, routing.temperature, routing.experts_per_layer),
+        base_name=name,
+        revision=revision,
+        loss_weights=AuxLossWeights(**description.losses.model_dump()),
+        prompt_template=description.prompt_template,
     )
-    experts.carry_on(mode.first_expert_layer, routing.experts_per_layer)
+
+
+def _set_router(model: "DyLoRA_MoE", state: dict[str, Tensor], description: checkpoint.Description) -> None:
+    model.router.load_state_dict(state)
     for expert in description.experts:
-        experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / expert.name, expert.name)
-    self = cls.__new__(cls)
-    self._assemble(name, revision, mode, experts, router, description.losses, description.prompt_template)
-    self.router.load_state_dict(checkpoint.read_router(path, self.router.state_dict()))
-    self.router.maturity = [expert.maturity for expert in description.experts]
-    self.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
-    hold_constant(self.experts, [expert.name for expert in description.experts if expert.pissa])
-    name_model(self, path)
-    self.train(False)
-    return (self, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if with_info else self
+        model.set_maturity(expert.maturity, [expert.name])
 
 
 def _base_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options for loading the base model, without those that transformers' own loaders add."""
-    for name in [name for name in options if name.startswith("_") or name in _LOADERS_OWN]:
+    """Return the options for loading the base model, without those that loaders of transformers add."""
+    for name in [name for name in options if name.startswith("_") or name in _LOADER_OPTIONS]:
         options.pop(name)
     dtype = options.pop("torch_dtype", None)
     dtype = options.pop("dtype", None) or dtype
@@ -232,19 +242,24 @@ def _base_options(options: dict[str, Any]) -> dict[str, Any]:
 def base_of(
     path: Path, entry: checkpoint.BaseModelEntry, given: str | PreTrainedModel | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, str, str | None]:
-    """Return the base model of a checkpoint, its name and its revision; what the caller gives comes first.
+    """Return the base model of a checkpoint, its name and its revision.
+
+    Args:
+        path: The checkpoint.
+        entry: The base model according to the checkpoint.
+        given: Another place of the base model, or the loaded model.
+        options: Passed to ``load_base_model``.
 
     Raises:
-        CheckpointError: It is not where the checkpoint says, or is another one.
-        ModelError: It cannot be had.
+        CheckpointError: The base model is not in the checkpoint's place, or is another one.
+        ModelError: The base model cannot be loaded.
     """
     if isinstance(given, PreTrainedModel):
         base, name, revision = given, entry.name, entry.revision
     else:
         place, revision = place_of_base(path, entry, given)
-        base = load_base_model(
-            place, revision=revision, **{**options, "dtype": options.get("dtype") or DTYPES[entry.dtype]}
-        )
+        options = {**options, "dtype": options.get("dtype") or DTYPES[entry.dtype]}
+        base = load_base_model(place, revision=revision, **options)
         name, revision = name_of(place, revision)
     if not same_base_model(fingerprint(base), entry.fingerprint):
         raise CheckpointError(
@@ -255,59 +270,58 @@ def base_of(
 
 
 def place_of_base(path: Path, entry: checkpoint.BaseModelEntry, given: str | None = None) -> tuple[str, str | None]:
-    """Return where a mixture's base model is now, and its revision: what is given, else what the mixture says.
+    """Return a name or folder that loads a mixture's base model now, and its revision.
 
-    A folder is where it was, or as far from the mixture as it was.
+    If none is given, it is that of the checkpoint. A folder may have been moved together with the checkpoint.
 
     Raises:
-        CheckpointError: It was in a folder and is in neither place, or it was in memory.
+        CheckpointError: The base model's folder is gone, or the base model was never in a folder.
     """
     if given is not None:
         return given, entry.revision if given == entry.name else None
     if not entry.name:
         raise CheckpointError(
-            f"the checkpoint {path} was made on a base model in memory; pass that as model= (on the command line: "
-            "--base_model)"
+            f"the checkpoint {path} was made on a base model in memory; pass that as `model` (`base_model` on the "
+            "command line)"
         )
     if entry.name == EMBEDDED or is_hub_id(entry.name) or Path(entry.name).is_dir():
         return entry.name, entry.revision
     if entry.from_here is not None and (moved := (path.resolve() / entry.from_here)).is_dir():
         return str(moved.resolve()), None
     raise CheckpointError(
-        f"the base model of the checkpoint {path} was in {entry.name}, which is not there any more; say where it is by "
-        "model= (on the command line: --base_model)"
+        f"the base model of the checkpoint {path} was in {entry.name}, which is not there any more; pass its folder as "
+        "`model` (`base_model` on the command line)"
     )
 
 
 def load_weights(model: "DyLoRA_MoE", path: Path) -> None:
-    """Load the weights of a checkpoint into a mixture; ``DyLoRA_MoE.load_weights`` says more."""
+    """Load the weights of a checkpoint into a mixture; see ``DyLoRA_MoE.load_weights``."""
     description = checkpoint.read_description(path)
     theirs = ([expert.name for expert in description.experts], description.routing.mode)
     ours = (model.experts.names, model.routing)
     if theirs != ours:
         raise CheckpointError(
             f"the checkpoint {path} has experts {', '.join(theirs[0])} under routing {theirs[1]}, and this run "
-            f"has {', '.join(ours[0])} under {ours[1]}; give the flags of the run that wrote it"
+            f"has {', '.join(ours[0])} under {ours[1]}; give the options of the run that wrote it"
         )
     if not same_base_model(model._fingerprint, description.base_model.fingerprint):
         raise CheckpointError(f"the checkpoint {path} belongs to another base model, {description.base_model.name!r}")
     router = checkpoint.read_router(path, model.router.state_dict())
     folders = {name: path / checkpoint.EXPERTS_FOLDER / name for name in model.experts.names}
     for name, folder in folders.items():
-        model.experts.fitting_weights(name, folder)
-    # all of it fits: a checkpoint that does not has changed nothing
+        model.experts.read_matching_weights(name, folder)
+    # everything fits; until here nothing was changed
     for name, folder in folders.items():
         model.experts.load_weights(name, folder)
-    model.router.load_state_dict(router)
-    model.router.maturity = [expert.maturity for expert in description.experts]
+    _set_router(model, router, description)
 
 
 def name_model(model: "DyLoRA_MoE", folder: Path) -> None:
-    """Let tools that load a second copy of a model find the mixture, and not its bare base."""
+    """Set the path by which tools load a second copy, so that they find the mixture and not its bare base."""
     model.config._name_or_path = model.name_or_path = str(folder.absolute())
     if model.tokenizer is None and (folder / "tokenizer_config.json").is_file():
         model.tokenizer = AutoTokenizer.from_pretrained(str(folder))
 
 
-def _beginning_with(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

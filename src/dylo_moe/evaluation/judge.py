@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dylo_moe.core.base_model import cache_directory
+from dylo_moe.core.embedded import cache_directory
 from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.comparer import ComparisonWorker, Verdict
 from dylo_moe.evaluation.preparation import ReferenceRun, run_reference
