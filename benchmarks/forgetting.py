@@ -40,9 +40,9 @@ from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.decoder import decoder_layers
 from dylo_moe.core.losses import IGNORE_INDEX
 from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.core.routing import resolve_routing
 from dylo_moe.data.packing import TokenCollator, TokenRows
 from dylo_moe.data.prepare_data import PreparedData, prepare_data
+from dylo_moe.routing_mode import RoutingMode
 from dylo_moe.skills.acquisition import Look, SkillData, acquire_skill, look
 from dylo_moe.skills.library import SkillLibrary
 
@@ -244,7 +244,7 @@ def ours(rows: Rows, steps: int, seed: int) -> dict[str, Any]:
             model.router.gates[0].copy_(weight)
         found.figures[name]["losses"] = losses_of(model, rows, len(rows.names))
     for routing in ("prefix", "final"):
-        model.routing = resolve_routing(routing, len(decoder_layers(model.experts.base_model)))
+        model.routing_mode = RoutingMode.parse(routing, len(decoder_layers(model.experts.base_model)))
         found.figures[f"closed form, `{routing}`"] = closed_form(*looks(model, rows))
     return {
         "base": base,

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from typing_extensions import override
 
+from dylo_moe.core.balance import expert_load
 from dylo_moe.core.decoder import backbone
 from dylo_moe.core.expert import count_parameters
-from dylo_moe.core.losses import IGNORE_INDEX, expert_load, linear_causal_lm_loss
+from dylo_moe.core.losses import IGNORE_INDEX, linear_causal_lm_loss
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.packing import TokenCollator, TokenRows
 from dylo_moe.data.prepare_data import prepare_data

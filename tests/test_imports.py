@@ -12,7 +12,7 @@ import dylo_moe
 PACKAGE = Path(__file__).parents[1] / "src" / "dylo_moe"
 LAYERS = [
     "errors",
-    {"durable", "expert_spec"},
+    {"durable", "expert_spec", "routing_mode"},
     "flags",
     {"trainer_fields", "model_config"},
     {"benchmark_config", "acquire_config", "cloud_config"},

@@ -10,6 +10,7 @@ from dylo_moe.flags import flag as _flag
 from dylo_moe.flags import require as _require
 from dylo_moe.flags import split_names
 from dylo_moe.model_config import ExpertArguments
+from dylo_moe.routing_mode import RoutingMode
 
 EXTEND = ("auto", "never", "always")
 NOVELTY = ("auto", "cosine", "mahalanobis", "entropy")
@@ -87,7 +88,7 @@ class GrowingExpertArguments(ExpertArguments):
     def __post_init__(self) -> None:
         _require(self.num_experts == 1, "num_experts", "1 where skills are acquired", self.num_experts)
         _require(
-            self.routing != "per_layer",
+            RoutingMode.parse(self.routing).reads_frozen_features,
             "routing",
             "context:K, prefix:K or final where skills are acquired",
             "per_layer",

@@ -9,6 +9,7 @@ from typing import ClassVar
 from dylo_moe.flags import flag as _flag
 from dylo_moe.flags import require as _require
 from dylo_moe.flags import split_names
+from dylo_moe.routing_mode import RoutingMode
 
 INITIALISATIONS = ("default", "gaussian", "orthogonal", "eva", "pissa")
 BALANCES = ("switch", "bias", "none")
@@ -118,7 +119,7 @@ class ExpertArguments:
         if self.experts_per_layer is None:
             return
         _require(
-            self.routing == "per_layer",
+            RoutingMode.parse(self.routing).has_gate_per_layer,
             "experts_per_layer",
             "left out unless --routing is per_layer",
             f"--routing {self.routing} with it",

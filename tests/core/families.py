@@ -1,6 +1,6 @@
 """Small random models of each family, mixtures on them, and batches to feed them.
 
-Weights are drawn wider than a real initialisation does, so that attention, experts and router all matter to the
+Weights are drawn wider than by a real initialization, so that attention, experts and router all matter to the
 logits; a test that compares two ways of computing something then compares something.
 """
 
@@ -30,7 +30,7 @@ LAYERS = 3
 PAD = 0
 
 TIED = "ignore:Model has `tie_word_embeddings=True`:UserWarning"
-"""A mark's text: PEFT 0.19 warns of an adapted embedding or head even where the two are not tied."""
+"""Warning filter: PEFT 0.19 warns of an adapted embedding or head even if the two are not tied."""
 
 ROUTINGS = ("final", "prefix:1", "context:1", "per_layer")
 
@@ -79,14 +79,14 @@ FAMILIES = tuple(CONFIGS)
 
 
 def tiny(family: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
-    """A random model of a family, evaluating; the same seed gives the same weights."""
+    """Return a random model of a family, evaluating; the same seed gives the same weights."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]))
     return model.to(dtype).eval()
 
 
 def stir(model: nn.Module, seed: int = 1) -> None:
-    """Gives every ``lora_B`` random values, as if the adapters had been trained."""
+    """Give every ``lora_B`` random values, as if the adapters had been trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -103,7 +103,7 @@ def mixture(
     mature: bool = False,
     **options: object,
 ) -> DyLoRA_MoE:
-    """A mixture on ``tiny(family)``, evaluating, whose experts and router have random values that matter.
+    """Return a mixture on ``tiny(family)``, evaluating, whose experts and router have random values that matter.
 
     The router's gates are in the base model's dtype, so that a float64 mixture has float64 gradients throughout.
     """
@@ -122,18 +122,18 @@ def mixture(
 
 
 def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool) -> None:
-    """Enables activation checkpointing by the name that the installed transformers has for it (new in 5.23)."""
+    """Enable activation checkpointing by the name of the installed transformers (a new one since 5.23)."""
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": use_reentrant})
 
 
 def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
-    """Random tokens, none of them the padding or the first token."""
+    """Return random tokens, none of them the padding or the first token."""
     return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def padded(rows: list[Tensor], side: str, pad: int = PAD) -> tuple[Tensor, Tensor]:
-    """Token rows of unequal lengths as one batch: ``input_ids`` and ``attention_mask``."""
+    """Return token rows of unequal lengths as one batch: ``input_ids`` and ``attention_mask``."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -144,16 +144,16 @@ def padded(rows: list[Tensor], side: str, pad: int = PAD) -> tuple[Tensor, Tenso
 
 
 def cache_of(output: ModelOutput) -> Cache:
-    """The cache in what a forward returned, whatever this version of transformers calls it."""
+    """Return the cache in the output of a forward, whatever this version of transformers calls it."""
     return next(value for value in output.values() if isinstance(value, Cache))
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The largest difference, as a share of the largest wanted value."""
+    """Return the largest difference, as a share of the largest wanted value."""
     assert got.shape == want.shape, f"shapes {tuple(got.shape)} and {tuple(want.shape)} differ"
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """The gradients of a module's parameters by name, as copies."""
+    """Return copies of the gradients of a module's parameters, by name."""
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}

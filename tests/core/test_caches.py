@@ -1,4 +1,4 @@
-"""Caches of every kind carry the router's part along, and what takes back or reorders tokens does so for both."""
+"""Caches of every kind carry the router's part along; cropping and reordering change both."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Cache, DynamicCache, StaticCache
 
-from dylo_moe.core.caches import ContextPart, Sums, with_cache_renamed
+from dylo_moe.core.caches import ContextPart, RunningSums, with_cache_renamed
 from dylo_moe.core.context import Context, running_means
 from dylo_moe.errors import RoutingError
 from families import ROUTINGS, cache_of, mixture, relative_error, token_ids
@@ -32,10 +32,8 @@ def test_generation_is_the_same_with_every_kind_of_cache(routing: str, family: s
 @torch.no_grad()
 def test_assisted_decoding_gives_the_greedy_answer(routing: str, family: str) -> None:
     model, ids = mixture(family, routing), token_ids(1, 6, seed=8).repeat(1, 2)
-    new = {
-        **NEW,
-        "eos_token_id": 60,
-    }  # which older versions of transformers look for without asking whether there is one
+    # older versions of transformers fail without an end token
+    new = {**NEW, "eos_token_id": 60}
     greedy = model.generate(ids, **new)
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **new), greedy)
     other = mixture(family, routing, seed=5)
@@ -45,7 +43,7 @@ def test_assisted_decoding_gives_the_greedy_answer(routing: str, family: str) ->
 
 @EVERY_ROUTING
 @torch.no_grad()
-def test_a_cache_of_ones_own_is_filled_and_goes_on(routing: str) -> None:
+def test_a_cache_of_the_caller_is_filled_and_continued(routing: str) -> None:
     model, ids = mixture("llama", routing), token_ids(2, 10)
     want = model(ids).logits
     caches: list[Cache] = [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)]
@@ -70,10 +68,10 @@ def test_a_cache_that_was_changed_behind_the_routers_back_is_refused(routing: st
         model(ids, past_key_values=[1], use_cache=True)
 
 
-def test_sums_can_be_taken_back_across_forwards_and_no_further_than_they_are_kept() -> None:
+def test_sums_can_be_taken_back_across_forwards_as_far_as_they_are_kept() -> None:
     part = ContextPart()
     for length in (300, 1, 1, 2):
-        part.append(Sums(torch.ones(1, length, 4), torch.ones(1, length, 1)))
+        part.append(RunningSums(torch.ones(1, length, 4), torch.ones(1, length, 1)))
     part.follow("crop", 3, (), {})
     assert part.length() == 301
     with pytest.raises(RoutingError, match="can take back 256 tokens here, and 290 were asked for"):
@@ -84,7 +82,7 @@ def test_sums_can_be_taken_back_across_forwards_and_no_further_than_they_are_kep
 
 
 @pytest.mark.parametrize("names", [("cache",), ("past_key_values",)])
-def test_a_cache_goes_by_the_models_name_for_it(names: tuple[str, ...]) -> None:
+def test_a_cache_is_passed_by_the_models_name_for_it(names: tuple[str, ...]) -> None:
     for given in ("cache", "past_key_values"):
         assert with_cache_renamed({given: 1, "x": 2}, names) == {names[0]: 1, "x": 2}
     assert with_cache_renamed({"x": 2}, names) == {"x": 2}

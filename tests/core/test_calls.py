@@ -1,4 +1,4 @@
-"""The state of a forward belongs to that call: threads, event loops, interrupts, and whatever else ends or nests."""
+"""The state of a forward belongs to that call: in threads, event loops, nested forwards, and after interrupts."""
 
 import asyncio
 import copy
@@ -25,8 +25,8 @@ PROMPTS = [token_ids(1, 4 + seed % 5, seed=seed) for seed in range(16)]
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
-def wants(model: DyLoRA_MoE) -> list[Callable[[int], Tensor]]:
-    """Ways to use a model, each for one of the prompts."""
+def uses(model: DyLoRA_MoE) -> list[Callable[[int], Tensor]]:
+    """Return ways to use a model, each for one of the prompts."""
 
     def generated(index: int) -> Tensor:
         return model.generate(PROMPTS[index], **NEW)
@@ -53,11 +53,11 @@ def same(got: Tensor, want: Tensor) -> bool:
 @torch.no_grad()
 def test_sixteen_threads_get_what_each_gets_alone(routing: str) -> None:
     model = mixture(routing=routing, mature=True, top_k=1)
-    alone = [[use(index) for use in wants(model)] for index in range(16)]
+    alone = [[use(index) for use in uses(model)] for index in range(16)]
 
     @torch.no_grad()
     def work(index: int) -> list[bool]:
-        return [same(use(index), want) for use, want in zip(wants(model), alone[index], strict=True)]
+        return [same(use(index), want) for use, want in zip(uses(model), alone[index], strict=True)]
 
     with ThreadPoolExecutor(16) as pool:
         results = list(pool.map(work, [*range(16)] * 2))
@@ -68,11 +68,11 @@ def test_sixteen_threads_get_what_each_gets_alone(routing: str) -> None:
 @torch.no_grad()
 def test_tasks_of_an_event_loop_do_not_meet(routing: str) -> None:
     model = mixture(routing=routing, mature=True)
-    alone = [[use(index) for use in wants(model)] for index in range(8)]
+    alone = [[use(index) for use in uses(model)] for index in range(8)]
 
     @torch.no_grad()
     def work(index: int) -> list[bool]:
-        return [same(use(index), want) for use, want in zip(wants(model), alone[index], strict=True)]
+        return [same(use(index), want) for use, want in zip(uses(model), alone[index], strict=True)]
 
     async def task(index: int, pool: ThreadPoolExecutor) -> bool:
         loop = asyncio.get_running_loop()
@@ -80,7 +80,7 @@ def test_tasks_of_an_event_loop_do_not_meet(routing: str) -> None:
         with model.base_only():
             await asyncio.sleep(0)  # another task runs meanwhile
             right.append(same(model(PROMPTS[index]).logits, alone[index][2]))
-            right += [same(await asyncio.to_thread(wants(model)[1], index), alone[index][2])]
+            right += [same(await asyncio.to_thread(uses(model)[1], index), alone[index][2])]
         await asyncio.sleep(0)
         right.append(same(model(PROMPTS[index]).logits, alone[index][1]))
         return all(right)
@@ -94,7 +94,7 @@ def test_tasks_of_an_event_loop_do_not_meet(routing: str) -> None:
 
 @EVERY_ROUTING
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, ValueError])
-def test_whatever_ends_a_forward_leaves_nothing_behind(routing: str, error: type[BaseException]) -> None:
+def test_an_interrupted_forward_leaves_no_state_behind(routing: str, error: type[BaseException]) -> None:
     model = mixture(routing=routing)
     before = model(PROMPTS[0]).logits
 
@@ -116,7 +116,7 @@ def test_whatever_ends_a_forward_leaves_nothing_behind(routing: str, error: type
 
 
 @EVERY_ROUTING
-def test_a_forward_within_a_forward_is_one_of_its_own(routing: str) -> None:
+def test_a_forward_within_a_forward_has_its_own_state(routing: str) -> None:
     model = mixture(routing=routing)
     want, inner = model(PROMPTS[0]).logits, model(PROMPTS[1]).logits
     seen: list[Tensor] = []
@@ -128,7 +128,7 @@ def test_a_forward_within_a_forward_is_one_of_its_own(routing: str) -> None:
     handle = model.experts.decoder.layers[0].register_forward_hook(again)
     output = model(PROMPTS[0])
     assert torch.equal(output.logits, want) and torch.equal(seen[0], inner)
-    assert len(output.router_logits) == len(model.router.gates), "the inner one recorded nothing here"
+    assert len(output.router_logits) == len(model.router.gates), "the inner forward must not add to the outer record"
 
 
 @EVERY_ROUTING
@@ -179,13 +179,13 @@ def test_forward_called_directly_does_not_ignore_weights() -> None:
 
 @EVERY_ROUTING
 def test_a_forward_in_which_the_router_was_not_reached_raises(routing: str) -> None:
-    """As after a change in transformers that no hook notices: the decoder runs without its backbone and layers."""
+    """As after a change in transformers: the model no longer calls the backbone and layers that the hooks are on."""
     model = mixture(routing=routing)
     plain = tiny().model
     backbone = model.experts.decoder.backbone
     model.experts.base_model.model = plain
     with pytest.raises(
-        RoutingError, match=r"0 of \d gates ran in a forward of LlamaForCausalLM, .* load the mixture anew"
+        RoutingError, match=r"0 of \d gates ran in a forward of LlamaForCausalLM, .* load the mixture again"
     ):
         model(PROMPTS[0])
     model.experts.base_model.model = backbone
@@ -256,7 +256,7 @@ def test_a_copy_is_the_same_and_its_own(routing: str, copied: Callable[[nn.Modul
         assert not torch.equal(twin(PROMPTS[0]).logits, model(PROMPTS[0]).logits)
 
 
-# --- taken off again -------------------------------------------------------------------------------------------------
+# --- taken off -------------------------------------------------------------------------------------------------------
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -318,11 +318,9 @@ OFFLOADS: dict[str, Callable[[DyLoRA_MoE, Path], object]] = {
 @EVERY_ROUTING
 @pytest.mark.parametrize("mature", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("way", OFFLOADS)
-@pytest.mark.filterwarnings("ignore:You are calling .generate")  # older versions say it of every offloaded model
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # older versions warn about every offloaded model
 @torch.no_grad()
-def test_an_offloaded_mixture_gives_what_it_gives_otherwise(
-    routing: str, mature: bool, way: str, tmp_path: Path
-) -> None:
+def test_an_offloaded_mixture_computes_the_same(routing: str, mature: bool, way: str, tmp_path: Path) -> None:
     model, ids = mixture(routing=routing, mature=mature), token_ids(2, 7)
 
     def everything() -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flat_bucket
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.losses import updated_selection_bias
+from dylo_moe.core.balance import updated_selection_bias
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, DyLoRAError, RoutingError
 from families import FAMILIES, ROUTINGS, mixture, relative_error, stir, tiny, token_ids
@@ -274,8 +274,11 @@ DAMAGES = {
     "an unknown dtype": (edited(base_model__dtype="int3"), "base_model.dtype|int3"),
     "a damaged fingerprint": (fingerprint_of_no_digits, "fingerprint|base model"),
     "no experts": (edited(experts=[]), "expert"),
-    "more of top_k than experts": (edited(routing__top_k=9), r"top_k must be from 1 to num_experts \(3\), got 9"),
-    "an unknown mode": (edited(routing__mode="magic"), "routing must be .* got 'magic'"),
+    "more of top_k than experts": (
+        edited(routing__top_k=9),
+        r"`top_k` must be from 1 to the number of experts \(3\), got 9",
+    ),
+    "an unknown mode": (edited(routing__mode="magic"), "`routing` must be .* got 'magic'"),
     "an expert elsewhere": (edited(experts=[{"name": "../../x", "maturity": 0}]), "'../../x'"),
     "one expert missing": (no_expert, "is not whole: expert 'expert_1' has no adapter_config.json"),
     "weights missing": (no_expert_weights, "is not whole: expert 'expert_2' has no adapter_model.safetensors"),

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from dylo_moe.core.caches import CACHE_NAME
 from dylo_moe.core.context import Context, running_means
-from dylo_moe.core.router import normalised
+from dylo_moe.core.router import rms_normalize
 from dylo_moe.errors import RoutingError
 from families import FAMILIES, HIDDEN, PAD, gradients, mixture, padded, relative_error, tiny, token_ids
 
@@ -19,14 +19,14 @@ def hidden(batch: int, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_reads_the_mean_of_what_enters_its_layer(family: str) -> None:
+def test_it_reads_the_mean_of_the_hidden_states_that_enter_its_layer(family: str) -> None:
     model, ids = mixture(family, "context:1"), token_ids(2, 7)
-    entering = normalised(tiny(family)(ids, output_hidden_states=True).hidden_states[1])
+    entering = rms_normalize(tiny(family)(ids, output_hidden_states=True).hidden_states[1])
     means = torch.stack([entering[:, : end + 1].mean(dim=1) for end in range(7)], dim=1)
     assert relative_error(model(ids).router_logits[0], model.router(means).logits) < TOLERANCE
 
 
-def test_padding_and_other_examples_of_a_row_have_no_part_in_it() -> None:
+def test_padding_and_other_examples_of_a_row_are_left_out() -> None:
     features = hidden(1, 9)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0]])
     alone = running_means(features[:, 2:7], Context())
@@ -56,11 +56,11 @@ def test_a_padded_batch_is_routed_as_each_row_alone() -> None:
         ids, mask = padded(rows, side, PAD)
         logits = model(ids, attention_mask=mask).router_logits[0]
         for row, found, real in zip(rows, logits, mask.bool(), strict=True):
-            # rotary positions that are shifted by padding round otherwise
+            # rotary positions that padding shifts are rounded differently
             assert relative_error(found[real], model(row[None]).router_logits[0, 0]) < 1e-6
 
 
-def test_what_cannot_tell_the_context_is_refused() -> None:
+def test_a_cache_or_mask_without_the_context_is_refused() -> None:
     model, ids = mixture("llama", "context:1"), token_ids(1, 6)
     cache = DynamicCache(config=model.config)
     tiny("llama")(ids, use_cache=True, **{CACHE_NAME: cache})

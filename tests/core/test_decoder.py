@@ -1,4 +1,4 @@
-"""Backbone and decoder layers are found by running the model: families whose parts are called otherwise."""
+"""Backbone and decoder layers are found by running the model: families whose modules have other names."""
 
 import copy
 
@@ -149,7 +149,7 @@ def answers(model: DyLoRA_MoE | PreTrainedModel, rows: list[torch.Tensor], **opt
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_backbone_is_what_the_model_calls_below_its_head(family: str) -> None:
+def test_the_backbone_is_the_module_that_the_model_calls_below_its_head(family: str) -> None:
     base, ids = base_of(family), ROWS[1][None]
     decoder = find_decoder(base)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The loss without logits: when it may be used, and that it is the loss."""
+"""The loss without logits: when it can be used, and that it equals the loss with logits."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.head import plain_head
+from dylo_moe.core.head import linear_lm_head
 from families import (
     CONFIGS,
     FAMILIES,
@@ -59,18 +59,18 @@ def model_of(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("family", [*FAMILIES, *CAPPED])
-def test_a_head_is_plain_where_nothing_follows_it(family: str, dtype: torch.dtype) -> None:
+def test_a_head_is_linear_if_nothing_follows_it(family: str, dtype: torch.dtype) -> None:
     model = model_of(family, dtype)
     wanted = None if family in CAPPED else model.get_output_embeddings()
-    assert plain_head(model) is wanted
+    assert linear_lm_head(model) is wanted
     assert not model._forward_hooks and not model.base_model._forward_hooks
 
 
 @pytest.mark.filterwarnings(TIED)
-def test_an_adapted_head_is_not_plain() -> None:
+def test_an_adapted_head_is_not_linear() -> None:
     base = tiny()
     get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head"]))
-    assert plain_head(base) is None
+    assert linear_lm_head(base) is None
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -103,7 +103,7 @@ def test_without_logits_the_losses_and_their_gradients_are_the_same(
         assert relative_error(got[name], gradient) < 1e-9, name
 
 
-def test_the_base_model_makes_no_logits_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_model_makes_no_logits_without_return_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mixture()
     made: list[Tensor] = []
     model.experts.base_model.register_forward_hook(lambda *args: made.append(args[-1].logits))
@@ -111,5 +111,5 @@ def test_the_base_model_makes_no_logits_then(monkeypatch: pytest.MonkeyPatch) ->
     assert [logits.numel() for logits in made] == [0]
 
 
-def test_without_labels_there_are_logits_whatever_is_said() -> None:
+def test_without_labels_there_are_always_logits() -> None:
     assert mixture()(ROWS[0][None], return_logits=False).logits.shape[:2] == (1, len(ROWS[0]))

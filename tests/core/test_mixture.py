@@ -1,26 +1,23 @@
-"""Every path of the mixture against one token and one expert after the other, in float64; and the stacked weights."""
+"""Every path of the mixture against one token and one expert after the other, in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dylo_moe.core.mixture import (
-    TokenWeights,
-    add_of_one_token,
-    add_product,
-    has_sparse_product,
-    one_expert,
-    pays_sparse,
-    side_by_side,
+    add_lora_single_token,
+    addmm_lora,
+    has_sparse_kernel,
+    prefer_sparse,
     sparse_down,
     sparse_up,
-    stack_rows,
 )
-from dylo_moe.core.router import choose, sparse_weights
+from dylo_moe.core.router import select_topk, sparse_weights
+from dylo_moe.core.token_weights import TokenWeights
 from families import relative_error
 
-IN, OUT, RANK = 24, 40, 4
+IN, OUT = 24, 40
 TOLERANCES = [(torch.float32, 1e-5), (torch.bfloat16, 0.03)]
 """Relative errors allowed; in bfloat16 two products of inputs with 8 significant bits, and a rounded sum of them."""
 GROUPED = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped product")
@@ -35,8 +32,8 @@ def experts(count: int, ranks: list[int], dtype: torch.dtype) -> tuple[list[Tens
 
 def sparse_routing(batch: int, seq: int, count: int, top_k: int, seed: int = 0) -> TokenWeights:
     logits = torch.randn(batch, seq, count, generator=torch.Generator().manual_seed(seed))
-    chosen = choose(logits, top_k)
-    return TokenWeights(sparse_weights(logits, chosen), chosen)
+    ids = select_topk(logits, top_k)
+    return TokenWeights(sparse_weights(logits, ids), ids)
 
 
 def loop(x: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], scalings: tuple[float, ...], weights: Tensor) -> Tensor:
@@ -82,7 +79,7 @@ def test_the_sparse_paths_equal_the_loop(
         real = F.grouped_mm
         monkeypatch.setattr(F, "grouped_mm", lambda *args, **options: calls.append(args) or real(*args, **options))
     with torch.no_grad():
-        assert has_sparse_product(lora_a, lora_b, routing)
+        assert has_sparse_kernel(lora_a, lora_b, routing)
         got = sparse_delta(x, lora_a, lora_b, scalings, routing)
     assert len(calls) == (2 if grouped else 0) and got.dtype == dtype
     assert relative_error(got.double(), loop(x, lora_a, lora_b, scalings, routing.weights)) < tolerance
@@ -90,7 +87,7 @@ def test_the_sparse_paths_equal_the_loop(
 
 @pytest.mark.parametrize("shape", [pytest.param((3, 11), marks=GROUPED), (2, 1)])
 @pytest.mark.parametrize("even", [True, False], ids=["even ranks", "uneven ranks"])
-def test_layers_that_are_fed_the_same_go_down_together(shape: tuple[int, int], even: bool) -> None:
+def test_layers_with_the_same_input_are_projected_together(shape: tuple[int, int], even: bool) -> None:
     count, layers = 13, 3
     ranks = [8] * count if even else [8 if index % 3 else 16 for index in range(count)]
     x = torch.randn(*shape, IN, generator=torch.Generator().manual_seed(1))
@@ -109,29 +106,29 @@ def test_layers_that_are_fed_the_same_go_down_together(shape: tuple[int, int], e
 
 
 @GROUPED
-def test_an_expert_that_no_token_chooses_does_no_harm() -> None:
+def test_an_expert_without_tokens_does_no_harm() -> None:
     lora_a, lora_b, scalings = experts(9, [4] * 9, torch.float32)
-    chosen = torch.full((2, 8, 1), 3)
-    weights = torch.zeros(2, 8, 9).scatter(-1, chosen, 1.0)
+    ids = torch.full((2, 8, 1), 3)
+    weights = torch.zeros(2, 8, 9).scatter(-1, ids, 1.0)
     x = torch.randn(2, 8, IN)
-    got = sparse_delta(x, lora_a, lora_b, scalings, TokenWeights(weights, chosen))
+    got = sparse_delta(x, lora_a, lora_b, scalings, TokenWeights(weights, ids))
     assert relative_error(got.double(), loop(x, lora_a, lora_b, scalings, weights)) < 1e-5
 
 
 @pytest.mark.parametrize(("rank", "dtype"), [(8, torch.float64), (3, torch.float32)])
-def test_where_no_grouped_product_exists_the_caller_is_told(rank: int, dtype: torch.dtype) -> None:
+def test_without_a_grouped_product_there_is_no_sparse_kernel(rank: int, dtype: torch.dtype) -> None:
     lora_a, lora_b, _ = experts(5, [rank] * 5, dtype)
-    assert not has_sparse_product(lora_a, lora_b, sparse_routing(2, 9, 5, 1))
-    assert has_sparse_product(lora_a, lora_b, sparse_routing(1, 1, 5, 1)), "for few tokens any type will do"
+    assert not has_sparse_kernel(lora_a, lora_b, sparse_routing(2, 9, 5, 1))
+    assert has_sparse_kernel(lora_a, lora_b, sparse_routing(1, 1, 5, 1)), "few tokens work in any dtype"
 
 
 def test_a_torch_without_grouped_products_computes_only_few_tokens_sparsely(monkeypatch: pytest.MonkeyPatch) -> None:
     lora_a, lora_b, _ = experts(5, [8] * 5, torch.float32)
     many, few = sparse_routing(2, 9, 5, 1), sparse_routing(1, 1, 5, 1)
-    assert has_sparse_product(lora_a, lora_b, many) == hasattr(F, "grouped_mm")
+    assert has_sparse_kernel(lora_a, lora_b, many) == hasattr(F, "grouped_mm")
     monkeypatch.delattr(F, "grouped_mm", raising=False)
-    assert not has_sparse_product(lora_a, lora_b, many)
-    assert has_sparse_product(lora_a, lora_b, few)
+    assert not has_sparse_kernel(lora_a, lora_b, many)
+    assert has_sparse_kernel(lora_a, lora_b, few)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -140,38 +137,14 @@ def test_one_token_of_one_expert_is_added(dtype: torch.dtype, in_place: bool) ->
     (down,), (up,), _ = experts(1, [4], torch.float64 if dtype == torch.float64 else torch.float32)
     x, result = torch.randn(1, 1, IN).to(down.dtype), torch.randn(1, 1, OUT).to(dtype)
     wanted = result.double() + 1.5 * (up.double() @ (down.double() @ x[0, 0].double()))
-    got = add_of_one_token(result.clone(), x, down, up, scale=1.5, in_place=in_place)
+    got = add_lora_single_token(result.clone(), x, down, up, scale=1.5, in_place=in_place)
     assert got.dtype == dtype
     assert relative_error(got.double(), wanted) < (1e-12 if dtype == torch.float64 else 1e-2)
 
 
 @pytest.mark.parametrize(("count", "top_k", "wanted"), [(4, 1, False), (4, 2, False), (64, 2, True), (16, 1, True)])
 def test_few_experts_are_computed_in_one_product(count: int, top_k: int, wanted: bool) -> None:
-    assert pays_sparse(count, top_k) == wanted
-
-
-def test_one_token_is_told_with_its_experts_and_weights() -> None:
-    routing = sparse_routing(1, 1, 5, 2)
-    told = routing.of_one_token()
-    assert told is not None and {expert for expert, _ in told} == set(routing.weights.nonzero()[:, -1].tolist())
-    assert all(weight == routing.weights[0, 0, expert].item() for expert, weight in told)
-    assert one_expert(3, 5).of_one_token() == [(3, 1.0)]
-    assert one_expert(3, 5).weights.flatten().tolist() == [0, 0, 0, 1, 0]
-    assert sparse_routing(2, 1, 5, 2).of_one_token() is None
-    assert TokenWeights(torch.ones(1, 1, 3) / 3).of_one_token() is None, "dense weights choose nobody"
-
-
-@pytest.mark.parametrize(("ranks", "scalings"), [((3, 3), (2.0, 2.0)), ((3, 3), (2.0, 1.0)), ((1, 4), (0.5, 0.5))])
-def test_weights_are_spread_over_ranks_with_their_gradient(ranks: tuple[int, ...], scalings: tuple[float, ...]) -> None:
-    weights = torch.rand(2, 5, 2, dtype=torch.float64, requires_grad=True)
-    spread = TokenWeights(weights).per_rank(ranks, scalings, torch.float64)
-    columns = [weights[..., e] * scalings[e] for e in range(2) for _ in range(ranks[e])]
-    wanted = torch.stack(columns, dim=-1)
-    torch.testing.assert_close(spread, wanted)
-    direction = torch.randn_like(wanted)
-    torch.testing.assert_close(
-        torch.autograd.grad(spread, weights, direction)[0], torch.autograd.grad(wanted, weights, direction)[0]
-    )
+    assert prefer_sparse(count, top_k) == wanted
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -179,7 +152,7 @@ def test_weights_are_spread_over_ranks_with_their_gradient(ranks: tuple[int, ...
 def test_a_product_is_added(in_place: bool, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     result, rank_space, up = torch.randn(2, 3, 7).to(dtypes[0]), torch.randn(2, 3, 4), torch.randn(7, 4)
     before = result.clone()
-    got = add_product(result, rank_space, up.to(dtypes[1]), scale=0.5, in_place=in_place)
+    got = addmm_lora(result, rank_space, up.to(dtypes[1]), scale=0.5, in_place=in_place)
     wanted = before.double() + 0.5 * rank_space.double() @ up.double().T
     assert got.dtype == dtypes[0]
     assert relative_error(got.double(), wanted) < (1e-5 if dtypes[0] == torch.float32 else 0.01)
@@ -195,10 +168,10 @@ def test_the_gradients_of_an_added_product(in_place: bool, frozen: str | None) -
         "up": torch.randn(7, 4, dtype=torch.float64, requires_grad=frozen != "up"),
     }
     trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    # as a layer's output, the result is no leaf: a leaf may not be written to
+    # not a leaf, as a leaf cannot be written to
     output = leaves["result"] * 1
-    got = add_product(output, leaves["rank_space"], leaves["up"], in_place=in_place)
-    assert (got is output) == in_place, "what is written to in place has to be told to autograd"
+    got = addmm_lora(output, leaves["rank_space"], leaves["up"], in_place=in_place)
+    assert (got is output) == in_place, "autograd must know of the write in place"
     wanted = leaves["result"] + leaves["rank_space"] @ leaves["up"].T
     torch.testing.assert_close(got, wanted)
     direction = torch.randn_like(wanted)
@@ -206,78 +179,3 @@ def test_the_gradients_of_an_added_product(in_place: bool, frozen: str | None) -
         torch.autograd.grad(got, trained, direction), torch.autograd.grad(wanted, trained, direction), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
-
-
-# --- weights side by side ---------------------------------------------------------------------------------------------
-
-
-def weights(count: int, *shape: int) -> list[nn.Parameter]:
-    return [nn.Parameter(torch.randn(shape or (RANK, IN))) for _ in range(count)]
-
-
-def test_stacked_weights_are_the_weights_themselves_whatever_is_done_to_them() -> None:
-    parameters = weights(3)
-    wanted = torch.stack([p.detach().clone() for p in parameters])
-    stack = side_by_side(parameters)
-    assert torch.equal(stack, wanted) and all(p.requires_grad for p in parameters)
-    assert side_by_side(parameters).data_ptr() == stack.data_ptr(), "the second call must not copy"
-    parameters[1].data.mul_(2)  # behind the back of autograd's version counter
-    with torch.no_grad():
-        parameters[2].add_(1)
-    parameters[0].data = torch.zeros(RANK, IN)
-    parameters[1] = nn.Parameter(torch.ones(RANK, IN))
-    assert torch.equal(side_by_side(parameters), torch.stack([p.detach() for p in parameters]))
-
-
-def test_stacked_weights_train_like_others() -> None:
-    parameters = weights(2)
-    optimizer = torch.optim.AdamW(parameters, lr=0.1)
-    with torch.inference_mode():
-        side_by_side(parameters)
-    before = [p.detach().clone() for p in parameters]
-    (parameters[0].sum() - parameters[1].sum()).backward()
-    optimizer.step()
-    assert all(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
-    assert torch.equal(side_by_side(parameters), torch.stack([p.detach() for p in parameters]))
-
-
-def test_a_stack_grows() -> None:
-    parameters = weights(2)
-    side_by_side(parameters)
-    parameters += weights(2)
-    wanted = torch.stack([p.detach().clone() for p in parameters])
-    stack = side_by_side(parameters)
-    assert torch.equal(stack, wanted) and side_by_side(parameters).data_ptr() == stack.data_ptr()
-    assert torch.equal(side_by_side(parameters[1:3]), wanted[1:3])
-
-
-def test_weights_whose_memory_holds_something_else_stay_where_they_are() -> None:
-    flat = torch.randn(3 * RANK * IN)
-    parameters = [nn.Parameter(flat[i * RANK * IN : (i + 1) * RANK * IN].view(RANK, IN)) for i in (2, 0)]
-    addresses = [p.data_ptr() for p in parameters]
-    assert torch.equal(side_by_side(parameters), torch.stack([p.detach() for p in parameters]))
-    assert [p.data_ptr() for p in parameters] == addresses
-    shared = weights(2)
-    for parameter in shared:
-        parameter.share_memory_()
-    side_by_side(shared)
-    assert all(p.is_shared() for p in shared), "another process may look at it"
-
-
-def test_rows_are_stacked_with_their_gradient() -> None:
-    parameters = [*weights(1, 2, 5), *weights(1, 3, 5)]
-    direction = torch.randn(5, 5)
-    (stack_rows(parameters) * direction).sum().backward()
-    assert torch.equal(torch.cat([p.grad for p in parameters]), direction)
-    with torch.no_grad():
-        assert torch.equal(stack_rows(parameters), torch.cat([p.detach() for p in parameters]))
-
-
-def test_neighbours_by_chance_are_not_taken_for_one_block() -> None:
-    memory = bytearray(2 * 6 * 4)
-    weights = [nn.Parameter(torch.frombuffer(memory, dtype=torch.float32, count=6, offset=at)) for at in (0, 24)]
-    assert weights[0].data_ptr() + 24 == weights[1].data_ptr()
-    with torch.no_grad():
-        for number, weight in enumerate(weights):
-            weight.copy_(torch.arange(6) + 6.0 * number)
-    assert torch.equal(side_by_side(weights), torch.arange(12.0).view(2, 6))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.losses import expert_load
+from dylo_moe.core.balance import expert_load
 from dylo_moe.core.routing_state import Scope
 from dylo_moe.errors import DyLoRAError, ExpertError, ModelError, RoutingError
 from families import (
@@ -495,15 +495,15 @@ def test_a_deep_copy_routes_independently(routing: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_experts": 2, "top_k": 3}, RoutingError, r"top_k must be from 1 to num_experts \(2\), got 3"),
-        ({"num_experts": 0}, RoutingError, "num_experts must be at least 1, got 0"),
-        ({"temperature": 0.0}, RoutingError, "temperature must be above 0, got 0.0"),
+        ({"num_experts": 2, "top_k": 3}, RoutingError, r"`top_k` must be from 1 to the number of experts \(2\), got 3"),
+        ({"num_experts": 0}, RoutingError, "`num_experts` must be at least 1, got 0"),
+        ({"temperature": 0.0}, RoutingError, "`temperature` must be above 0, got 0.0"),
         ({"rank": -1}, ExpertError, "`rank` must be at least 1, got -1"),
         ({"dropout": 1.5}, ExpertError, "`dropout` must be from 0 .* got 1.5"),
         (
             {"routing": "lst"},
             RoutingError,
-            "routing must be final, per_layer, prefix, prefix:K, context or context:K, got 'lst'",
+            "`routing` must be final, per_layer, prefix, prefix:K, context or context:K, got 'lst'",
         ),
         ({"routing": "prefix:9"}, RoutingError, "prefix:K needs K from 0 to 2 for this model, got 'prefix:9'"),
         (

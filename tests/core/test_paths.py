@@ -1,4 +1,4 @@
-"""The whole mixture by its quick paths, sparse and decoding, against the dense product that training uses."""
+"""The whole mixture by its fast paths, sparse and decoding, against the dense product that training uses."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core import routed_lora
+from dylo_moe.core import layer_mixer, shared_input
 from families import CONFIGS, ROUTINGS, cache_of, mixture, relative_error, stir, token_ids
 
 ONE_GATE = [routing for routing in ROUTINGS if routing != "per_layer"]
@@ -32,22 +32,23 @@ def test_sparse_routing_equals_the_same_weights_by_the_dense_product(
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """Notes the calls of a function of ``routed_lora`` by how many matrices they were given, and lets them through."""
+    """Record the number of matrices in each call of a function that the layers use."""
     calls: list[int] = []
-    real = getattr(routed_lora, name)
+    module = layer_mixer if hasattr(layer_mixer, name) else shared_input
+    real = getattr(module, name)
 
-    def noted(*args: object, **options: object) -> object:
+    def recorded(*args: object, **options: object) -> object:
         calls.append(len(args[0]))
         return real(*args, **options)
 
-    monkeypatch.setattr(routed_lora, name, noted)
+    monkeypatch.setattr(module, name, recorded)
     return calls
 
 
 @pytest.mark.parametrize(("experts", "sparse"), [(3, False), (14, True)])
 def test_many_experts_are_not_all_computed(monkeypatch: pytest.MonkeyPatch, experts: int, sparse: bool) -> None:
     model = mixture(routing="prefix:1", dtype=torch.float32, mature=True, num_experts=experts, top_k=2)
-    downs, ups, stacks = (spy(monkeypatch, name) for name in ("sparse_down", "sparse_up", "stack_rows"))
+    downs, ups, stacks = (spy(monkeypatch, name) for name in ("sparse_down", "sparse_up", "concat_rows"))
     with torch.no_grad():
         model(token_ids(3, 9), use_cache=False)
     sparse = sparse and hasattr(F, "grouped_mm")  # torch 2.9 computes them all
@@ -71,9 +72,9 @@ def test_a_layer_that_cannot_be_sparse_takes_no_sparse_part_of_its_siblings() ->
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_layers_that_are_fed_alike_share_one_product(monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
+def test_layers_with_a_shared_input_share_one_product(monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
     model = mixture(routing="prefix:1")
-    stacks = spy(monkeypatch, "stack_rows")
+    stacks = spy(monkeypatch, "concat_rows")
     with torch.set_grad_enabled(grad):
         model(token_ids(2, 5))
     assert stacks == [9, 3, 9, 3], "three experts of q, k and v together, then of o, in two layers"
@@ -81,14 +82,14 @@ def test_layers_that_are_fed_alike_share_one_product(monkeypatch: pytest.MonkeyP
 
 def test_the_steps_of_a_generation_share_their_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mixture(routing="prefix:1")
-    stacks = spy(monkeypatch, "stack_rows")
+    stacks = spy(monkeypatch, "concat_rows")
     model.generate(token_ids(2, 5), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert stacks == [9, 3, 9, 3]
 
 
-def test_kept_stacks_do_not_stand_in_for_a_gradient() -> None:
+def test_cached_stacks_are_not_used_for_a_gradient() -> None:
     model = mixture(routing="prefix:1")
-    with model.experts.routing_state.keeping_stacks():
+    with model.experts.routing_state.cache_stacks():
         with torch.no_grad():
             model(token_ids(2, 5))
         model(token_ids(2, 5), labels=token_ids(2, 5)).loss.backward()
@@ -104,15 +105,15 @@ def test_decoding_step_by_step_equals_one_forward(experts: int, top_k: int, batc
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         cache, steps = None, []
-        with model.experts.routing_state.keeping_stacks():
+        with model.experts.routing_state.cache_stacks():
             for piece in (ids[:, :4], *ids[:, 4:].split(1, dim=1)):
                 output = model(piece, past_key_values=cache, use_cache=True)
                 cache, steps = cache_of(output), [*steps, output.logits]
     assert relative_error(torch.cat(steps, dim=1), whole) < 1e-9
 
 
-class Meddler(LogitsProcessor):
-    """Writes to the experts between two steps of a generation."""
+class WeightWriter(LogitsProcessor):
+    """Logits processor that writes to the experts between two steps of a generation."""
 
     def __init__(self, model: DyLoRA_MoE, at_step: int) -> None:
         self.model, self.at_step, self.step = model, at_step, 0
@@ -133,21 +134,21 @@ def test_a_generation_drops_its_stacks_when_a_weight_is_written_to(batch: int, t
     ids, new = token_ids(batch, 5), 6
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "output_logits": True}
     model = mixture(routing="per_layer", mature=True, top_k=top_k)
-    processors = [Meddler(model, 3)]
+    processors = [WeightWriter(model, 3)]
     got = model.generate(ids, return_dict_in_generate=True, logits_processor=processors, **options).logits
     model = mixture(routing="per_layer", mature=True, top_k=top_k)
-    meddler, cache, piece, wanted = Meddler(model, 3), None, ids, []
+    writer, cache, piece, wanted = WeightWriter(model, 3), None, ids, []
     with torch.no_grad():
         for _ in range(new):
             output = model(piece, past_key_values=cache, use_cache=True)
-            cache, logits = cache_of(output), meddler(ids, output.logits[:, -1])
+            cache, logits = cache_of(output), writer(ids, output.logits[:, -1])
             wanted.append(logits)
             piece = logits.argmax(dim=-1, keepdim=True)
     assert relative_error(torch.stack(got).double(), torch.stack(wanted)) < 1e-6  # generate rounds logits to float32
-    assert model.experts.routing_state.scope.kept is None, "stacks may not outlive the generation"
+    assert model.experts.routing_state.scope.stack_cache is None, "stacks must not outlive the generation"
 
 
-def test_nothing_below_the_prefix_layer_takes_part_in_the_backward_pass() -> None:
+def test_no_layer_below_the_prefix_layer_is_in_the_backward_pass() -> None:
     model = mixture(routing="prefix:2").train()
     seen: list[bool] = []
     for layer in model.experts.base_model.model.layers:

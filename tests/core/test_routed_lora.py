@@ -9,7 +9,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_p
 from torch import Tensor, nn
 
 from dylo_moe import enable_routing
-from dylo_moe.core.mixture import routed_delta
+from dylo_moe.core.mixture import dense_lora_delta
 from dylo_moe.core.routing_state import RoutingState, Scope
 from dylo_moe.errors import RoutingError
 from families import PAD, TIED, VOCABULARY, enable_checkpointing, gradients, relative_error, stir, tiny, token_ids
@@ -50,7 +50,7 @@ def flat_gradients(output: Tensor, tensors: dict[str, Tensor | list[Tensor]], di
 
 
 def fused(x: Tensor, a: list[Tensor], b: list[Tensor], weights: Tensor) -> Tensor:
-    return routed_delta(x, a, b, SCALINGS, weights)
+    return dense_lora_delta(x, a, b, SCALINGS, weights)
 
 
 @pytest.mark.parametrize("leading", [(2, 7), (1, 1), (11,), (2, 3, 4)])
@@ -90,7 +90,7 @@ def test_experts_share_one_dropout_mask() -> None:
     tensors = inputs((2, 5), 0)
     dropout = nn.Dropout(0.5)
     torch.manual_seed(1)
-    got = routed_delta(tensors["x"], tensors["a"], tensors["b"], SCALINGS, tensors["weights"], dropout)
+    got = dense_lora_delta(tensors["x"], tensors["a"], tensors["b"], SCALINGS, tensors["weights"], dropout)
     torch.manual_seed(1)
     assert relative_error(got, loop(**{**tensors, "x": dropout(tensors["x"])})) < 1e-10
 
@@ -118,8 +118,8 @@ IDS = token_ids(2, 6)
     [
         (torch.rand(2, 6, 3), "3 columns, but 2 adapters are active: first, second"),
         (torch.rand(2, 6, 1), "1 columns, but 2 adapters are active: first, second"),
-        (torch.rand(2, 5, 2), r"routing_weights are \(2, 5, 2\), but the hidden states are \(2, 6, 32\)"),
-        (torch.rand(3, 6, 2), r"routing_weights are \(3, 6, 2\), but the hidden states are \(2, 6, 32\)"),
+        (torch.rand(2, 5, 2), r"`routing_weights` are \(2, 5, 2\), but the hidden states are \(2, 6, 32\)"),
+        (torch.rand(3, 6, 2), r"`routing_weights` are \(3, 6, 2\), but the hidden states are \(2, 6, 32\)"),
         (torch.rand(6, 2), r"must be a tensor \(batch, seq, num_active_experts\), got \(6, 2\)"),
         ([0.5, 0.5], r"must be a tensor \(batch, seq, num_active_experts\), got list"),
     ],
@@ -191,7 +191,7 @@ def test_a_model_without_lora_layers_is_refused() -> None:
         enable_routing(get_peft_model(tiny(), config))
 
 
-def test_enabling_twice_shares_one_state_and_takes_up_new_adapters() -> None:
+def test_enabling_twice_shares_one_state_and_routes_new_adapters() -> None:
     model = lora_model()
     state = enable_routing(model)
     wanted = model(IDS, routing_weights=weights_for(IDS)).logits
@@ -261,7 +261,7 @@ def test_gradient_checkpointing_on_plain_peft_keeps_every_gradient(reentrant: bo
 
 
 class Crossed(nn.Module):
-    """Layers named like siblings that are not fed the same tensor, and one that is called twice."""
+    """Layers with the names of siblings that read different tensors, and one that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ class Crossed(nn.Module):
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "k_proj"]])
-def test_siblings_that_are_not_fed_alike_compute_for_themselves(targets: list[str]) -> None:
+def test_siblings_with_different_inputs_compute_for_themselves(targets: list[str]) -> None:
     torch.manual_seed(0)
     model = get_peft_model(Crossed(), LoraConfig(r=4, target_modules=targets), adapter_name="first")
     model.add_adapter("second", LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"]))
@@ -297,7 +297,7 @@ def test_siblings_that_are_not_fed_alike_compute_for_themselves(targets: list[st
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_hook_on_a_base_layer_keeps_what_that_layer_gave(grad: bool) -> None:
+def test_a_hook_on_a_base_layer_keeps_the_output_of_that_layer(grad: bool) -> None:
     model = lora_model()
     enable_routing(model)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -309,7 +309,7 @@ def test_a_hook_on_a_base_layer_keeps_what_that_layer_gave(grad: bool) -> None:
 
 
 @pytest.mark.parametrize("change", ["write", "data", "parameter"])
-def test_no_forward_uses_weights_of_the_past(change: str) -> None:
+def test_no_forward_uses_outdated_weights(change: str) -> None:
     model = lora_model()
     enable_routing(model)
     w = weights_for(IDS)

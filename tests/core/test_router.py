@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dylo_moe import DynamicHybridRouter
 from dylo_moe.core import router as router_module
-from dylo_moe.core.router import MATURE, YOUNG, choose
+from dylo_moe.core.router import MATURE, YOUNG, select_topk
 from dylo_moe.errors import RoutingError
 from families import relative_error
 
@@ -30,11 +30,11 @@ def hidden(dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
     return torch.randn(3, 7, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype) * 4
 
 
-def test_dense_weights_are_the_softmax_of_the_gate_on_normalised_input() -> None:
+def test_dense_weights_are_the_softmax_of_the_gate_on_normalized_input() -> None:
     x = hidden(torch.float64)
     made = router(temperature=0.7)
-    normalised = x / (x.square().mean(dim=-1, keepdim=True) + torch.finfo(torch.float64).eps).sqrt()
-    scores = normalised @ made.gates[0].double().T / 0.7
+    normalized = x / (x.square().mean(dim=-1, keepdim=True) + torch.finfo(torch.float64).eps).sqrt()
+    scores = normalized @ made.gates[0].double().T / 0.7
     wanted = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
     output = made(x)
     assert relative_error(output.logits, scores) < 1e-10
@@ -55,15 +55,15 @@ def test_rows_sum_to_1_in_float32(dtype: torch.dtype, mature: bool, autocast: bo
 
 
 def sparse_weights(logits: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
-    return router_module.sparse_weights(logits, choose(logits, top_k, bias))
+    return router_module.sparse_weights(logits, select_topk(logits, top_k, bias))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_sparse_weights_renormalise_the_top_k(top_k: int) -> None:
+def test_sparse_weights_renormalize_the_top_k(top_k: int) -> None:
     dense, sparse = router()(hidden()).weights, router(mature=True, top_k=top_k)(hidden()).weights
     assert ((sparse > 0).sum(dim=-1) == top_k).all()
-    kept, chosen = dense.topk(top_k, dim=-1)
-    wanted = torch.zeros_like(dense).scatter(-1, chosen, kept / kept.sum(dim=-1, keepdim=True))
+    kept, ids = dense.topk(top_k, dim=-1)
+    wanted = torch.zeros_like(dense).scatter(-1, ids, kept / kept.sum(dim=-1, keepdim=True))
     torch.testing.assert_close(sparse, wanted)
 
 
@@ -158,7 +158,7 @@ def test_a_frozen_gate_stays_frozen_when_it_grows() -> None:
     assert not made.gates[0].requires_grad
 
 
-def test_sparse_weights_by_hand() -> None:
+def test_sparse_weights_by_worked_numbers() -> None:
     logits = torch.tensor([[math.log(6), math.log(3), math.log(1), math.log(2)], [0.0, 0.0, -math.inf, math.log(3)]])
     torch.testing.assert_close(sparse_weights(logits, 1), torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1]]))
     wanted = torch.tensor([[6 / 9, 3 / 9, 0, 0], [0.2, 0.2, 0, 0.6]])
@@ -195,12 +195,12 @@ def test_the_gradient_reaches_gate_and_input() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
-        ({"num_experts": 2, "top_k": 3}, r"top_k must be from 1 to num_experts \(2\), got 3"),
-        ({"num_experts": 2, "top_k": 0}, r"top_k must be from 1 to num_experts \(2\), got 0"),
-        ({"num_experts": 2, "temperature": 0}, "temperature must be above 0, got 0"),
-        ({"num_experts": 2, "temperature": -1.0}, "temperature must be above 0, got -1.0"),
-        ({"num_experts": 2, "temperature": math.nan}, "temperature must be above 0, got nan"),
+        ({"num_experts": 0}, "`num_experts` must be at least 1, got 0"),
+        ({"num_experts": 2, "top_k": 3}, r"`top_k` must be from 1 to the number of experts \(2\), got 3"),
+        ({"num_experts": 2, "top_k": 0}, r"`top_k` must be from 1 to the number of experts \(2\), got 0"),
+        ({"num_experts": 2, "temperature": 0}, "`temperature` must be above 0, got 0"),
+        ({"num_experts": 2, "temperature": -1.0}, "`temperature` must be above 0, got -1.0"),
+        ({"num_experts": 2, "temperature": math.nan}, "`temperature` must be above 0, got nan"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
@@ -208,34 +208,39 @@ def test_numbers_out_of_range_are_refused(options: dict[str, float], message: st
         DynamicHybridRouter(WIDTH, **options)
 
 
-def test_the_quick_choice_for_one_token_is_the_choice_of_the_forward() -> None:
+def test_the_fast_path_for_one_token_gives_the_expert_of_the_forward() -> None:
     router = DynamicHybridRouter(16, 5, top_k=1, num_gates=2, temperature=0.7).eval()
     router.maturity = [MATURE] * 5
     for seed in range(20):
         hidden = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             for gate in (0, 1):
-                chosen = router(hidden, gate).chosen
-                assert chosen is not None and router.choose_one(hidden, gate) == chosen.item()
-                assert router.choose_one(hidden.bfloat16(), gate) == router(hidden.bfloat16(), gate).chosen.item()
+                ids = router(hidden, gate).topk_expert_ids
+                assert ids is not None and router.top1_fast_path(hidden, gate) == ids.item()
+                assert (
+                    router.top1_fast_path(hidden.bfloat16(), gate)
+                    == router(hidden.bfloat16(), gate).topk_expert_ids.item()
+                )
 
 
-def test_the_quick_choice_leaves_everything_else_to_the_forward() -> None:
+def test_the_fast_path_leaves_everything_else_to_the_forward() -> None:
     router = DynamicHybridRouter(16, 5, top_k=1).eval()
     router.maturity = [MATURE] * 5
     one = torch.randn(1, 1, 16)
     with torch.no_grad():
-        assert router.choose_one(one) is not None
-        assert router.choose_one(one.expand(2, 1, 16)) is None and router.choose_one(one.expand(1, 2, 16)) is None
-        assert router.choose_one(one, experts=[0, 2]) is None
+        assert router.top1_fast_path(one) is not None
+        assert (
+            router.top1_fast_path(one.expand(2, 1, 16)) is None and router.top1_fast_path(one.expand(1, 2, 16)) is None
+        )
+        assert router.top1_fast_path(one, experts=[0, 2]) is None
         router.selection_bias[0, 3] = 100.0
-        assert router.choose_one(one) is None and router(one).chosen.item() == 3
+        assert router.top1_fast_path(one) is None and router(one).topk_expert_ids.item() == 3
         router.selection_bias.zero_()
-        assert router.choose_one(one) is not None
+        assert router.top1_fast_path(one) is not None
         router.top_k = 2
-        assert router.choose_one(one) is None
+        assert router.top1_fast_path(one) is None
         router.top_k = 1
         router.maturity[1] = YOUNG
-        assert router.choose_one(one) is None
+        assert router.top1_fast_path(one) is None
     router.maturity[1] = MATURE
-    assert router.choose_one(one) is None, "with gradients"
+    assert router.top1_fast_path(one) is None, "with gradients"

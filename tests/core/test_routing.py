@@ -1,4 +1,4 @@
-"""The three routing modes on every family: causal, and the same with and without a cache, in a batch and alone."""
+"""The routing modes on every family: causal, and the same with and without a cache, in a batch and alone."""
 
 import copy
 
@@ -10,7 +10,6 @@ from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForCondition
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.caches import CACHE_NAME
 from dylo_moe.core.decoder import backbone, decoder_layers
-from dylo_moe.core.routing import prefix_layer, resolve_routing
 from dylo_moe.errors import ModelError, RoutingError
 from families import (
     FAMILIES,
@@ -107,7 +106,7 @@ def test_per_layer_reads_each_layers_own_input(family: str) -> None:
 @EVERY_ROUTING
 @SPARSENESS
 def test_the_forward_mixes_by_the_routers_weights(routing: str, mature: bool) -> None:
-    """Given as ``routing_weights``, what the router gave leads to the same logits; per_layer has no one tensor."""
+    """The router's weights, given as ``routing_weights``, lead to the same logits; per_layer has one tensor a layer."""
     model, ids = mixture("llama", routing, mature=mature), token_ids(2, 7)
     output = model(ids)
     assert (output.routing_weights == 0).any().item() == mature
@@ -117,11 +116,11 @@ def test_the_forward_mixes_by_the_routers_weights(routing: str, mature: bool) ->
     if routing != "per_layer":
         given = model(ids, routing_weights=output.routing_weights[0])
         assert relative_error(given.logits, output.logits) < TOLERANCE
-        assert given.router_logits is None, "the router must not run where weights are given"
+        assert given.router_logits is None, "the router must not run if weights are given"
 
 
 @EVERY_ROUTING
-def test_given_weights_take_the_place_of_the_router(routing: str) -> None:
+def test_given_weights_replace_those_of_the_router(routing: str) -> None:
     model, ids = mixture("llama", routing), token_ids(2, 7)
     one_hot = torch.zeros(2, 7, 3, dtype=torch.float64)
     one_hot[..., 1] = 1
@@ -138,7 +137,7 @@ def test_given_weights_take_the_place_of_the_router(routing: str) -> None:
 
 @EVERY_ROUTING
 def test_base_features_do_not_depend_on_dropout(routing: str) -> None:
-    """While training, ``final`` still reads the base as it evaluates, and every module trains on afterwards."""
+    """While training, ``final`` still reads the base in evaluation mode, and every module trains again afterwards."""
     base = tiny("gpt2")
     for module in base.modules():
         if isinstance(module, nn.Dropout):
@@ -191,7 +190,7 @@ def test_greedy_is_the_same_with_a_cache_without_and_alone(family: str, routing:
 @SPARSENESS
 @pytest.mark.parametrize("family", VARIED_POSITIONS)
 def test_greedy_follows_the_logits_of_one_full_forward(family: str, routing: str, mature: bool) -> None:
-    """Each generated token is the likeliest one under the very forward that training and evaluation run."""
+    """Each generated token is the likeliest one under the forward that training and evaluation run."""
     model, prompt = mixture(family, routing, mature=mature), PROMPTS[1]
     answer = generate(model, [prompt])[0]
     logits = model(torch.cat([prompt, answer])[None]).logits[0]
@@ -238,9 +237,8 @@ def test_beams_of_a_batch_are_those_of_each_prompt_alone(routing: str) -> None:
 def test_prompt_lookup_gives_the_greedy_answer(routing: str) -> None:
     """Assisted decoding takes back rejected tokens, so every cache must be cropped."""
     model, prompt = mixture("llama", routing), PROMPTS[2].repeat(2)
-    options = {
-        "eos_token_id": VOCABULARY
-    }  # no token at all: before 5.23 transformers fails where there is no end token
+    # an id beyond the vocabulary: before 5.23 transformers fails without an end token
+    options = {"eos_token_id": VOCABULARY}
     looked_up = generate(model, [prompt], prompt_lookup_num_tokens=3, **options)
     assert torch.equal(looked_up, generate(model, [prompt], **options))
 
@@ -286,29 +284,13 @@ def test_final_refuses_a_cache_that_knows_one_pass_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("routing", "layers", "wanted", "first"),
-    [
-        ("final", 12, "final", 0),
-        ("per_layer", 12, "per_layer", 0),
-        ("prefix:0", 12, "prefix:0", 0),
-        ("prefix:11", 12, "prefix:11", 11),
-        ("prefix", 12, "prefix:3", 3),
-        ("prefix", 3, "prefix:0", 0),
-    ],
-)
-def test_modes_are_resolved(routing: str, layers: int, wanted: str, first: int) -> None:
-    assert resolve_routing(routing, layers) == wanted
-    assert prefix_layer(wanted) == first
-
-
-@pytest.mark.parametrize(
     ("routing", "message"),
     [
-        ("first", "routing must be final, per_layer, prefix, prefix:K, context or context:K, got 'first'"),
-        ("", "routing must be .*, got ''"),
-        ("prefix:", "routing must be .*, got 'prefix:'"),
-        ("prefix:-1", "routing must be .*, got 'prefix:-1'"),
-        ("prefix:1.5", "routing must be .*, got 'prefix:1.5'"),
+        ("first", "`routing` must be final, per_layer, prefix, prefix:K, context or context:K, got 'first'"),
+        ("", "`routing` must be .*, got ''"),
+        ("prefix:", "`routing` must be .*, got 'prefix:'"),
+        ("prefix:-1", "`routing` must be .*, got 'prefix:-1'"),
+        ("prefix:1.5", "`routing` must be .*, got 'prefix:1.5'"),
         ("prefix:3", "prefix:K needs K from 0 to 2 for this model, got 'prefix:3'"),
     ],
 )

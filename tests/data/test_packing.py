@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.packed import keeps_examples_apart, positions_in_segments
+from dylo_moe.core.packed import positions_in_segments, supports_packing
 from dylo_moe.data.mixing import FILLER
 from dylo_moe.data.packing import TokenCollator, TokenRows, best_fit
 from dylo_moe.errors import RoutingError
@@ -162,7 +162,7 @@ def test_flash_attention_gets_one_row_or_an_error() -> None:
     model = mixture()
     _, packed, _ = batches()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(RoutingError, match="keeps examples apart within one row only"):
+    with pytest.raises(RoutingError, match="separates examples within one row only"):
         run(model, packed)
 
 
@@ -184,7 +184,7 @@ def test_filler_rows_change_nothing() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_keeps_examples_apart_is_told(family: str) -> None:
     model = tiny(family, dtype=torch.float32).train()
-    assert keeps_examples_apart(model)
+    assert supports_packing(model)
     assert model.training
 
 
@@ -193,4 +193,4 @@ def test_a_model_that_does_not_is_told_too(monkeypatch: pytest.MonkeyPatch) -> N
 
     torch.manual_seed(0)
     recurrent = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2))
-    assert not keeps_examples_apart(recurrent)
+    assert not supports_packing(recurrent)

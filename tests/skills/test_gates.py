@@ -5,7 +5,7 @@ import torch
 from forgetting_gates import GradientGate
 from torch import Tensor
 
-from dylo_moe.core.router import DynamicHybridRouter, normalised
+from dylo_moe.core.router import DynamicHybridRouter, rms_normalize
 from dylo_moe.skills.gates import RidgeGate
 
 WIDTH = 24
@@ -15,7 +15,7 @@ def skill(index: int, tokens: int = 200, seed: int = 0) -> Tensor:
     """Tokens that scatter around a direction of the skill's own, normalised as features are."""
     generator = torch.Generator().manual_seed(100 * seed + index)
     centre = torch.randn(WIDTH, generator=torch.Generator().manual_seed(index))
-    return normalised(1.5 * centre + torch.randn(tokens, WIDTH, generator=generator))
+    return rms_normalize(1.5 * centre + torch.randn(tokens, WIDTH, generator=generator))
 
 
 def batch_ridge(bodies: list[tuple[Tensor, int]], experts: int, ridge: float) -> Tensor:
@@ -86,7 +86,7 @@ def test_the_router_that_gets_the_weight_scores_as_the_gate_does() -> None:
     with torch.no_grad():
         router.gates[0].copy_(gate.weight())
     hidden = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(9)) * 7
-    assert torch.allclose(router(hidden).logits, normalised(hidden) @ gate.weight().float().T, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(router(hidden).logits, rms_normalize(hidden) @ gate.weight().float().T, rtol=1e-5, atol=1e-5)
 
 
 def test_the_closed_form_forgets_nothing_a_gradient_does_and_replay_helps() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dylo_moe.core.router import normalised
+from dylo_moe.core.router import rms_normalize
 from dylo_moe.skills.library import MEASURES, SkillEntry, SkillLibrary
 
 WIDTH = 24
@@ -16,7 +16,7 @@ KNOWN, NEW = ("a", "b", "c"), 9
 def rows(index: int, count: int, seed: int) -> Tensor:
     """Examples that scatter around a direction of their skill."""
     centre = torch.randn(WIDTH, generator=torch.Generator().manual_seed(index))
-    return normalised(2 * centre + torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(100 + seed)))
+    return rms_normalize(2 * centre + torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(100 + seed)))
 
 
 @pytest.fixture

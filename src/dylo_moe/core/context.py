@@ -1,7 +1,7 @@
 """The mean over an example's tokens so far, which routing ``context:K`` reads.
 
-One token says little about what a text is. The mean of all hidden states up to it says more, and still depends on
-earlier tokens alone. Padding has no part in it, and of packed examples each has its own.
+One token says little about the kind of a text. The mean of all hidden states up to it says more, and still depends on
+earlier tokens alone. Padding is left out, and packed examples do not mix.
 """
 
 from typing import NamedTuple
@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dylo_moe.core.caches import ContextPart, Sums
-from dylo_moe.core.router import normalised
+from dylo_moe.core.caches import ContextPart, RunningSums
+from dylo_moe.core.router import rms_normalize
 from dylo_moe.errors import RoutingError
 
 
 class Context(NamedTuple):
-    """What a forward says of its tokens.
+    """Mask, positions and earlier sums of the tokens of a forward.
 
     Attributes:
-        mask: ``(batch, past + seq)``, nonzero for real tokens, or ``(batch, 1, seq, seq)``, which tokens each one sees;
-            None where all are real.
+        mask: ``(batch, past + seq)``, nonzero for real tokens, or ``(batch, 1, seq, seq)``, the tokens that each one
+            sees; None where all are real.
         positions: ``(batch or 1, seq)``, 0 where an example begins; None where one example fills each row.
-        before: What went before; None where nothing did.
+        before: Sums over the tokens before this forward; None where there are none.
     """
 
     mask: Tensor | None = None
@@ -29,36 +29,36 @@ class Context(NamedTuple):
     before: ContextPart | None = None
 
 
-def running_sums(hidden_states: Tensor, context: Context) -> Sums:
-    """Add up the normalised hidden states of each example's tokens up to each of them.
+def running_sums(hidden_states: Tensor, context: Context) -> RunningSums:
+    """Sum the normalized hidden states of each example's tokens up to each of them.
 
     Args:
         hidden_states: ``(batch, seq, hidden_size)``.
-        context: Of this forward.
+        context: Context of this forward.
 
     Returns:
         Sums in float32 at least.
 
     Raises:
-        RoutingError: The mask tells each token apart, and tokens went before.
+        RoutingError: The mask has a row for each token, although a cache holds earlier tokens.
     """
-    features = normalised(hidden_states)
+    features = rms_normalize(hidden_states)
     if context.mask is not None and context.mask.ndim == 4:
         return _sums_by_mask(features, context)
     real = torch.ones_like(features[..., :1])
     if context.mask is not None:
         real = context.mask[:, -features.shape[1] :, None].to(real)
-    sums = Sums(features * real, real)
-    begun = None
+    sums = RunningSums(features * real, real)
+    started = None
     if context.positions is None:
-        sums = Sums(*(part.cumsum(dim=1) for part in sums))
+        sums = RunningSums(*(part.cumsum(dim=1) for part in sums))
     else:
-        sums, begun = _restarted(sums, context.positions)
-    return sums if context.before is None else context.before.extended(sums, begun)
+        sums, started = _sums_by_example(sums, context.positions)
+    return sums if context.before is None else context.before.extend(sums, started)
 
 
-def means(sums: Sums) -> Tensor:
-    """Return ``(batch, seq, hidden_size)``: each sum over its count; 0 where there was nothing but padding."""
+def means(sums: RunningSums) -> Tensor:
+    """Return each sum over its count, ``(batch, seq, hidden_size)``; 0 where there was only padding."""
     return sums.features / sums.counts.clamp(min=1)
 
 
@@ -68,11 +68,11 @@ def running_means(hidden_states: Tensor, context: Context) -> Tensor:
 
 
 def real_tokens(mask: Tensor) -> Tensor:
-    """Return ``(batch, seq)``, nonzero for real tokens, of an attention mask of either shape.
+    """Return ``(batch, seq)``, nonzero for real tokens, from an attention mask of either shape.
 
     Args:
-        mask: ``(batch, seq)``, or ``(batch, 1, seq, keys)`` of bool or of what is added to attention scores; a token
-            that does not see itself is padding.
+        mask: ``(batch, seq)``, or ``(batch, 1, seq, keys)`` as bool or as a bias on attention scores. A token that does
+            not see itself is padding.
     """
     if mask.ndim == 2:
         return mask
@@ -81,40 +81,48 @@ def real_tokens(mask: Tensor) -> Tensor:
 
 
 def _seen(mask: Tensor) -> Tensor:
-    """Return ``(batch, seq, keys)`` of bool from a mask of bool or of what is added to attention scores."""
+    """Return ``(batch, seq, keys)`` of bool from a mask of bool or a bias on attention scores."""
     return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
 
 
-def _sums_by_mask(features: Tensor, context: Context) -> Sums:
-    """Add up what each token sees, as uniform attention does."""
+def _sums_by_mask(features: Tensor, context: Context) -> RunningSums:
+    """Sum over the tokens that each token sees, as uniform attention does."""
     assert context.mask is not None
     seen = _seen(context.mask)
     if context.before is not None or seen.shape[-1] != features.shape[1]:
         raise RoutingError(
-            "routing 'context' needs an attention_mask of shape (batch, past + seq) where a cache holds earlier "
+            "`routing` 'context' needs an attention_mask of shape (batch, past + seq) where a cache holds earlier "
             f"tokens, got {tuple(context.mask.shape)}"
         )
     seen = seen.to(features.dtype)
-    return Sums(seen @ features, seen.sum(dim=-1, keepdim=True))
+    return RunningSums(seen @ features, seen.sum(dim=-1, keepdim=True))
 
 
-def _restarted(added: Sums, positions: Tensor) -> tuple[Sums, Tensor]:
-    """Add up within each example of a row, in steps of 1, 2, 4, ... tokens; and tell which tokens' example began here.
+def _sums_by_example(values: RunningSums, positions: Tensor) -> tuple[RunningSums, Tensor]:
+    """Sum within each example of a packed row, in steps of 1, 2, 4, ... tokens.
 
-    A sum over the whole row less what came before the example would lose the example's digits in a long row.
+    Subtracting the sums before each example from those of the whole row would lose digits in a long row.
+
+    Args:
+        values: Values of each token.
+        positions: ``(batch or 1, seq)``, 0 where an example begins.
+
+    Returns:
+        The sums, and ``(batch, seq, 1)``, true for the tokens whose example begins in this forward.
     """
-    length = added.features.shape[1]
+    length = values.features.shape[1]
     places = torch.arange(length, device=positions.device)
     start = torch.where(positions[:, -length:] == 0, places, -1).cummax(dim=1).values
-    begun = (start >= 0)[..., None].expand(len(added.features), -1, -1)
-    behind = (places - start.clamp(min=0))[..., None]
+    started = (start >= 0)[..., None].expand(len(values.features), -1, -1)
+    num_before = (places - start.clamp(min=0))[..., None]
     step = 1
     while step < length:
-        within = (behind >= step)[:, step:]
-        added = Sums(*(_shifted_in(part, within, step) for part in added))
+        same_example = (num_before >= step)[:, step:]
+        values = RunningSums(*(_add_shifted(part, step, same_example) for part in values))
         step *= 2
-    return added, begun
+    return values, started
 
 
-def _shifted_in(total: Tensor, within: Tensor, step: int) -> Tensor:
-    return torch.cat([total[:, :step], total[:, step:] + total[:, :-step] * within], dim=1)
+def _add_shifted(values: Tensor, step: int, same_example: Tensor) -> Tensor:
+    """Add to each token's value that of the token ``step`` places before, where both are of one example."""
+    return torch.cat([values[:, :step], values[:, step:] + values[:, :-step] * same_example], dim=1)

@@ -1,7 +1,7 @@
-"""Where a causal language model keeps its decoder layers, found by running it on two tokens.
+"""The backbone and the decoder layers of a causal language model, found by running it on two tokens.
 
-Families differ in what their modules are called and in which of them ``forward`` calls: OPT's head, for one, calls
-``model.decoder`` and never ``model``. A hook helps only on a module that is called.
+Model families differ in the names of their modules and in which of them ``forward`` calls: OPT's head, for one, calls
+``model.decoder`` and never ``model``. A hook only works on a module that is called.
 """
 
 import inspect
@@ -19,11 +19,11 @@ from dylo_moe.errors import ModelError, first_line
 
 
 class Decoder(NamedTuple):
-    """The parts of a causal language model that routing meets.
+    """The parts of a causal language model that routing uses.
 
     Attributes:
-        backbone: What the model calls below its head; its first output is the last hidden states.
-        layers: The decoder layers, in the order in which the backbone calls them.
+        backbone: Module that the model calls below its head; its first output is the last hidden states.
+        layers: Decoder layers, in the order in which the backbone calls them.
         layer_width: Width of the hidden states that enter the layers.
         output_width: Width of the last hidden states, which some families project.
     """
@@ -42,12 +42,12 @@ class _Call:
 
 
 def find_decoder(causal_lm: PreTrainedModel) -> Decoder:
-    """Run a model on two tokens and see which of its modules are the backbone and the decoder layers.
+    """Find the backbone and the decoder layers of a model by running it on two tokens.
 
     Raises:
-        ModelError: The model cannot be run on tokens alone, or calls no list of layers one after the other.
+        ModelError: The model cannot be run on tokens alone, or does not call a list of layers one after the other.
     """
-    calls = _calls_of_a_forward(causal_lm)
+    calls = _record_calls(causal_lm)
     called = [call.module for call in calls]
     hidden = {id(call.module) for call in calls if _is_hidden_states(call.first_argument)}
     for layers in causal_lm.modules():
@@ -63,8 +63,8 @@ def find_decoder(causal_lm: PreTrainedModel) -> Decoder:
                 return Decoder(module, layers, width, output[0].shape[-1])
         raise ModelError(f"{type(causal_lm).__name__} has no backbone apart from its head; is it a causal LM?")
     raise ModelError(
-        f"{type(causal_lm).__name__} calls no list of decoder layers one after the other; experts need a decoder-only "
-        "causal LM"
+        f"{type(causal_lm).__name__} does not call a list of decoder layers one after the other; experts need a "
+        "decoder-only causal LM"
     )
 
 
@@ -79,7 +79,7 @@ def backbone(causal_lm: PreTrainedModel) -> nn.Module:
 
 
 def named_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all arguments of a call by their names, positional ones too."""
+    """Return all arguments of a call by name, positional ones too."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
@@ -89,16 +89,16 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the hidden states, ``(batch, seq, hidden_size)``, that a decoder layer is called with."""
+    """Return the hidden states among the arguments of a decoder layer, ``(batch, seq, hidden_size)``."""
     first = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(first, Tensor)
     return first
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Tell whether hooks or a wrapped forward do more than the module's class does.
+    """Return whether hooks or a wrapped forward do more than the module's class does.
 
-    Its weight is then not to be used past it: offloading, for one, puts it in place for the time of a forward alone.
+    Its weight can then not be read directly: offloading, for one, puts it in place only while the module runs.
     """
     own = module.__dict__
     return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
@@ -106,7 +106,7 @@ def is_wrapped(module: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a block of code, then each module back as it was."""
+    """Put a model into evaluation mode for a block of code, then each module back into its own mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -117,7 +117,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _calls_of_a_forward(causal_lm: PreTrainedModel) -> list[_Call]:
+def _record_calls(causal_lm: PreTrainedModel) -> list[_Call]:
+    """Return the module calls of a forward of two tokens, in order."""
     calls: list[_Call] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -34,14 +34,10 @@ from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.quantised import keep_trainable
 from dylo_moe.core.routed_lora import enable_routing
 from dylo_moe.core.routing_state import RoutingState
-from dylo_moe.core.targets import base_modules, experts_per_layer, layers_of_expert, linear_modules, select_targets
+from dylo_moe.core.targets import base_modules, layers_of_expert, linear_modules, select_targets
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 from dylo_moe.expert_spec import ExpertSpec
-
-carried_by_layers = experts_per_layer
-"""Former name, which ``routing`` imports."""
-
 
 _NAMES_IN_KEYS = {"weight", "bias", "base_layer", "lora_A", "lora_B", "base_model", "model"}
 

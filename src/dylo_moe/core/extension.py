@@ -1,6 +1,6 @@
-"""Give an object that exists more methods: it moves to a subclass of its own class.
+"""Give an existing object more methods, by moving it to a subclass of its own class.
 
-``torch.nn.utils.parametrize`` does the same to modules. Parameters, names and ``isinstance`` stay what they were, and
+``torch.nn.utils.parametrize`` does the same to modules. Parameters, names and ``isinstance`` do not change, and
 pickling, ``copy.deepcopy`` and ``torch.save`` work.
 """
 
@@ -11,29 +11,31 @@ from typing import Any, ClassVar
 
 
 class Extension:
-    """Base of what an object can gain.
+    """Base class of the methods that an object can gain.
 
     Attributes:
-        overrides: Names of the methods that take the place of the object's own.
-        extended_from: The object's own class; ``self.extended_from.name(self, ...)`` is its own method.
+        overrides: Names of the methods that replace the object's own.
+        extended_from: Class of the object before; ``self.extended_from.name(self, ...)`` calls its own method.
     """
 
     overrides: ClassVar[tuple[str, ...]] = ()
     extended_from: ClassVar[Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy the object by its own class and the name of the extension, since its class has no name."""
+        """Pickle and copy the object by its own class and the extension: the class made of both cannot be imported."""
         function, arguments, *rest = self.extended_from.__reduce_ex__(self, protocol)
         if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            raise TypeError(f"{self.extended_from.__name__} is pickled in a way of its own and cannot be pickled here")
+            raise TypeError(f"{self.extended_from.__name__} has its own way of pickling and cannot be pickled here")
         extension = next(base for base in type(self).__bases__ if issubclass(base, Extension))
         return _new, (self.extended_from, extension, *arguments[1:]), *rest
 
 
-def extend(thing: Any, extension: type[Extension]) -> None:
-    """Move ``thing`` to a class that also has the methods of ``extension``; twice is once."""
+def extend(thing: Any, extension: type[Extension], **attributes: object) -> None:
+    """Move ``thing`` to a class that also has the methods of ``extension``, and set their attributes."""
     if not isinstance(thing, extension):
         thing.__class__ = extended_class(type(thing), extension)
+    for name, value in attributes.items():
+        setattr(thing, name, value)
 
 
 def restore(thing: Any, extension: type[Extension]) -> None:
@@ -43,7 +45,7 @@ def restore(thing: Any, extension: type[Extension]) -> None:
 
 
 def extended_class(own: type, extension: type[Extension]) -> Any:
-    """Return the subclass of ``own`` with the methods of ``extension``; it goes by the name of ``own``."""
+    """Return the subclass of ``own`` with the methods of ``extension``; it has the name of ``own``."""
     if (own, extension) not in _CLASSES:
         _CLASSES[own, extension] = _make_class(own, extension)
     return _CLASSES[own, extension]
@@ -54,18 +56,18 @@ _CLASSES: dict[tuple[type, type], type] = {}
 
 def _make_class(own: type, extension: type[Extension]) -> type:
     names = [name for name in (*extension.overrides, "__reduce_ex__") if hasattr(own, name)]
-    namespace = {name: _in_place_of(own, name, extension) for name in names}
+    namespace = {name: _override(own, name, extension) for name in names}
     namespace |= {"extended_from": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
-    # the own class comes first: an object may only move to a class of the same layout
+    # own class first: an object can only move to a class of the same layout
     return type(own.__name__, (own, extension), namespace)
 
 
-def _in_place_of(own: type, name: str, extension: type[Extension]) -> Any:
+def _override(own: type, name: str, extension: type[Extension]) -> Any:
+    """Return a copy of the extension's method with the signature and docstring of the own method."""
     method: Any = getattr(extension, name)
-    # a copy, not a function around it: layers are called often enough for a frame more to show
-    replaced = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
-    # its signature is what callers ask for
-    return functools.update_wrapper(replaced, getattr(own, name))
+    # copied, not wrapped: one more frame in each layer would slow decoding
+    override = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
+    return functools.update_wrapper(override, getattr(own, name))
 
 
 def _new(own: type, extension: type[Extension], *arguments: Any) -> Any:

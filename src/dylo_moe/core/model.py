@@ -23,17 +23,17 @@ from dylo_moe.core.configuration import DyLoRAConfig, register
 from dylo_moe.core.context import real_tokens
 from dylo_moe.core.decoder import argument_names, is_wrapped
 from dylo_moe.core.fingerprint import fingerprint
-from dylo_moe.core.head import plain_head
+from dylo_moe.core.head import linear_lm_head
 from dylo_moe.core.initialise import initialize_eva
 from dylo_moe.core.losses import without_padding
 from dylo_moe.core.ordinary_model import OrdinaryModel
 from dylo_moe.core.output import AuxLossWeights, DyLoRAOutput, lm_loss, make_output, sum_losses
-from dylo_moe.core.packed import check_segments, keeps_examples_apart, positions_in_segments
+from dylo_moe.core.packed import check_segments, positions_in_segments, supports_packing
 from dylo_moe.core.parts import Parts, RouterSpec, new_parts
 from dylo_moe.core.routed_forward import check_weights
 from dylo_moe.core.router import MATURE
 from dylo_moe.core.routing import RouterHooks
-from dylo_moe.core.routing_state import Record
+from dylo_moe.core.routing_state import ForwardRecord
 from dylo_moe.errors import RoutingError
 from dylo_moe.expert_spec import ExpertSpec
 
@@ -117,7 +117,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
                 )
             experts = model.experts
             super().__init__(experts)
-            self.base_name, self.revision, self.routing = model.base_name, model.revision, model.routing
+            self.base_name, self.revision, self.routing_mode = model.base_name, model.revision, model.routing_mode
             self.losses, self.prompt_template = model.loss_weights, model.prompt_template
             self.tokenizer: PreTrainedTokenizerBase | None = None
             self.model = experts.peft_model
@@ -125,10 +125,12 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             base, decoder = experts.base_model, experts.decoder
             # while the weights are in one piece; the base never changes
             self._fingerprint = fingerprint(base)
-            self._head_is_plain = plain_head(base, decoder.backbone) is not None
+            self._head_is_plain = linear_lm_head(base, decoder.backbone) is not None
             self._argument_names = argument_names(base)
             self._keeps_examples_apart: bool | None = None
-            hooks = RouterHooks(base, decoder, self.routing, self.router, experts.routing_state, experts.active_indices)
+            hooks = RouterHooks(
+                base, decoder, self.routing_mode, self.router, experts.routing_state, experts.active_indices
+            )
             self._mark_config(hooks.undo)
 
     def forward(
@@ -166,7 +168,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             num_items_in_batch: Number of labelled tokens in the whole global batch, if this is a part of one.
             num_tokens_in_batch: Number of real tokens in the whole global batch.
             expert_load: Expert counts of a larger batch, ``(num_gates, num_active_experts)``; see
-                ``losses.load_balance_loss``.
+                ``balance.load_balance_loss``.
             return_logits: False leaves out the logits of a forward with ``labels``. The loss is then computed in
                 chunks, at the labelled tokens alone, and ``backward`` can run once; the Trainer does so.
             return_dict: False returns a tuple, the loss first if there are labels; the configuration's by default.
@@ -232,7 +234,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         Returns:
             The output without losses, and with ``wants_features`` the last hidden states.
         """
-        record = Record(wants_features=wants_features)
+        record = ForwardRecord(wants_features=wants_features)
         with self.experts.routing_state.scoped(record=record):
             outputs = self.experts.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **arguments
@@ -243,7 +245,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         check_segments(self.experts.base_model, segment_ids)
         if self._keeps_examples_apart is None:
             with self.base_only():
-                self._keeps_examples_apart = keeps_examples_apart(self.experts.base_model)
+                self._keeps_examples_apart = supports_packing(self.experts.base_model)
         if not self._keeps_examples_apart:
             raise RoutingError(
                 f"`segment_ids`: {type(self.experts.base_model).__name__} lets the examples of a row see each other; "
@@ -274,7 +276,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         weights = self._given_weights(routing_weights, adapter_names)
         if weights is not None:
             weights = check_weights(weights)
-        with state.keeping_stacks(), state.scoped(weights=weights), self._overrides_of_generate():
+        with state.cache_stacks(), state.scoped(weights=weights), self._overrides_of_generate():
             base: Any = self.experts.base_model
             return base.generate(*args, **kwargs)
 

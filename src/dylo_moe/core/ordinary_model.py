@@ -18,6 +18,7 @@ from typing_extensions import override
 from dylo_moe.core.expert import ExpertManager, count_parameters
 from dylo_moe.core.offload import device_of
 from dylo_moe.errors import ModelError, RoutingError
+from dylo_moe.routing_mode import RoutingMode
 
 NOT_FOR_METRICS = ("lm_loss", "aux_loss", "balance_loss", "z_loss", "router_logits", "routing_weights")
 """Outputs of a forward that the Trainer must not gather as predictions."""
@@ -50,13 +51,13 @@ class OrdinaryModel(PreTrainedModel):
         experts: The mixture's experts, with its base model.
 
     Attributes:
-        routing: Resolved routing mode.
+        routing_mode: Routing mode, with its layer.
     """
 
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     experts: ExpertManager
-    routing: str
+    routing_mode: RoutingMode
 
     def __init__(self, experts: ExpertManager) -> None:
         self.experts = experts  # first: the properties below read it
@@ -98,6 +99,11 @@ class OrdinaryModel(PreTrainedModel):
     def base_model(self) -> nn.Module:
         """The mixture without its head: a routed forward that returns ``last_hidden_state``."""
         return self.experts.decoder.backbone
+
+    @property
+    def routing(self) -> str:
+        """The routing mode as text, such as ``prefix:4``."""
+        return str(self.routing_mode)
 
     @property
     def device(self) -> torch.device:
@@ -233,11 +239,10 @@ class OrdinaryModel(PreTrainedModel):
         return self.experts.base_model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
 
     def _check_paged(self) -> None:
-        mode = self.routing.partition(":")[0]
-        if mode in ("final", "context"):
+        if self.routing_mode.needs_router_cache:
             raise RoutingError(
-                f"`routing` {mode} does not work with continuous batching, whose cache holds keys and values alone; "
-                "use generate, or a mixture with routing per_layer or prefix:K"
+                f"`routing` {self.routing_mode.kind} does not work with continuous batching, whose cache has keys and "
+                "values alone; use generate, or a mixture with routing per_layer or prefix:K"
             )
 
     @contextmanager

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from dylo_moe.core.losses import causal_lm_loss, linear_causal_lm_loss, load_balance_loss, router_z_loss
-from dylo_moe.core.routing_state import Record
+from dylo_moe.core.balance import load_balance_loss, router_z_loss
+from dylo_moe.core.losses import causal_lm_loss, linear_causal_lm_loss
+from dylo_moe.core.routing_state import ForwardRecord
 
 
 @dataclass
@@ -48,16 +49,16 @@ class AuxLossWeights:
     z_loss_coefficient: float = 0.0
 
 
-def make_output(base_output: ModelOutput, record: Record) -> DyLoRAOutput:
+def make_output(base_output: ModelOutput, record: ForwardRecord) -> DyLoRAOutput:
     """Return the base model's output, without its loss, together with the router's record."""
     # only known fields: versions of transformers differ in the name of the cache
     known = CausalLMOutputWithPast.__dataclass_fields__
     result = DyLoRAOutput(**{name: value for name, value in base_output.items() if name in known and name != "loss"})
-    if record.outputs:
+    if record.router_logits:
         assert result.logits is not None
         device = result.logits.device
-        result.router_logits = torch.stack([output.logits.to(device) for output in record.outputs])
-        result.routing_weights = torch.stack([output.weights.to(device) for output in record.outputs])
+        result.router_logits = torch.stack([logits.to(device) for logits in record.router_logits])
+        result.routing_weights = torch.stack([weights.to(device) for weights in record.routing_weights])
     return result
 
 

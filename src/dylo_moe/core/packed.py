@@ -1,4 +1,4 @@
-"""Rows that hold several examples: positions, and whether a model keeps the examples apart."""
+"""Packed rows, which hold several examples: their positions, and whether a model supports them."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,17 @@ from transformers import PreTrainedModel
 from dylo_moe.core.offload import device_of
 from dylo_moe.errors import RoutingError
 
-_LEAK = 0.05
-"""Share of the effect of seeing the other example that rounding may have; a leak has all of it."""
+_MAX_ROUNDING = 0.05
+"""Largest effect that rounding may have, as a share of the effect of seeing the other example."""
 
 
 def positions_in_segments(segment_ids: Tensor) -> Tensor:
-    """Positions that begin anew with each segment.
+    """Return positions that restart at 0 with each segment, ``(batch, seq)``.
 
-    transformers tells packed examples apart by such positions, for every kind of attention, where it gets no mask.
+    Without a mask, transformers separates packed examples by such positions, for every kind of attention.
 
     Args:
         segment_ids: ``(batch, seq)``; equal for tokens of one example, which are next to each other.
-
-    Returns:
-        ``(batch, seq)``.
     """
     places = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
     begins = torch.ones_like(segment_ids, dtype=torch.bool)
@@ -29,24 +26,24 @@ def positions_in_segments(segment_ids: Tensor) -> Tensor:
 
 
 def check_segments(model: PreTrainedModel, segment_ids: Tensor) -> None:
-    """Refuses what would let examples see each other unnoticed.
+    """Check that the model's attention separates packed examples.
 
     Raises:
-        RoutingError: The model's attention is FlashAttention, which tells examples apart in a batch of one row only.
+        RoutingError: The model's attention is FlashAttention, which separates examples in a batch of one row only.
     """
     if segment_ids.shape[0] > 1 and "flash" in str(model.config._attn_implementation):
         raise RoutingError(
-            f"segment_ids of {segment_ids.shape[0]} rows under {model.config._attn_implementation}: it keeps examples "
-            "apart within one row only; put the rows behind each other into one"
+            f"`segment_ids` have {segment_ids.shape[0]} rows, and {model.config._attn_implementation} separates "
+            "examples within one row only; concatenate the rows"
         )
 
 
 @torch.no_grad()
-def keeps_examples_apart(model: PreTrainedModel) -> bool:
-    """Whether an example in a packed row comes out as it does alone; asked of the model itself, with random tokens.
+def supports_packing(model: PreTrainedModel) -> bool:
+    """Return whether an example in a packed row gives the same logits as alone, by running the model on random tokens.
 
-    Models whose state runs through the row, such as recurrent ones, or that do not use the positions that they are
-    given, do not.
+    Models with a state that runs through the row, such as recurrent ones, or that ignore the positions they are given
+    do not support packing.
     """
     training = model.training
     model.eval()
@@ -61,4 +58,4 @@ def keeps_examples_apart(model: PreTrainedModel) -> bool:
         packed = model(both, position_ids=positions_in_segments(segments), use_cache=False).logits[:, first.shape[1] :]
     finally:
         model.train(training)
-    return bool((packed - alone).abs().max() <= _LEAK * (seeing - alone).abs().max())
+    return bool((packed - alone).abs().max() <= _MAX_ROUNDING * (seeing - alone).abs().max())

@@ -12,9 +12,10 @@ from dylo_moe.core.expert import ExpertManager
 from dylo_moe.core.initialise import create_experts
 from dylo_moe.core.output import AuxLossWeights
 from dylo_moe.core.router import DynamicHybridRouter
-from dylo_moe.core.routing import make_router, prefix_layer, resolve_routing
+from dylo_moe.core.routing import make_router
 from dylo_moe.core.targets import check_experts_per_block
 from dylo_moe.expert_spec import ExpertSpec
+from dylo_moe.routing_mode import RoutingMode
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Parts:
     Attributes:
         base_name: Name that loads the base model from any working directory.
         revision: Revision of the base model on the Hub.
-        routing: Resolved routing mode.
+        routing_mode: Routing mode, with its layer.
         experts: The experts, with their base model.
         router: The router, which grows with the experts.
         loss_weights: Weights of the router's losses.
@@ -50,7 +51,7 @@ class Parts:
 
     base_name: str
     revision: str | None
-    routing: str
+    routing_mode: RoutingMode
     experts: ExpertManager
     router: DynamicHybridRouter
     loss_weights: AuxLossWeights
@@ -85,14 +86,14 @@ def build_parts(
         ModelError: The base model cannot carry the experts.
         RoutingError: The mode does not fit the model, or a number is out of its range.
     """
-    routing = resolve_routing(spec.routing, len(experts.decoder.layers))
+    mode = RoutingMode.parse(spec.routing, len(experts.decoder.layers))
     # before the experts: an impossible router is refused while the base model is unchanged
     top_k = min(2, num_experts) if spec.top_k is None else spec.top_k
-    router = make_router(experts, routing, num_experts, top_k, spec.temperature, spec.experts_per_block)
-    experts.place_on_layers(prefix_layer(routing), spec.experts_per_block)
+    router = make_router(experts, mode, num_experts, top_k, spec.temperature, spec.experts_per_block)
+    experts.place_on_layers(mode.first_expert_layer, spec.experts_per_block)
     add_experts(experts)
     experts.on_added.append(router.add_expert)
-    return Parts(base_name, revision, routing, experts, router, loss_weights, prompt_template)
+    return Parts(base_name, revision, mode, experts, router, loss_weights, prompt_template)
 
 
 def new_parts(
@@ -125,7 +126,7 @@ def new_parts(
     base_name, revision = name_of(model, revision)
     experts = ExpertManager(base)
     blocks, layers = router_spec.experts_per_block, len(experts.decoder.layers)
-    check_experts_per_block(blocks, num_experts, router_spec.routing, layers)
+    check_experts_per_block(blocks, num_experts, RoutingMode.parse(router_spec.routing, layers), layers)
     create = partial(create_experts, number=num_experts, spec=expert_spec)
     return build_parts(
         experts, num_experts, create, router_spec, base_name=base_name, revision=revision, loss_weights=loss_weights

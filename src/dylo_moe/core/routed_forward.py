@@ -1,10 +1,10 @@
-"""What a causal language model and its backbone gain: a forward that is one call, begun and ended in one place.
+"""The forward of a causal language model and of its backbone as one ``ForwardCall``, begun and ended here.
 
-Both are extended at ``__call__`` and at ``forward``: the first is run whatever hooks or wrappers a module carries, and
-the second is called directly by some libraries.
+Both are extended at ``__call__`` and at ``forward``: the first runs whatever hooks or wrappers a module carries, and
+some libraries call the second directly.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,36 +12,34 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dylo_moe.core.extension import Extension
-from dylo_moe.core.routing_state import Call, RoutingState
+from dylo_moe.core.routing_state import ForwardCall, RoutingState, Run
 from dylo_moe.errors import RoutingError
-
-Run = Callable[..., Any]
 
 
 class RoutedCausalLM(Extension):
-    """What a causal language model gains: ``routing_weights`` as an argument.
+    """Methods that a causal language model gains: ``routing_weights`` is an argument of its forward.
 
     Attributes:
-        routing: What its routed layers share.
+        routing: State that its routed layers share.
     """
 
     overrides = ("__call__", "forward", "prepare_inputs_for_generation")
     routing: RoutingState
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a forward as one call."""
         return _run_causal_lm(self, self.extended_from.__call__, args, kwargs)
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward as one call, where it was not begun by ``__call__``."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward as one call, unless ``__call__`` has begun it."""
         call = self.routing.call
-        if call is not None and call.inside == [self]:
-            call.inside.append(self)  # a second forward within this one is another call
+        if call is not None and call.running == [self]:
+            call.running.append(self)  # a second forward within this one is another call
             return self.extended_from.forward(self, *args, **kwargs)
         return _run_causal_lm(self, self.extended_from.forward, args, kwargs)
 
-    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keep the mask that says which tokens are real, where the model is given another one for its cache."""
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the mask of real tokens where the model is given a mask of another form for its cache."""
         inputs = self.extended_from.prepare_inputs_for_generation(self, *args, **kwargs)
         mask, other = kwargs.get("attention_mask"), inputs.get("attention_mask")
         if other is not None and not _is_token_mask(other):
@@ -52,40 +50,41 @@ class RoutedCausalLM(Extension):
 
 
 class RoutedBackbone(Extension):
-    """What the backbone of a mixture gains: the router's part of a forward.
+    """Methods that the backbone of a mixture gains: the router's part of a forward.
 
     Attributes:
-        routing: What its routed layers share.
+        routing: State that its routed layers share.
     """
 
     overrides = ("__call__", "forward")
     routing: RoutingState
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the backbone, within the call of its causal LM or as one of its own."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the backbone, within the call of its causal LM or as a call of its own."""
         return _run_backbone(self, self.extended_from.__call__, args, kwargs)
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the backbone, where it was not begun by ``__call__``."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the backbone, unless ``__call__`` has begun it."""
         call = self.routing.call
-        if call is not None and self in call.inside:
+        if call is not None and self in call.running:
             return self.extended_from.forward(self, *args, **kwargs)
         return _run_backbone(self, self.extended_from.forward, args, kwargs)
 
 
 def _run_causal_lm(model: Any, method: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a method of a causal LM as one call, with the routing weights among its arguments."""
     state: RoutingState = model.routing
     weights, mask = kwargs.pop("routing_weights", None), kwargs.pop("token_mask", None)
     if weights is not None:
         weights = check_weights(weights)
     elif state.scope.weights is not None and state.call is None:
-        weights = _weights_of_a_text(state.scope.weights, args, kwargs)
-    if state.take_up is not None and (weights is not None or state.hooks is not None):
-        state.take_up()
+        weights = _slice_weights(state.scope.weights, args, kwargs)
+    if state.route_new_adapters is not None and (weights is not None or state.hooks is not None):
+        state.route_new_adapters()
     call = _new_call(state, model, weights)
     call.token_mask = mask
-    if call.kept is not None:
-        call.kept.drop_if_stale()
+    if call.stack_cache is not None:
+        call.stack_cache.drop_if_stale()
     if model.training:
         _keep_routing_in_recomputation(state, model)
     with state.forward(call):
@@ -96,6 +95,7 @@ def _run_causal_lm(model: Any, method: Run, args: tuple[Any, ...], kwargs: dict[
 
 
 def _run_backbone(backbone: Any, method: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a method of a backbone, within the call that runs or as a call of its own."""
     state: RoutingState = backbone.routing
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -103,50 +103,52 @@ def _run_backbone(backbone: Any, method: Run, args: tuple[Any, ...], kwargs: dic
 
     call = state.call
     if call is not None:
-        return _within(call, backbone, run, args, kwargs)
+        return _run_within(call, backbone, run, args, kwargs)
     call = _new_call(state, backbone, None)
     if backbone.training:  # without its causal LM, as TRL runs it
         _keep_routing_in_recomputation(state, backbone)
     with state.forward(call):
-        output = _within(call, backbone, run, args, kwargs)
-    state.hooks.check(call)
+        output = _run_within(call, backbone, run, args, kwargs)
+    backbone.routing.hooks.check(call)
     return output
 
 
-def _within(call: Call, backbone: Any, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    before, call.inside = call.inside, [*call.inside, backbone]
+def _run_within(call: ForwardCall, backbone: Any, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a backbone by the router's hooks, as part of a call."""
+    before, call.running = call.running, [*call.running, backbone]
     output = backbone.routing.hooks.run_backbone(call, run, args, kwargs)
-    call.inside = before
+    call.running = before
     if call.record is not None and call.record.wants_features:
         call.record.features = output[0]
     return output
 
 
-def _new_call(state: RoutingState, module: nn.Module, weights: Tensor | None) -> Call:
+def _new_call(state: RoutingState, module: nn.Module, weights: Tensor | None) -> ForwardCall:
+    """Return a call for a forward that begins now."""
     scope = state.scope
     if state.call is not None:
-        scope = scope._replace(record=None)  # what is recorded is the forward around this one
-    call = Call(module, scope, weights)
-    call.inside.append(module)
+        scope = scope._replace(record=None)  # the record is of the outer forward
+    call = ForwardCall(module, scope, weights)
+    call.running.append(module)
     return call
 
 
-def check_weights(weights: Any) -> Tensor:
+def check_weights(weights: object) -> Tensor:
     """Return routing weights; raise ``RoutingError`` unless they are a tensor of three dimensions."""
     if not isinstance(weights, Tensor) or weights.dim() != 3:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise RoutingError(f"routing_weights must be a tensor (batch, seq, num_active_experts), got {got}")
+        raise RoutingError(f"`routing_weights` must be a tensor (batch, seq, num_active_experts), got {got}")
     return weights
 
 
-def _weights_of_a_text(weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the part for one forward of the routing weights for a whole generation.
+def _slice_weights(weights: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the part of a generation's routing weights that one forward needs.
 
     Args:
-        weights: ``(rows, tokens, num_active_experts)``. A row serves as many rows of the forward as ``generate`` makes
-            of it. Tokens may be 1 for all; tokens beyond the last go as the last one does.
-        args: What the causal LM was called with.
-        kwargs: Likewise.
+        weights: ``(rows, tokens, num_active_experts)``. Each row serves the rows that ``generate`` makes of it, such as
+            beams. Tokens may be 1 for all; the last weights also serve the tokens after them.
+        args: Arguments of the causal LM.
+        kwargs: Keyword arguments of the causal LM.
     """
     tokens: Any = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -156,24 +158,30 @@ def _weights_of_a_text(weights: Tensor, args: tuple[Any, ...], kwargs: dict[str,
     if weights.shape[1] == 1:
         return weights
     past = next((int(value.get_seq_length()) for value in kwargs.values() if isinstance(value, Cache)), 0)
-    places = torch.arange(past, past + length, device=weights.device)
-    return weights[:, places.clamp(max=weights.shape[1] - 1)]
+    positions = torch.arange(past, past + length, device=weights.device)
+    return weights[:, positions.clamp(max=weights.shape[1] - 1)]
 
 
-def _is_token_mask(mask: Any) -> bool:
+def _is_token_mask(mask: object) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def _keep_routing_in_recomputation(state: RoutingState, model: nn.Module) -> None:
-    """Let gradient checkpointing run a layer a second time, in the backward pass, with the weights it had."""
-    for module in model.modules():
+    """Let gradient checkpointing run a layer again, in the backward pass, with the weights of its first run."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, RoutedCheckpoint):
-            module._gradient_checkpointing_func = RoutedCheckpoint(state, checkpoint)  # type: ignore[assignment]
+            module._gradient_checkpointing_func = RoutedCheckpoint(state, checkpoint)
 
 
 class RoutedCheckpoint:
-    """A gradient-checkpointing function that carries the call of the first run into the second."""
+    """Gradient-checkpointing function that carries the call of the first run into the second.
+
+    Args:
+        state: State of the model's routed layers.
+        checkpoint: The function that the model would use.
+    """
 
     def __init__(self, state: RoutingState, checkpoint: Run) -> None:
         self.state = state
@@ -184,15 +192,15 @@ class RoutedCheckpoint:
         call = self.state.call
         if call is None:
             return self.checkpoint(function, *args, **kwargs)
-        entered = call.again()
+        entered = call.for_recomputation()
 
         def in_call(*inputs: Any, **options: Any) -> Any:
             if self.state.call is call:
-                call.derive_anew()
+                call.drop_derived()
                 output = function(*inputs, **options)
-                call.derive_anew()
+                call.drop_derived()
                 return output
-            with self.state.forward(entered.again()):
+            with self.state.forward(entered.for_recomputation()):
                 return function(*inputs, **options)
 
         return self.checkpoint(in_call, *args, **kwargs)

@@ -1,21 +1,9 @@
-"""Where the router reads its input: the routing modes, on an unmodified base model.
+"""Hooks by which the router reads its input on an unmodified base model; ``routing_mode`` lists the modes.
 
-==============  ======================================================  ======
-mode            the router reads                                        passes
-==============  ======================================================  ======
-``final``       the base's last hidden states, adapters off, no grad    2
-``prefix:K``    the hidden states that enter decoder layer K; the       1
-                layers below K carry no experts
-``context:K``   the mean of those over the example's tokens so far;     1
-                see ``context``
-``per_layer``   each decoder layer's own input, one gate a layer        1
-==============  ======================================================  ======
-
-Training, evaluation and ``generate`` all run the backbone and its decoder layers, so there is one path. Each weight
-depends on its own token's hidden state, and so on earlier tokens alone.
+Training, evaluation and ``generate`` all run the backbone and its decoder layers, so there is one path. The weights of
+a token depend on its own hidden state only, and so on no later token.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,105 +12,72 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from dylo_moe.core.caches import BasePass, ContextPart, carry, empty_copy, part_of
+from dylo_moe.core.caches import BasePass, ContextPart, RunningSums, carry, empty_copy, part_of
 from dylo_moe.core.context import Context, means, running_sums
 from dylo_moe.core.decoder import Decoder, argument_names, evaluating, hidden_states_of, named_arguments
-from dylo_moe.core.expert import ExpertManager, carried_by_layers
+from dylo_moe.core.expert import ExpertManager
 from dylo_moe.core.extension import extend, restore
-from dylo_moe.core.mixture import TokenWeights, one_expert
 from dylo_moe.core.offload import device_of
 from dylo_moe.core.routed_forward import RoutedBackbone
 from dylo_moe.core.router import DynamicHybridRouter
-from dylo_moe.core.routing_state import Call, RoutingState
+from dylo_moe.core.routing_state import ForwardCall, RoutingState, Run
+from dylo_moe.core.targets import experts_per_layer
+from dylo_moe.core.token_weights import TokenWeights, one_hot_weights
 from dylo_moe.errors import ModelError, RoutingError
-
-_MODE_WITH_LAYER = re.compile(r"(?P<mode>prefix|context):(?P<layer>\d+)")
-
-Experts = Callable[[], Sequence[int]]
-"""Tells which experts, by index, are routed among now."""
-
-Run = Callable[..., Any]
-"""The backbone's own forward."""
-
-
-def resolve_routing(routing: str, num_layers: int) -> str:
-    """Check a routing mode; ``prefix`` and ``context`` get a K of a quarter of the layers.
-
-    Raises:
-        RoutingError: The mode is unknown, or K is no decoder layer.
-    """
-    if routing in ("prefix", "context"):
-        return f"{routing}:{num_layers // 4}"
-    if routing in ("final", "per_layer"):
-        return routing
-    match = _MODE_WITH_LAYER.fullmatch(routing)
-    if match is None:
-        raise RoutingError(f"routing must be final, per_layer, prefix, prefix:K, context or context:K, got {routing!r}")
-    if int(match["layer"]) >= num_layers:
-        raise RoutingError(
-            f"routing {match['mode']}:K needs K from 0 to {num_layers - 1} for this model, got {routing!r}"
-        )
-    return routing
-
-
-def prefix_layer(routing: str) -> int:
-    """Return the first decoder layer that carries experts under a resolved routing mode."""
-    match = _MODE_WITH_LAYER.fullmatch(routing)
-    return int(match["layer"]) if match else 0
-
-
-def reads_context(routing: str) -> bool:
-    """Tell whether a resolved mode reads the mean over the tokens so far."""
-    return routing.startswith("context")
+from dylo_moe.routing_mode import RoutingMode
 
 
 class RouterHooks:
-    """Lets a router set the routing weights of each forward that is given none.
+    """Hooks by which a router sets the routing weights of each forward that is given none.
+
+    ``run_backbone`` runs once a forward, ``_at_layer`` before each decoder layer that the mode reads. Modes that need
+    more than that have a method of their own: ``_run_base_first`` (``final``) and ``_run_with_context`` (``context``).
 
     Args:
-        causal_lm: The base model, already carrying routed LoRA layers.
+        causal_lm: The base model, with its routed LoRA layers.
         decoder: Its backbone and layers.
-        routing: A resolved mode.
-        router: One gate, or for ``per_layer`` one for each decoder layer.
-        state: What the routed layers read; it gets these hooks.
-        experts: Called in each forward: the indices of the experts to route among.
+        mode: Where the router reads.
+        router: Router with one gate, or under ``per_layer`` one for each decoder layer.
+        state: State that the routed layers share; it gets these hooks.
+        active_expert_indices: Called in each forward, returns the indices of the experts to route among.
 
     Attributes:
-        undo: Called when the hooks are taken off: what else was changed on the base model for them.
+        undo: Called when the hooks are removed, to undo what else was changed on the base model for them.
 
     Raises:
-        ModelError: The backbone does not take the arguments that the mode has to read.
+        ModelError: The backbone does not take the arguments that the mode reads.
     """
 
     def __init__(
         self,
         causal_lm: PreTrainedModel,
         decoder: Decoder,
-        routing: str,
+        mode: RoutingMode,
         router: DynamicHybridRouter,
         state: RoutingState,
-        experts: Experts,
+        active_expert_indices: Callable[[], Sequence[int]],
     ) -> None:
-        self.mode = routing.partition(":")[0]
-        self.router, self.experts, self.state, self.backbone = router, experts, state, decoder.backbone
-        self._names = argument_names(decoder.backbone)
-        if self.mode == "context" and "attention_mask" not in self._names:
+        self.kind = mode.kind.value
+        self.router, self.state, self.backbone = router, state, decoder.backbone
+        self.active_expert_indices = active_expert_indices
+        self._reads_base_output, self._reads_context = mode.reads_base_output, mode.reads_context
+        self._argument_names = argument_names(decoder.backbone)
+        if self._reads_context and "attention_mask" not in self._argument_names:
             raise ModelError(
-                f"routing 'context' has to read the attention_mask, and the {type(decoder.backbone).__name__} of "
-                f"{type(causal_lm).__name__} takes none; use routing prefix:K or per_layer"
+                f"`routing` {self.kind!r} reads the attention_mask, and the {type(decoder.backbone).__name__} of "
+                f"{type(causal_lm).__name__} does not take one; use prefix:K or per_layer"
             )
         self._handles = [
-            layer.register_forward_pre_hook(partial(self._at_layer, gate), with_kwargs=True)
-            for gate, layer in enumerate(_layers_to_read(decoder, routing))
+            decoder.layers[layer].register_forward_pre_hook(partial(self._at_layer, gate), with_kwargs=True)
+            for gate, layer in enumerate(mode.layers_read(len(decoder.layers)))
         ]
-        self._gates = max(1, len(self._handles))
-        decoder.backbone.routing = state  # type: ignore[assignment]
-        extend(decoder.backbone, RoutedBackbone)
+        self._num_gates = mode.num_gates(len(decoder.layers))
+        extend(self.backbone, RoutedBackbone, routing=state)
         self.undo: list[Callable[[], None]] = []
         state.hooks = self
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
         for undo in self.undo:
@@ -131,50 +86,50 @@ class RouterHooks:
         del self.backbone.routing
         self.state.hooks = None
 
-    def check(self, call: Call) -> None:
-        """Make sure that the router has set the weights of a forward that ended.
+    def check(self, call: ForwardCall) -> None:
+        """Check that the router has set the weights of a forward that has ended.
 
         Raises:
-            RoutingError: It has not, since the model did not call the modules that it is hooked to.
+            RoutingError: It has not, because the model did not call the modules that the hooks are on.
         """
-        if call.given or call.base_only or call.gates >= self._gates:
+        if call.weights_from_caller or call.base_only or call.gates_run >= self._num_gates:
             return
         raise RoutingError(
-            f"routing {self.mode!r}: {call.gates} of {self._gates} gates ran in a forward of "
+            f"`routing` {self.kind!r}: {call.gates_run} of {self._num_gates} gates ran in a forward of "
             f"{type(call.module).__name__}, which did not call its decoder layers as it did when the mixture was made; "
-            "load the mixture anew, and report it with the version of transformers if that does not help"
+            "load the mixture again, and report it with the version of transformers if that does not help"
         )
 
-    def run_backbone(self, call: Call, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the backbone in a forward, and let the router's part of a cache come along.
+    def run_backbone(self, call: ForwardCall, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the backbone in a forward, and let its cache carry along what the router needs.
 
         Args:
             call: The forward.
             run: The backbone's own forward.
-            args: What the backbone was called with.
-            kwargs: Likewise.
+            args: Arguments of the backbone.
+            kwargs: Keyword arguments of the backbone.
 
         Returns:
             The backbone's output.
         """
-        if not call.base_only and not call.given:
-            if self.mode == "final":
-                return self._run_twice(call, run, named_arguments(self._names, args, kwargs))
-            if self.mode == "context":
-                return self._run_with_context(call, run, named_arguments(self._names, args, kwargs))
+        if not call.base_only and not call.weights_from_caller:
+            if self._reads_base_output:
+                return self._run_base_first(call, run, named_arguments(self._argument_names, args, kwargs))
+            if self._reads_context:
+                return self._run_with_context(call, run, named_arguments(self._argument_names, args, kwargs))
         return run(*args, **kwargs)
 
-    def _run_twice(self, call: Call, run: Run, arguments: dict[str, Any]) -> Any:
-        """Run the base alone for the router, then the mixture, each with a cache of its own."""
+    def _run_base_first(self, call: ForwardCall, run: Run, arguments: dict[str, Any]) -> Any:
+        """Run the base alone for the router, then the mixture, each with its own cache."""
         name, cache = _cache_among(arguments)
-        part: BasePass | None = part_of(cache, BasePass, self.mode)
+        part: BasePass | None = part_of(cache, BasePass, self.kind)
         base_cache = part.cache if part is not None else None if cache is None else empty_copy(cache)
         base_arguments = {**arguments, "output_hidden_states": False, "output_attentions": False}
         if base_cache is not None:
             base_arguments[name] = base_cache
         call.base_only = True
         try:
-            # the features must not depend on dropout
+            # evaluating: the features must not depend on dropout
             with torch.no_grad(), evaluating(self.backbone):
                 base_output = run(**base_arguments)
         finally:
@@ -186,96 +141,96 @@ class RouterHooks:
             carry(cache, part or BasePass(base_cache))
         return output
 
-    def _run_with_context(self, call: Call, run: Run, arguments: dict[str, Any]) -> Any:
-        """Run the mixture, the sums over the tokens so far in its cache."""
+    def _run_with_context(self, call: ForwardCall, run: Run, arguments: dict[str, Any]) -> Any:
+        """Run the mixture, with the sums over the tokens so far in its cache."""
         cache = _cache_among(arguments)[1]
-        part: ContextPart | None = part_of(cache, ContextPart, self.mode)
+        part: ContextPart | None = part_of(cache, ContextPart, self.kind)
         mask = arguments.get("attention_mask") if call.token_mask is None else call.token_mask
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim not in (2, 4)):
             raise RoutingError(
-                "routing 'context' needs an attention_mask of shape (batch, seq) or (batch, 1, seq, seq), got "
+                "`routing` 'context' needs an attention_mask of shape (batch, seq) or (batch, 1, seq, seq), got "
                 f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
             )
-        call.context = Context(mask, arguments.get("position_ids"), part)
+        call.router_input = Context(mask, arguments.get("position_ids"), part)
         output = run(**arguments)
-        cache = _cache_of(output, cache)
-        if cache is not None and call.sums is not None:
+        cache, sums = _cache_of(output, cache), call.router_result
+        if cache is not None and isinstance(sums, RunningSums):
             part = part or ContextPart()
-            part.append(call.sums)
+            part.append(sums)
             carry(cache, part)
         return output
 
     def _at_layer(self, gate: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Route by the hidden states that enter a decoder layer."""
         call = self.state.call
-        if call is None or call.base_only or call.given:
+        if call is None or call.base_only or call.weights_from_caller:
             return
-        hidden = hidden_states_of(args, kwargs)
-        if self.mode == "context":
-            call.sums = running_sums(hidden, call.context)
-            hidden = means(call.sums)
-        self._route(call, hidden, gate)
+        hidden_states = hidden_states_of(args, kwargs)
+        if self._reads_context:
+            context = call.router_input
+            sums = running_sums(hidden_states, context if isinstance(context, Context) else Context())
+            call.router_result, hidden_states = sums, means(sums)
+        self._route(call, hidden_states, gate)
 
-    def _route(self, call: Call, hidden: Tensor, gate: int = 0) -> None:
-        call.gates += 1
-        routed = self.experts()
-        if call.record is None and (expert := self.router.choose_one(hidden, gate, routed)) is not None:
-            call.weights = one_expert(expert, len(routed))
-            return
-        output = self.router(hidden, gate, routed)
-        call.weights = TokenWeights(output.weights, output.chosen)
+    def _route(self, call: ForwardCall, hidden_states: Tensor, gate: int = 0) -> None:
+        """Set the routing weights for the layers that run next."""
+        call.gates_run += 1
+        experts = self.active_expert_indices()
+        if call.record is None:
+            column = self.router.top1_fast_path(hidden_states, gate, experts)
+            if column is not None:
+                call.weights = one_hot_weights(column, len(experts))
+                return
+        output = self.router(hidden_states, gate, experts)
+        call.weights = TokenWeights(output.weights, output.topk_expert_ids)
         if call.record is not None:
-            call.record.outputs.append(output)
+            call.record.router_logits.append(output.logits)
+            call.record.routing_weights.append(output.weights)
 
 
 def make_router(
     experts: ExpertManager,
-    routing: str,
+    mode: RoutingMode,
     num_experts: int,
     top_k: int,
     temperature: float,
-    blocks: Sequence[int] | None,
+    experts_per_block: Sequence[int] | None,
 ) -> DynamicHybridRouter:
     """Return a new router for a mixture.
 
     Args:
-        experts: The mixture's; there may be none yet.
-        routing: A resolved mode.
-        num_experts: How many experts there will be.
+        experts: The mixture's experts; there may be none yet.
+        mode: Where the router will read.
+        num_experts: Number of experts that there will be.
         top_k: Experts per token when routing is sparse.
-        temperature: Divides the router's logits.
-        blocks: How many of the experts each block of layers carries; see ``expert.carried_by_layers``.
+        temperature: Divisor of the router's logits.
+        experts_per_block: Number of experts that each block of layers carries; see ``targets.experts_per_layer``.
 
     Raises:
         RoutingError: A number is out of its range.
     """
-    base = experts.base_model
-    gates = len(experts.decoder.layers) if routing == "per_layer" else 1
-    carried = None if blocks is None else carried_by_layers(blocks, gates)
-    hidden_size = experts.decoder.output_width if routing == "final" else experts.decoder.layer_width
-    return DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, gates, carried).to(device_of(base))
+    decoder = experts.decoder
+    num_gates = mode.num_gates(len(decoder.layers))
+    experts_per_gate = None if experts_per_block is None else experts_per_layer(experts_per_block, num_gates)
+    hidden_size = decoder.output_width if mode.reads_base_output else decoder.layer_width
+    router = DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, num_gates, experts_per_gate)
+    return router.to(device_of(experts.base_model))
 
 
-def _layers_to_read(decoder: Decoder, routing: str) -> list[nn.Module]:
-    """Return the decoder layers whose input a gate reads, in the order of the gates."""
-    if routing == "final":
-        return []
-    return list(decoder.layers) if routing == "per_layer" else [decoder.layers[prefix_layer(routing)]]
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Arguments that can be a cache of another class than ``transformers.Cache``, so that it is refused, not overlooked."""
 
 
 def _cache_among(arguments: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the name and the value of the argument that is a cache; what it is called depends on transformers."""
+    """Return name and value of the argument that is a cache; its name depends on the version of transformers."""
     for name, value in arguments.items():
         if isinstance(value, Cache) or (name in _CACHE_NAMES and value is not None):
             return name, value
     return "", None
 
 
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What a cache that is no ``transformers.Cache`` comes under, so that it is refused and not overlooked."""
-
-
 def _cache_of(output: Any, given: Cache | None) -> Cache | None:
-    """Return the cache that a forward ended with: the one that it was given, or the one that it made."""
+    """Return the cache after a forward: the given one, or else the one that the forward made."""
     if given is not None:
         return given
     values = output.values() if isinstance(output, Mapping) else output

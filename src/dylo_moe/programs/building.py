@@ -13,7 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 from dylo_moe.config import DataArguments, TrainFlags
 from dylo_moe.core.base_model import check_base_model
 from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.core.packed import keeps_examples_apart
+from dylo_moe.core.packed import supports_packing
 from dylo_moe.core.quantised import check_quantisation
 from dylo_moe.data.packing import TokenCollator
 from dylo_moe.data.prepare_data import PreparedData, prepare_data
@@ -79,7 +79,7 @@ def prepare(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) 
 def check_packing(model: DyLoRA_MoE, data: PreparedData, console: Console) -> None:
     """Makes sure that the examples of a packed row do not see each other."""
     with model.base_only():
-        apart = keeps_examples_apart(model.experts.base_model)
+        apart = supports_packing(model.experts.base_model)
     if not apart:
         raise ModelError(
             f"--packing: {type(model.experts.base_model).__name__} lets the examples of a packed row see each other; "

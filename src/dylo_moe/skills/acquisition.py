@@ -127,7 +127,7 @@ def acquire_skill(
         ExpertError: The skill is known by that name, the experts are not those of the library, or the one that is to be
             extended is frozen.
     """
-    check_frozen_features(model.routing)
+    check_frozen_features(model.routing_mode)
     _check_library(model, library, data.name)
     sample, held_out = look(model, data.sample), look(model, data.held_out)
     report = library.judge(sample.embeddings, sample.routed, measure)

@@ -27,10 +27,10 @@ from dylo_moe.core.decoder import find_decoder
 from dylo_moe.core.expert import adapter_folder_of, check_import, check_new_name
 from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.router import YOUNG, DynamicHybridRouter
-from dylo_moe.core.routing import prefix_layer
 from dylo_moe.core.save_and_load import TRAINED_FILE, TRAINED_INDEX, base_of, place_of_base
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, ExpertError, did_you_mean, first_line
+from dylo_moe.routing_mode import RoutingMode
 from dylo_moe.skills.library import DESCRIPTION_FILE, TENSORS_FILE, SkillLibrary
 
 _A, _B = ".lora_A.", ".lora_B."
@@ -237,7 +237,7 @@ def import_expert(
     library = library_of(path)
     folder, name = adapter_folder_of(source, revision), name or Path(source).absolute().name
     base, _, _ = base_of(path, description.base_model, base_model, {})
-    layers = find_decoder(base).layers[prefix_layer(description.routing.mode) :]
+    layers = find_decoder(base).layers[RoutingMode.parse(description.routing.mode).first_expert_layer :]
     check_import(folder, name, base, layers, _names(description))
     description.experts.append(ExpertEntry(name=name, maturity=YOUNG))
     with _rewritten(path, description, library, grown=True, anew=name) as target:

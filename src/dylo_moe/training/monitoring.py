@@ -51,7 +51,7 @@ class MonitoringCallback(TrainerCallback):
             trainer: Where all of this happens.
             inputs: The part, with the column ``domain``.
             output: What the model returned.
-            load: ``losses.expert_load`` of the part.
+            load: ``balance.expert_load`` of the part.
         """
 
     def on_backward(self, trainer: Trainer, loss: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dylo_moe.core.losses import available
+from dylo_moe.core.balance import expert_mask
 from dylo_moe.core.model import DyLoRAOutput
 
 DEAD_BELOW = 0.1
@@ -23,7 +23,7 @@ class RoutingSums(NamedTuple):
     Attributes:
         tokens: ``(num_domains + 1,)``; the last entry is of tokens whose domain is not known.
         usage: ``(num_domains + 1, num_gates, num_experts)``, routing weight.
-        load: ``(num_gates, num_experts)``, as ``losses.expert_load`` counts choices.
+        load: ``(num_gates, num_experts)``, as ``balance.expert_load`` counts choices.
         entropy: ``()``, entropy of the routing weights in nats, averaged over the gates.
         balance_loss: ``()``, each part's share of its global batch's balance loss.
         z_loss: ``()``, the same of the router z-loss.
@@ -91,7 +91,7 @@ def routing_sums(
         mask: ``(batch, seq)``, nonzero for real tokens.
         domain: The domain of each row, ``(batch,)``; of more rows than the batch has, where they were put behind
             each other into one; None if it is not known.
-        load: What ``losses.expert_load`` gives for the part.
+        load: What ``balance.expert_load`` gives for the part.
         num_domains: How many domains there are.
     """
     assert output.routing_weights is not None and output.router_logits is not None
@@ -111,7 +111,7 @@ def routing_sums(
         entropy=(entropy * mask).sum().double(),
         balance_loss=output.balance_loss.detach().double(),
         z_loss=output.z_loss.detach().double(),
-        carried=available(output.router_logits).double(),
+        carried=expert_mask(output.router_logits).double(),
     )
 
 

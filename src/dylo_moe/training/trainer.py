@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from dylo_moe.core.losses import available, expert_load, updated_selection_bias
+from dylo_moe.core.balance import expert_load, expert_mask, updated_selection_bias
 from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
 from dylo_moe.training.metrics import domain_metrics, example_sums
 from dylo_moe.training.monitoring import MonitoringCallback
@@ -146,7 +146,7 @@ class DyLoRATrainer(ResumableTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             logits, router = outputs["router_logits"], self.model.router
-            self._among = available(logits)
+            self._among = expert_mask(logits)
             # added where routing adds it: to the choice alone
             biased = logits + router.selection_bias[:, None, None, self.model.experts.active_indices()]
             chosen = expert_load(biased, inputs["attention_mask"], router.top_k)
