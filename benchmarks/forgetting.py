@@ -43,7 +43,7 @@ from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.packing import TokenCollator, TokenRows
 from dylo_moe.data.prepare_data import PreparedData, prepare_data
 from dylo_moe.routing_mode import RoutingMode
-from dylo_moe.skills.acquisition import Look, SkillData, acquire_skill, look
+from dylo_moe.skills.acquisition import SkillData, SkillFeatures, acquire_skill, extract_features
 from dylo_moe.skills.library import SkillLibrary
 
 RESULT = Path(__file__).parent / "results" / "forgetting.json"
@@ -255,11 +255,11 @@ def ours(rows: Rows, steps: int, seed: int) -> dict[str, Any]:
     }
 
 
-def looks(model: DyLoRA_MoE, rows: Rows) -> tuple[list[Look], list[Look]]:
+def looks(model: DyLoRA_MoE, rows: Rows) -> tuple[list[SkillFeatures], list[SkillFeatures]]:
     """What the base makes of training rows and of held-out rows of each skill."""
     skills = range(len(rows.names))
-    seen = [look(model, rows.sample(skill, GATE_ROWS)) for skill in skills]
-    return seen, [look(model, rows.held_out(skill)) for skill in skills]
+    seen = [extract_features(model, rows.sample(skill, GATE_ROWS)) for skill in skills]
+    return seen, [extract_features(model, rows.held_out(skill)) for skill in skills]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dylo_moe.skills.acquisition import Look
+from dylo_moe.skills.acquisition import SkillFeatures
 from dylo_moe.skills.gates import RidgeGate
 from dylo_moe.skills.library import ENTROPY, MEASURES, SkillLibrary
 from dylo_moe.skills.metrics import routing_accuracy
@@ -95,7 +95,7 @@ class Taught(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def gates(seen: Sequence[Look], held_out: Sequence[Look], seed: int) -> Taught:
+def gates(seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures], seed: int) -> Taught:
     """Teaches each gate what was seen of each skill in turn, and asks it about held-out rows.
 
     Args:
@@ -119,7 +119,7 @@ def gates(seen: Sequence[Look], held_out: Sequence[Look], seed: int) -> Taught:
     return found
 
 
-def closed_form(seen: Sequence[Look], held_out: Sequence[Look]) -> dict[str, Any]:
+def closed_form(seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures]) -> dict[str, Any]:
     """Routing accuracy of the closed form alone, on features that no router of the study reads."""
     gate = RidgeGate(seen[0].tokens.shape[1])
     for skill, one in enumerate(seen):
@@ -128,7 +128,7 @@ def closed_form(seen: Sequence[Look], held_out: Sequence[Look]) -> dict[str, Any
     return {"tokens": tokens, "examples": examples}
 
 
-def accuracy(weight: Tensor, held_out: Sequence[Look]) -> tuple[float, float]:
+def accuracy(weight: Tensor, held_out: Sequence[SkillFeatures]) -> tuple[float, float]:
     """The share of tokens, and of examples, that a gate sends to the expert of their skill."""
     first = np.cumsum([0, *(len(one.embeddings) for one in held_out)])
     shares = torch.cat([(one.tokens @ weight.T).softmax(dim=-1) for one in held_out]).numpy()
@@ -137,7 +137,7 @@ def accuracy(weight: Tensor, held_out: Sequence[Look]) -> tuple[float, float]:
     return routing_accuracy(shares, right, example)
 
 
-def novelty(library: SkillLibrary, seen: Sequence[Look], held_out: Sequence[Look]) -> dict[str, Any]:
+def novelty(library: SkillLibrary, seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures]) -> dict[str, Any]:
     """AUROC of each measure: by distance for each known skill (a row) and new one, by entropy for each new one."""
     found: dict[str, Any] = {}
     for measure in MEASURES:
@@ -149,7 +149,7 @@ def novelty(library: SkillLibrary, seen: Sequence[Look], held_out: Sequence[Look
     return found
 
 
-def _entropy_auroc(new: int, seen: Sequence[Look], held_out: Sequence[Look]) -> float:
+def _entropy_auroc(new: int, seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures]) -> float:
     """How well one skill stands out by the entropy of a router that knows all the others."""
     gate = RidgeGate(seen[0].tokens.shape[1])
     others = [skill for skill in range(len(seen)) if skill != new]

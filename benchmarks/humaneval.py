@@ -30,10 +30,10 @@ from timing import Timed, interleaved, spread
 from dylo_moe.config import BenchmarkArguments
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import read_description
-from dylo_moe.data.prepare_data import encode_prompt
+from dylo_moe.data.tokenization import encode_prompt
 from dylo_moe.evaluation.generation import GenerationSettings, Prompt, Sample, batches_of, generate_samples
-from dylo_moe.evaluation.results import BenchmarkResult, compared
-from dylo_moe.evaluation.run import Questions
+from dylo_moe.evaluation.results import BenchmarkResult, compare_results
+from dylo_moe.evaluation.run import BenchmarkPrompts
 from dylo_moe.programs.benchmark import benchmark, chosen_problems, style_of
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ def beside(asked: BenchmarkArguments, mixture: Path, scratch: Path, console: Con
         "settings": base.settings.model_dump(),
         "base": recorded(base),
         "mixture": recorded(mixed),
-        "differences": {name: found.model_dump() for name, found in compared(base, mixed).items()},
+        "differences": {name: found.model_dump() for name, found in compare_results(base, mixed).items()},
     }
 
 
@@ -135,9 +135,9 @@ def batching(asked: BenchmarkArguments, rounds: int | None, console: Console) ->
     """Tokens per second of a batch and of its tasks one at a time, and how many answers differ."""
     model, tokenizer = load_base_model(MODEL).eval(), load_tokenizer(MODEL)
     style = style_of(asked.prompt_style, None, tokenizer)
-    questions = Questions(chosen_problems(asked), style, lambda text: encode_prompt(tokenizer, text))
+    prompts = BenchmarkPrompts(chosen_problems(asked), style, lambda text: encode_prompt(tokenizer, text))
     settings = GenerationSettings(max_new_tokens=asked.max_new_tokens, batch_size=asked.batch_size)
-    batches = batches_of(questions.prompts(), settings, set())[:rounds]
+    batches = batches_of(prompts.prompts(), settings, set())[:rounds]
     answers: dict[str, list[list[Sample]]] = {"together": [], "one at a time": []}
 
     def contender(name: str, split: Callable[[list[tuple[Prompt, int]]], list[list[tuple[Prompt, int]]]]) -> Timed:
@@ -145,7 +145,7 @@ def batching(asked: BenchmarkArguments, rounds: int | None, console: Console) ->
             batch = split(batches[len(answers[name])])
             answers[name].append([one for part in generate_samples(model, tokenizer, batch, settings) for one in part])
 
-        short = replace(settings, max_new_tokens=4)
+        short = settings.model_copy(update={"max_new_tokens": 4})
         return Timed(
             next_batch, len(batches), warm_up=lambda: list(generate_samples(model, tokenizer, batches[:1], short))
         )

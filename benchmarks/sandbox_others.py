@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests" / "evaluation"), str(ROOT / "src" / "dylo_moe" / "evaluation")]
+sys.path += [str(ROOT / "tests" / "evaluation"), str(ROOT / "src" / "dylo_moe" / "evaluation" / "candidate")]
 
-import confine  # noqa: E402 - without the package, which imports torch
+import confinement  # noqa: E402 - a bare import, as the package around it needs more than this process has
 from sandbox_machine import harm, machine, processes  # noqa: E402
 
 import hostile  # noqa: E402 - the suite of the tests
@@ -31,7 +31,7 @@ def main() -> None:
     """Judges one answer."""
     asked = json.loads(sys.stdin.read())
     if os.geteuid() == 0:
-        confine.become(asked["user"], os.__file__)
+        confinement.become_user(asked["user"], os.__file__)
         ctypes.CDLL(None).prctl(_DUMPABLE, 1, 0, 0, 0)  # as an ordinary process is, before it changes its user
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))

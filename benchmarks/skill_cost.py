@@ -21,7 +21,7 @@ from timing import Timed, interleaved, ratios
 
 from dylo_moe.core.base_model import load_base_model
 from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.skills.acquisition import look, training_alone
+from dylo_moe.skills.acquisition import extract_features, training_only
 from dylo_moe.skills.gates import RidgeGate
 
 RESULT = Path(__file__).parent / "results" / "skill_cost.json"
@@ -68,7 +68,7 @@ def parts_of(count: int, learning: ExitStack) -> dict[str, Any]:
     gate = RidgeGate(model.router.hidden_size)
     for expert in range(count + 1):
         gate.learn(torch.randn(TOKENS, model.router.hidden_size), expert)
-    learning.enter_context(training_alone(model, new))
+    learning.enter_context(training_only(model, new))
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
     model.train()
 
@@ -77,7 +77,7 @@ def parts_of(count: int, learning: ExitStack) -> dict[str, Any]:
         model(**batch, labels=ids, return_logits=False).loss.backward()
         optimizer.step()
 
-    return {"a step": step, "a look at a batch": lambda: look(model, [batch]), "the router": gate.weight}
+    return {"a step": step, "a look at a batch": lambda: extract_features(model, [batch]), "the router": gate.weight}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def test_the_readme_names_every_dataset_with_its_licence() -> None:
     section = README.partition("## Datasets")[2].partition("## ")[0]
     for name, spec in REGISTRY.items():
         (row,) = re.findall(rf"^\| `{name}` \| .* \|$", section, flags=re.MULTILINE)
-        assert spec.licence in row
+        assert spec.license in row
         assert not isinstance(spec.source, str) or spec.source in row
 
 

@@ -1,4 +1,4 @@
-"""Benchmark tasks are found in whatever clothes, and other rows are left alone."""
+"""Tests that disguised benchmark tasks are found, and other rows kept."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from dylo_moe.data.decontaminate import (
     TaskIndex,
     build_index,
     decontaminate,
-    grams_of,
+    ngrams_of,
     task_index,
     words_of,
 )
@@ -32,7 +32,7 @@ from dylo_moe.data.templates import PlainTemplate
 
 GRAMS = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "benchmark_grams.py"))
 
-QUESTION = "Write a function that tells how often the rarest word of a long text occurs in it."
+QUESTION = "Write a function that counts how often the rarest word of a long text occurs in it."
 SOLUTION = "def rarest(text):\n    words = text.split()\n    return min(words.count(word) for word in words)\n"
 
 
@@ -62,7 +62,7 @@ INDEX = index_of(("Mbpp/7", QUESTION, [QUESTION, SOLUTION]), ("Mbpp/8", "Find th
         (" ".join(QUESTION.split()[:9]), "pass", "", CLEAN),
     ],
 )
-def test_a_task_is_known_by_id_by_words_in_a_row_or_by_its_whole_question(
+def test_a_task_is_found_by_id_by_ngram_or_by_its_complete_question(
     prompt: str, response: str, task: str, kind: str
 ) -> None:
     found, of = INDEX.find(prompt, response, task)
@@ -70,15 +70,15 @@ def test_a_task_is_known_by_id_by_words_in_a_row_or_by_its_whole_question(
     assert of == {CLEAN: "", BY_PROMPT: "Mbpp/8"}.get(kind, "Mbpp/7")
 
 
-def test_words_are_without_comments_and_a_number_sign_in_a_word_is_none() -> None:
+def test_words_exclude_comments_but_not_words_with_a_number_sign() -> None:
     assert words_of("x = 1  # note\n# all of it\nC# and F#\n") == ["x", "1", "c", "and", "f"]
 
 
-def test_runs_of_numbers_are_no_evidence() -> None:
+def test_ngrams_of_mostly_numbers_are_ignored() -> None:
     numbers = [str(number) for number in range(30)]
-    assert list(grams_of(numbers, 13)) == []
-    assert len(list(grams_of([*"abcdefg", *numbers[:6]], 13))) == 1
-    assert len(list(grams_of([*"abcdef", *numbers[:7]], 13))) == 0
+    assert list(ngrams_of(numbers, 13)) == []
+    assert len(list(ngrams_of([*"abcdefg", *numbers[:6]], 13))) == 1
+    assert len(list(ngrams_of([*"abcdef", *numbers[:7]], 13))) == 0
 
 
 def test_dropped_rows_are_counted_by_reason_and_named() -> None:
@@ -92,14 +92,14 @@ def test_dropped_rows_are_counted_by_reason_and_named() -> None:
     assert (report.rows, report.dropped, report.by_id, report.by_gram, report.tasks) == (3, 1, 1, 0, ["Mbpp/2"])
 
 
-def test_another_index_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_index_is_not_answered_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.jsonl"
     rows = [{"prompt": QUESTION, "response": "pass"}, {"prompt": "Something else", "response": "entirely"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = read_examples(resolve(f"mine={path}"), PlainTemplate()).rows
-    for _ in range(2):  # looked at, and found on the disk
+    for _ in range(2):  # computed, then read from the cache
         assert decontaminate(examples, "mine")[1].dropped == 0
-    same_names = TaskIndex(task_index().tasks, INDEX.grams, INDEX.prompts)
+    same_names = TaskIndex(task_index().tasks, INDEX.ngrams, INDEX.prompts)
     monkeypatch.setattr(decontaminate_module, "task_index", lambda: same_names)
     assert decontaminate(examples, "mine")[1].by_gram == 1
 
@@ -108,8 +108,8 @@ def test_the_packaged_index_has_all_tasks_and_no_text() -> None:
     index = task_index()
     assert sum(task.startswith("HumanEval/") for task in index.tasks) == 164
     assert sum(task.startswith("Mbpp/") for task in index.tasks) == 378
-    for length, found in index.grams.items():
-        assert len(set(found.values())) > 500, f"most tasks have {length} words in a row"
+    for length, found in index.ngrams.items():
+        assert len(set(found.values())) > 500, f"most tasks have an n-gram of {length} words"
 
 
 REAL = os.environ.get("DYLO_MOE_DATA", "")
@@ -125,7 +125,7 @@ def test_the_packaged_index_is_what_the_script_makes() -> None:
     assert made["tasks"].tolist() == list(index.tasks)
     for length in (13, 10):
         pairs = zip(made[f"{length}_hashes"].tolist(), made[f"{length}_tasks"].tolist(), strict=True)
-        assert dict(pairs) == index.grams[length]
+        assert dict(pairs) == index.ngrams[length]
 
 
 @needs_data
@@ -142,7 +142,7 @@ def test_the_official_mbpp_loses_the_tasks_of_mbpp_plus() -> None:
 
 
 def disguised(code: str, rng: random.Random) -> str:
-    """Other white space and other comments, as a copy on the web may have."""
+    """Return code with other white space and comments, as a copy on the web may have."""
     lines = [f"{line}  # {rng.choice(['note', 'see above', 'mine'])}" for line in code.splitlines() if line.strip()]
     return "\n\n".join(re.sub(r"^( +)", lambda match: match[0] * 2, line) for line in lines)
 

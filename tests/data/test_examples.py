@@ -1,4 +1,4 @@
-"""Reading a dataset once, keeping it, and splitting it by content."""
+"""Tests of reading a dataset once, caching it, and splitting it by content."""
 
 import json
 from collections.abc import Iterator
@@ -42,13 +42,13 @@ def test_splits_have_their_shares_and_share_no_row(tmp_path: Path, monkeypatch: 
     assert set(splits["train"]["domain"]) == {"mine"}
 
 
-def test_a_row_stays_in_its_split_when_others_come_or_move(tmp_path: Path) -> None:
+def test_a_row_keeps_its_split_when_rows_are_added_or_reordered(tmp_path: Path) -> None:
     before = set(get_dataset(own(tmp_path, rows_of(200)))["validation"]["prompt"])
     after = set(get_dataset(own(tmp_path, rows_of(400)[::-1]))["validation"]["prompt"])
     assert before == {prompt for prompt in after if int(prompt.split()[1]) < 200}
 
 
-def test_equal_prompts_never_end_up_on_both_sides(tmp_path: Path) -> None:
+def test_equal_prompts_are_in_the_same_split(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{index % 50}", "response": f"response {index}"} for index in range(500)]
     splits = get_dataset(own(tmp_path, rows))
     assert not set(splits["train"]["prompt"]) & set(splits["validation"]["prompt"])
@@ -94,21 +94,19 @@ def test_a_dataset_is_read_once_and_again_when_its_content_changes(
         ({"prompt": "p", "response": "\ud800"}, r"rows.jsonl line 3: it holds half of a surrogate pair, \\ud800"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named_or_left_out_and_counted(
-    tmp_path: Path, row: dict[str, Any], said: str
-) -> None:
+def test_an_unusable_row_is_named_or_skipped_and_counted(tmp_path: Path, row: dict[str, Any], said: str) -> None:
     rows = rows_of(100)
     wanted = own(tmp_path, [*rows[:2], row, *rows[2:]])
     with pytest.raises(DatasetError, match=said) as caught:
         get_dataset(wanted)
-    assert "'mine'" in str(caught.value) and "--skip_bad_rows" in str(caught.value)
-    for _ in range(2):  # read, and found on the disk
+    assert "'mine'" in str(caught.value) and "`skip_bad_rows`" in str(caught.value)
+    for _ in range(2):  # read, then found in the cache
         found = read_examples(resolve(wanted), PlainTemplate(), skip_bad_rows=True)
         assert (len(found.rows), found.skipped) == (100, 1)
         assert "line 3" in found.first_skipped
 
 
-def test_a_public_set_may_have_rows_without_a_response(tmp_path: Path) -> None:
+def test_a_public_dataset_may_have_rows_without_a_response(tmp_path: Path) -> None:
     rows = [{"instruction": f"i {n}", "input": "", "output": f"o {n}"} for n in range(100)]
     path = tmp_path / "alpaca.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [{**rows[0], "output": ""}, *rows]))

@@ -1,4 +1,4 @@
-"""The user's files: what is read from each kind, and bad input named by file and line."""
+"""Tests of the file readers: the rows of each kind of file, and messages that name file and line."""
 
 import csv
 import gzip
@@ -53,7 +53,7 @@ def test_an_array_is_read_in_windows_of_any_size(tmp_path: Path, monkeypatch: py
         assert lines[number - 1].strip() == "{" and json.dumps(row["prompt"], ensure_ascii=False) in lines[number]
 
 
-def test_a_json_file_of_lines_is_read_as_lines_and_a_mark_at_the_beginning_is_no_text(tmp_path: Path) -> None:
+def test_a_json_file_may_hold_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "p", "response": "r"}\n\n{"prompt": "q", "response": "s"}\n')
     assert list(rows_of(path)) == [
@@ -62,7 +62,7 @@ def test_a_json_file_of_lines_is_read_as_lines_and_a_mark_at_the_beginning_is_no
     ]
 
 
-def test_a_folder_is_all_its_data_files_by_name(tmp_path: Path) -> None:
+def test_a_folder_stands_for_its_data_files_sorted_by_name(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     names = ["c.jsonl", "a.jsonl", "b/z.jsonl"]
     for name in names:
@@ -72,7 +72,7 @@ def test_a_folder_is_all_its_data_files_by_name(tmp_path: Path) -> None:
     assert data_files(tmp_path) == [tmp_path / name for name in ("a.jsonl", "b/z.jsonl", "c.jsonl")]
 
 
-def test_a_digest_tells_contents_apart(tmp_path: Path) -> None:
+def test_a_digest_depends_on_the_content(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", "jsonl")
     before = digest_of([path])
     assert digest_of([path]) == before
@@ -102,15 +102,15 @@ GOOD = b'{"prompt": "p", "response": "r"}'
         ("a.json", b"[" + GOOD + b",\n" + GOOD, "line 2 is broken JSON: the list does not end"),
         ("a.json", b"[" + GOOD + b",\n\n17]", "line 3 must be an object with columns, got a int"),
         ("a.json", b"[" + GOOD + b',\n{"prompt": "\xe4"}]', "line 2 is not UTF-8 (byte 0xe4)"),
-        ("a.csv", b"prompt,response\na,b\nc\n", "line 3 has not as many fields as the head"),
+        ("a.csv", b"prompt,response\na,b\nc\n", "line 3 does not have as many fields as the header"),
         ("a.csv", b'prompt,response\na,"b\n', "broken CSV"),
         ("a.csv", b"prompt,response\na,\xfc\n", "line 2 is not UTF-8 (byte 0xfc)"),
         ("a.jsonl.gz", b"no gzip at all", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(GOOD * 9, mtime=0)[:-9], "cannot be read"),
-        ("a.parquet", b"no parquet", "is no Parquet file"),
+        ("a.parquet", b"no parquet", "is not a Parquet file"),
     ],
 )
-def test_what_is_wrong_is_named_by_file_and_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_a_broken_file_is_named_with_the_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     message = broken(tmp_path / name, content)
     assert str(tmp_path / name) in message and said in message
 
@@ -137,7 +137,7 @@ def test_a_row_of_100_mb_is_refused_without_being_read(tmp_path: Path, name: str
     assert peak < 80 * 2**20
 
 
-def test_links_in_a_circle_are_named(tmp_path: Path) -> None:
+def test_a_cycle_of_links_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     write(folder / "rows.jsonl", "jsonl")
@@ -158,21 +158,21 @@ def test_a_link_to_another_folder_is_followed(tmp_path: Path) -> None:
     assert data_files(tmp_path / "here") == [tmp_path / "here" / "link" / "rows.jsonl"]
 
 
-def test_paths_that_hold_no_data_are_named(tmp_path: Path) -> None:
+def test_paths_without_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"there is no file or folder .*missing"):
         data_files(tmp_path / "missing")
     with pytest.raises(DatasetError, match="has no data file"):
         data_files(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DatasetError, match=r"notes.txt is no data file; known are a folder, .jsonl"):
+    with pytest.raises(DatasetError, match=r"notes.txt is not a data file; give a folder or a file of .jsonl"):
         data_files(tmp_path / "notes.txt")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(DatasetError, match=r"pipe.jsonl is no data file"):
+    with pytest.raises(DatasetError, match=r"pipe.jsonl is not a data file"):
         data_files(tmp_path / "pipe.jsonl")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", "jsonl")
     path.chmod(0)
     with pytest.raises(DatasetError, match=r"rows.jsonl cannot be read: .*Permission"):

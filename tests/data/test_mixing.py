@@ -1,4 +1,4 @@
-"""The order of training: shares, repetition, and the same rows whatever the number of processes."""
+"""Tests of the training order: shares, repetition, and independence of the number of processes."""
 
 import math
 from collections import Counter
@@ -9,7 +9,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from dylo_moe.data.mixing import FILLER, MixingSampler, counts_of
+from dylo_moe.data.mixing import FILLER, MixingSampler, epoch_counts
 
 
 def domains_of(*sizes: int) -> NDArray[np.int64]:
@@ -17,17 +17,19 @@ def domains_of(*sizes: int) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("sizes", [(7,), (300, 60), (300, 60, 41)])
-def test_temperature_goes_from_each_row_once_to_equal_shares(sizes: tuple[int, ...]) -> None:
-    assert counts_of(sizes, 1) == list(sizes)
-    assert counts_of(sizes, math.inf) == [max(sizes)] * len(sizes)
-    between = counts_of(sizes, 2)
-    assert all(one <= some <= most for one, some, most in zip(sizes, between, counts_of(sizes, math.inf), strict=True))
+def test_temperature_ranges_from_each_row_once_to_equal_shares(sizes: tuple[int, ...]) -> None:
+    assert epoch_counts(sizes, 1) == list(sizes)
+    assert epoch_counts(sizes, math.inf) == [max(sizes)] * len(sizes)
+    between = epoch_counts(sizes, 2)
+    assert all(
+        one <= some <= most for one, some, most in zip(sizes, between, epoch_counts(sizes, math.inf), strict=True)
+    )
     for size, count in zip(sizes, between, strict=True):
         assert count / max(between) == pytest.approx(math.sqrt(size / max(sizes)), abs=1 / max(sizes))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0, math.inf])
-def test_every_stretch_of_an_epoch_has_the_shares(temperature: float) -> None:
+def test_the_datasets_are_spread_evenly_over_an_epoch(temperature: float) -> None:
     domains = domains_of(500, 120, 33)
     sampler = MixingSampler(domains, temperature=temperature)
     drawn = domains[list(sampler)]
@@ -37,7 +39,7 @@ def test_every_stretch_of_an_epoch_has_the_shares(temperature: float) -> None:
             assert abs((drawn[:end] == domain).sum() - end * count / len(drawn)) <= 3
 
 
-def test_a_small_dataset_repeats_in_new_orders_and_evenly() -> None:
+def test_a_small_dataset_is_repeated_evenly_in_new_orders() -> None:
     sampler = MixingSampler(domains_of(100, 30), temperature=math.inf)
     order = sampler.order()
     small = order[order >= 100]
@@ -49,7 +51,7 @@ def test_a_small_dataset_repeats_in_new_orders_and_evenly() -> None:
     assert sorted(order[order < 100]) == list(range(100))
 
 
-def test_the_order_follows_from_seed_and_epoch_alone() -> None:
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         sampler = MixingSampler(domains_of(50, 20), seed=seed)
         sampler.set_epoch(epoch)
@@ -92,7 +94,7 @@ def loader(processes: int, process: int, batch_size: int, epoch: int = 0) -> Dat
 
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_out_exactly_what_one_process_would_see(processes: int, epoch: int) -> None:
+def test_processes_share_exactly_the_rows_of_one_process(processes: int, epoch: int) -> None:
     alone = [row for batch in loader(1, 0, 4 * processes, epoch) for row in batch]
     parts = [list(loader(processes, process, 4, epoch)) for process in range(processes)]
     assert len({len(part) for part in parts}) == 1, "every process makes as many steps"

@@ -1,4 +1,4 @@
-"""Packed rows: full ones, and examples that do not see each other."""
+"""Tests of packed rows: they are full, and their examples do not attend to each other."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def test_best_fit_places_every_example_once_and_wastes_little(seed: int) -> None
 
 
 def obvious_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing, as it is told in books."""
+    """Return the rows of a textbook best-fit decreasing."""
     rows: list[list[int]] = []
     for example in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         room = [capacity - sum(lengths[other] for other in row) for row in rows]
@@ -44,7 +44,7 @@ def test_best_fit_is_best_fit_decreasing(seed: int) -> None:
     lengths = random.integers(1, 41, random.integers(1, 60))
 
     def filled(rows: Any) -> list[int]:
-        # of rows with equal room either may be taken: what is in them differs, how full all rows get does not
+        # ties between rows may be broken either way, which changes their content but not their sizes
         return sorted(int(lengths[row].sum()) for row in rows)
 
     assert filled(best_fit(lengths, 40)) == filled(obvious_best_fit(lengths.tolist(), 40))
@@ -64,7 +64,7 @@ def token_rows(capacity: int | None, lengths: tuple[int, ...] = (9, 5, 7, 3, 6, 
 
 
 def batches() -> tuple[dict[str, Tensor], dict[str, Tensor], TokenRows]:
-    """The same examples as a padded batch and as a packed one."""
+    """Return the same examples as a padded batch, as a packed batch, and as packed rows."""
     plain, packed = token_rows(None), token_rows(16)
     assert len(packed) < len(plain)
     collate = TokenCollator(PAD)
@@ -75,7 +75,7 @@ def batches() -> tuple[dict[str, Tensor], dict[str, Tensor], TokenRows]:
     )
 
 
-def test_a_batch_says_where_examples_begin_and_what_is_learned() -> None:
+def test_a_batch_marks_segments_and_labels() -> None:
     rows = token_rows(16, (5, 4, 3))
     item = rows[0]
     batch = TokenCollator(PAD)([item, {**item, "input_ids": item["input_ids"][:1], "prompt_lengths": [0]}])
@@ -83,7 +83,7 @@ def test_a_batch_says_where_examples_begin_and_what_is_learned() -> None:
     assert batch["attention_mask"].tolist() == [[1] * 12, [1] * 5 + [0] * 7]
     assert torch.equal(batch["input_ids"][0], torch.tensor(np.concatenate(item["input_ids"])).long())
     assert batch["input_ids"][1, 5:].tolist() == [PAD] * 7
-    # prompts of 0, 1 and 2 tokens; the first token of an example has nothing to be predicted from
+    # prompts of 0, 1 and 2 tokens; the first token of an example has no context
     learned = (batch["labels"] != -100).int().tolist()
     assert learned[0] == [0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1]
     kept = batch["labels"][0] != -100
@@ -92,7 +92,7 @@ def test_a_batch_says_where_examples_begin_and_what_is_learned() -> None:
 
 
 def placed(packed: TokenRows) -> list[tuple[int, slice, int]]:
-    """For each example, its row and its place in the row, in the order in which ``token_rows`` made them."""
+    """Return the row, slice and length of each example, in the order of ``token_rows``."""
     assert packed._rows is not None
     found = {}
     for row, members in enumerate(packed._rows):
@@ -111,7 +111,7 @@ def run(model: DyLoRA_MoE, batch: dict[str, Tensor], **options: Any) -> Any:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_example_in_a_packed_row_is_what_it_is_alone(family: str, routing: str, attention: str) -> None:
+def test_an_example_computes_the_same_packed_and_alone(family: str, routing: str, attention: str) -> None:
     model = mixture(family, routing)
     model.experts.base_model.set_attn_implementation(attention)
     padded, packed, rows = batches()
@@ -149,7 +149,7 @@ def test_packed_loss_in_float32_and_with_checkpointing() -> None:
     assert output.loss.item() == pytest.approx(alone, abs=1e-5)
 
 
-def test_rows_behind_each_other_give_the_same_loss() -> None:
+def test_flattened_rows_give_the_same_loss() -> None:
     model = mixture()
     _, packed, rows = batches()
     flat = TokenCollator(PAD, flatten=True)([rows[index] for index in range(len(rows))])
@@ -182,13 +182,13 @@ def test_filler_rows_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_that_keeps_examples_apart_is_told(family: str) -> None:
+def test_a_model_that_supports_packing_is_recognized(family: str) -> None:
     model = tiny(family, dtype=torch.float32).train()
     assert supports_packing(model)
     assert model.training
 
 
-def test_a_model_that_does_not_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_support_packing_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""From text to tokens: what carries a loss, what is cut, what is kept on the disk."""
+"""Tests of the data pipeline: tokenization, labels, truncation and caching."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,9 @@ import pytest
 from dylo_moe.data import parallel
 from dylo_moe.data import prepare_data as module
 from dylo_moe.data.packing import TokenRows
-from dylo_moe.data.prepare_data import PreparedData, encode_examples, encode_prompt, prepare_data
+from dylo_moe.data.prepare_data import PreparedData, prepare_data
 from dylo_moe.data.templates import template_of
+from dylo_moe.data.tokenization import encode_examples, encode_prompt
 from dylo_moe.errors import DatasetError
 from test_templates import CHATML
 from tiny_folder import tiny_tokenizer
@@ -58,7 +59,7 @@ def test_an_example_is_prompt_response_and_the_end_of_text() -> None:
     assert row["length"] == len(row["input_ids"]) and not row["cut"]
 
 
-def test_the_end_of_text_comes_once_where_the_template_has_written_it() -> None:
+def test_the_end_of_text_is_not_repeated_after_a_template_that_writes_it() -> None:
     assert encode(PROMPT, RESPONSE + "<eos>", 100) == encode(PROMPT, RESPONSE, 100)
 
 
@@ -70,7 +71,7 @@ def test_a_tokenizer_with_bos_gets_it_once_and_in_front() -> None:
         assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_prompt_stays_open_where_the_tokenizer_would_end_it() -> None:
+def test_a_prompt_does_not_end_with_the_eos_of_the_tokenizer() -> None:
     class Ending:
         eos_token, eos_token_id, bos_token = TOKENIZER.eos_token, TOKENIZER.eos_token_id, None
 
@@ -82,7 +83,7 @@ def test_a_prompt_stays_open_where_the_tokenizer_would_end_it() -> None:
     assert encode_prompt(Ending(), PROMPT) == encode_prompt(TOKENIZER, PROMPT)  # type: ignore[arg-type]
 
 
-def test_a_long_response_loses_its_end_or_its_row_and_a_long_prompt_its_row() -> None:
+def test_a_long_response_is_cut_or_dropped_and_a_long_prompt_dropped() -> None:
     whole, prompt_length = encode(PROMPT, RESPONSE, 100), len(encode_prompt(TOKENIZER, PROMPT))
     cut = encode(PROMPT, RESPONSE, prompt_length + 2)
     assert cut["input_ids"] == whole["input_ids"][: prompt_length + 2] and cut["cut"]
@@ -105,7 +106,7 @@ def test_rows_keep_their_domain_and_the_splits_apart(tmp_path: Path) -> None:
     assert data.notes == []
 
 
-def test_what_became_of_the_rows_is_summed_up(tmp_path: Path) -> None:
+def test_the_summaries_count_rows_and_tokens(tmp_path: Path) -> None:
     data = prepared(tmp_path, "large", "small")
     large, small = data.summaries
     assert (large.train + large.validation, small.train + small.validation) == (300, 60)
@@ -145,7 +146,7 @@ def test_subsets_are_random_seeded_percents_and_not_heads(tmp_path: Path) -> Non
     assert rows(1) != whole[: len(rows(1))]
 
 
-def test_what_was_cut_and_dropped_is_told_and_counted(tmp_path: Path) -> None:
+def test_cut_and_dropped_rows_are_noted_and_counted(tmp_path: Path) -> None:
     longest = int(prepared(tmp_path, "small").train.lengths.max())
     data = prepared(tmp_path, "small", max_length=longest - 1)
     assert any("0 dropped" in note and "cut at" in note for note in data.notes)
@@ -155,11 +156,11 @@ def test_what_was_cut_and_dropped_is_told_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_length_that_fits_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no row of small train fits --max_seq_length 2; raise it"):
+    with pytest.raises(DatasetError, match="no row of small train fits `max_seq_length` 2; raise it"):
         prepared(tmp_path, "small", max_length=2)
 
 
-def test_a_chat_template_is_put_around_and_its_end_is_learned(tmp_path: Path) -> None:
+def test_a_chat_template_is_applied_and_its_end_is_learned(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML
     path = tmp_path / "talk.jsonl"
@@ -173,7 +174,7 @@ def test_a_chat_template_is_put_around_and_its_end_is_learned(tmp_path: Path) ->
     assert data.record()["template"] == "chat"
 
 
-def test_tokens_are_kept_and_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_cached_and_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "ROWS_PER_CHUNK", 50)
     seen: list[int] = []
 
@@ -183,8 +184,8 @@ def test_tokens_are_kept_and_an_interrupted_run_goes_on(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = module._encode_batch
-    monkeypatch.setattr(module, "_encode_batch", encode_some)
+    original = module.encode_batch
+    monkeypatch.setattr(module, "encode_batch", encode_some)
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path, "large")
     finished = sum(seen[:3])
@@ -193,7 +194,7 @@ def test_tokens_are_kept_and_an_interrupted_run_goes_on(tmp_path: Path, monkeypa
     assert sum(seen[13:]) == len(data.train) + len(data.validation) - finished
     again = len(seen)
     assert ids_of(prepared(tmp_path, "large").train) == ids_of(data.train)
-    assert len(seen) == again, "everything is on the disk"
+    assert len(seen) == again, "everything is cached"
     prepared(tmp_path, "large", max_length=63)
     assert len(seen) > again, "other settings are other tokens"
 

@@ -1,8 +1,8 @@
-"""What a row of each format becomes, and what is said of one that is of none."""
+"""Tests of the row formats, and of the messages for rows without one."""
 
 import pytest
 
-from dylo_moe.data.rows import FORMATS, Exchange, Row, by_columns
+from dylo_moe.data.rows import FORMATS, PromptResponse, Row, detect_format
 from dylo_moe.errors import DatasetError
 
 ASK, ANSWER = "Add 1 and 2.", "print(1 + 2)"
@@ -25,28 +25,28 @@ def test_every_format_has_a_row_here() -> None:
 
 
 @pytest.mark.parametrize("title", FORMATS)
-def test_a_format_is_known_by_its_columns(title: str) -> None:
-    (exchange,) = by_columns(KNOWN[title])
-    assert exchange == Exchange(ASK if title.startswith("prompt") else [USER], ANSWER)
-    assert exchange.key == ASK
+def test_a_format_is_detected_by_its_columns(title: str) -> None:
+    (pair,) = detect_format(KNOWN[title])
+    assert pair == PromptResponse(ASK if title.startswith("prompt") else [USER], ANSWER)
+    assert pair.key == ASK
 
 
-def test_input_is_shown_only_where_there_is_some() -> None:
-    def asked(given: str | None) -> str:
-        (exchange,) = by_columns({"instruction": ASK, "input": given, "output": ANSWER})
-        return exchange.key
+def test_an_empty_input_is_left_out_of_the_prompt() -> None:
+    def prompt_with(given: str | None) -> str:
+        (pair,) = detect_format({"instruction": ASK, "input": given, "output": ANSWER})
+        return pair.key
 
-    assert asked("1, 2") == f"{ASK}\n\n### Input:\n1, 2"
-    assert asked("  ") == asked("") == asked(None) == ASK
+    assert prompt_with("1, 2") == f"{ASK}\n\n### Input:\n1, 2"
+    assert prompt_with("  ") == prompt_with("") == prompt_with(None) == ASK
 
 
 def test_every_answer_of_a_conversation_is_learned_after_all_turns_before_it() -> None:
     turns = [("system", "Be brief."), ("human", "first"), ("gpt", "one"), ("human", "second"), ("gpt", "two")]
     row = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
-    exchanges = list(by_columns(row))
-    assert [exchange.response for exchange in exchanges] == ["one", "two"]
-    assert [len(exchange.prompt) for exchange in exchanges] == [2, 4]
-    assert {exchange.key for exchange in exchanges} == {"first"}, "one conversation, one split"
+    pairs = list(detect_format(row))
+    assert [pair.response for pair in pairs] == ["one", "two"]
+    assert [len(pair.prompt) for pair in pairs] == [2, 4]
+    assert {pair.key for pair in pairs} == {"first"}, "one conversation, one split"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_every_answer_of_a_conversation_is_learned_after_all_turns_before_it() -
         ({"conversations": [{"from": "human"}]}, "there is no column 'value'"),
     ],
 )
-def test_what_is_wrong_is_said(row: Row, said: str) -> None:
+def test_the_fault_of_a_row_is_named(row: Row, said: str) -> None:
     with pytest.raises(DatasetError) as caught:
-        list(by_columns(row))
+        list(detect_format(row))
     assert said in str(caught.value)

@@ -1,8 +1,8 @@
-"""What stands around a conversation."""
+"""Tests of the prompt templates."""
 
 import pytest
 
-from dylo_moe.data.rows import asked
+from dylo_moe.data.rows import user_message
 from dylo_moe.data.templates import ChatTemplate, PlainTemplate, template_of
 from dylo_moe.errors import ConfigError, DatasetError
 from tiny_folder import tiny_tokenizer
@@ -13,7 +13,7 @@ CHATML = (
     "<|{{ message['role'] }}|>{{ message['content'] | trim }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-TALK = [*asked("one"), {"role": "assistant", "content": "two"}, *asked("three")]
+TALK = [*user_message("one"), {"role": "assistant", "content": "two"}, *user_message("three")]
 
 
 def chatting() -> ChatTemplate:
@@ -24,14 +24,14 @@ def chatting() -> ChatTemplate:
     return template
 
 
-def test_the_models_own_template_is_used_where_it_has_one() -> None:
+def test_auto_uses_the_chat_template_of_a_model() -> None:
     template = chatting()
     assert template.name == "chat"
     assert template.render(TALK) == "<|user|>one<eos>\n<|assistant|>two<eos>\n<|user|>three<eos>\n<|assistant|>"
     assert template.turn_end == "<eos>"
 
 
-def test_a_model_without_one_gets_the_plain_one() -> None:
+def test_auto_uses_the_plain_template_for_a_model_without_one() -> None:
     template = template_of("auto", tiny_tokenizer())
     assert template == PlainTemplate()
     assert template.render(TALK) == (
@@ -39,14 +39,14 @@ def test_a_model_without_one_gets_the_plain_one() -> None:
     )
 
 
-def test_the_choice_is_the_users() -> None:
+def test_the_user_can_choose_the_template() -> None:
     tokenizer = tiny_tokenizer()
-    with pytest.raises(ConfigError, match="--template chat needs a model with a chat template"):
+    with pytest.raises(ConfigError, match="`template` chat needs a model with a chat template"):
         template_of("chat", tokenizer)
     tokenizer.chat_template = CHATML
     assert template_of("plain", tokenizer) == PlainTemplate()
 
 
-def test_a_conversation_that_the_template_refuses_is_the_datas_fault() -> None:
+def test_a_conversation_that_the_template_refuses_is_a_dataset_error() -> None:
     with pytest.raises(DatasetError, match="the model's chat template refuses the conversation: no system turn"):
-        chatting().render([{"role": "system", "content": "s"}, *asked("q")])
+        chatting().render([{"role": "system", "content": "s"}, *user_message("q")])

@@ -1,7 +1,7 @@
-"""Answers that solve nothing: they cheat, spy, damage, stay or never end. Each is judged as a solution of ``total``.
+"""Hostile answers: they cheat, spy, damage, stay or never end. Each is judged as a solution of ``total``.
 
-An attack that can tell whether it worked gives the right sum if it did, and nothing if not: it passes exactly where
-it succeeds. ``PLACES`` stands before each program: what there is to be read, written and reached.
+An attack that can detect whether it worked returns the right sum if it did, and None if not: it passes exactly if it
+succeeds. Each program begins with ``PLACES``: the files, ports and processes to attack.
 """
 
 import sys
@@ -17,23 +17,28 @@ TEST = "def check(candidate):\n" + "".join(
 
 
 RIGHT = "right"
-"""In the place of a name: the program that solves it."""
+"""Name of the program that solves the task."""
 
 
 class Hostile(NamedTuple):
-    """A program and what it tries."""
+    """A program, and a few words for what it tries."""
 
     tries: str
     code: str
 
 
 def program(name: str, places: dict[str, Any]) -> str:
-    """The whole program, ready to be run."""
+    """Return a whole program.
+
+    Args:
+        name: One of ``HOSTILE``, or ``RIGHT``.
+        places: Value of ``PLACES``.
+    """
     return f"PLACES = {places!r}\n{REFERENCE if name == RIGHT else HOSTILE[name].code}"
 
 
 def _if(attack: str) -> str:
-    """A program that is right if its function ``attack`` returns something true, raised by nothing."""
+    """Return a program that solves the task if its function ``attack`` returns a true value."""
     return (
         attack
         + """
@@ -79,7 +84,7 @@ def total(numbers):
 """
 
 HOSTILE = {
-    # answers that are equal to everything, or seem to be
+    # outputs that claim to be equal to everything
     "always_equal": Hostile("an object equal to everything", _LYING.format(base="object", more="")),
     "float_subclass": Hostile("a float equal to everything", _LYING.format(base="float", more="")),
     "str_subclass": Hostile("a string equal to everything", _LYING.format(base="str", more="")),
@@ -127,7 +132,7 @@ def total(numbers):
     return Runs()
 """,
     ),
-    # what is wanted, or the verdict, taken from the process
+    # expected values, or the verdict, taken from the process
     "frame_walking": Hostile(
         "what is wanted, from the frames of the caller",
         _SEARCH.format(
@@ -206,7 +211,7 @@ import sys
 for name in list(sys.modules):
     if "dylo_moe" in name or name == "__main__":
         for attribute, value in list(vars(sys.modules[name]).items()):
-            if attribute in ("encode", "compare", "first_wrong", "decode", "_tagged"):
+            if attribute in ("encode", "compare_outputs", "first_wrong", "decode", "_to_json"):
                 vars(sys.modules[name])[attribute] = lambda *given, **more: '["digest", "0"]'
 
 def total(numbers):
@@ -410,7 +415,7 @@ def total(numbers):
 """,
     ),
     "segmentation_fault": Hostile("a crash", "import ctypes\n\ndef total(numbers):\n    return ctypes.string_at(1)\n"),
-    # values that are hard to take
+    # values that are hard to encode or compare
     "nested_value": Hostile(
         "a list in a list, 100,000 deep",
         "def total(numbers):\n    found = []\n    for _ in range(100000):\n        found = [found]\n    return found\n",
@@ -430,7 +435,7 @@ def total(numbers):
         "an error that writes to the terminal",
         "def total(numbers):\n    raise ValueError(chr(27) + ']0;' + chr(7) + chr(13) + 'PASSED')\n",
     ),
-    # what stays
+    # processes and files that stay
     "leftover_thread": Hostile(
         "a thread that never ends",
         """
@@ -496,7 +501,7 @@ def attack():
     return written
 """),
     ),
-    # what is none of its business
+    # files, processes and services outside the sandbox
     "signal_to_parent": Hostile(
         "a signal to its parent and to the judge",
         _if("""

@@ -1,4 +1,4 @@
-"""EvalPlus's real tasks, the odd ones among them: right answers pass and wrong ones do not."""
+"""On EvalPlus's real tasks, also the unusual ones, right answers pass and wrong ones do not."""
 
 import os
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
         yield found
 
 
-def test_all_tasks_are_there(problems: dict[str, Problem]) -> None:
+def test_no_task_is_missing(problems: dict[str, Problem]) -> None:
     assert len(problems) == 164 + 378
 
 

@@ -1,4 +1,4 @@
-"""Samples are the given model's, whatever the batch, and stop where they should."""
+"""Samples come from the given model, do not depend on the batch, and stop where they should."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def sampled(
 
 
 @pytest.mark.parametrize("routing", ["per_layer", "final", "prefix:1", "context:1"])
-def test_greedy_samples_are_what_the_models_own_generate_gives_to_each_prompt_alone(routing: str) -> None:
+def test_greedy_samples_equal_the_models_own_generate_on_each_prompt_alone(routing: str) -> None:
     model, tokenizer = tiny_mixture(routing)
     model.double()
     found = sampled(model, tokenizer, prompts_of(tokenizer), GenerationSettings(max_new_tokens=12, batch_size=3))
@@ -58,7 +58,7 @@ def test_rows_that_end_leave_the_batch_and_change_nothing(
     model, tokenizer = tiny_mixture(routing)
     model.double()
     settings = GenerationSettings(max_new_tokens=40, temperature=temperature, n_samples=2 if temperature else 1)
-    # single letters: some rows meet one of these early, some late, some never
+    # single letters, which some rows generate early, some late, some never
     prompts = prompts_of(tokenizer, ("a", "e", "|"))
     monkeypatch.setattr(generation, "_STRETCH", 40)
     at_once = sampled(model, tokenizer, prompts, settings)
@@ -73,7 +73,7 @@ def test_rows_that_end_leave_the_batch_and_change_nothing(
     monkeypatch.setattr(generation, "_STRETCH", 3)
     assert sampled(model, tokenizer, prompts, settings) == at_once
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
-    monkeypatch.setattr(generation, "_can_drop", lambda cache: False)
+    monkeypatch.setattr(generation, "_can_drop_rows", lambda cache: False)
     assert sampled(model, tokenizer, prompts, settings) == at_once
 
 
@@ -102,7 +102,7 @@ def test_a_sample_does_not_depend_on_its_batch_or_on_what_came_before() -> None:
     assert all(other[key].completion != together[key].completion for key in together)
 
 
-def test_each_task_draws_numbers_of_its_own() -> None:
+def test_each_task_has_its_own_random_numbers() -> None:
     model, tokenizer = tiny_mixture()
     first = prompts_of(tokenizer)[0]
     prompts = [first, first._replace(task_id="another")]
@@ -152,20 +152,20 @@ def test_a_sample_ends_before_its_stop_string_and_after_its_end_token() -> None:
 def test_a_stop_string_counts_only_in_what_was_generated() -> None:
     base, tokenizer = tiny_base()
     model = taught_mixture(base, tokenizer, "x = 1\n", "def f(): pass")
-    # the line break is the prompt's
+    # the line break belongs to the prompt
     prompt = Prompt("t", "x = 1\n", tokenizer("x = 1\n").input_ids, ("\ndef ", "x = 1"))
     assert sampled(model, tokenizer, [prompt], GenerationSettings(max_new_tokens=40))["t", 0].completion == (
         "def f(): pass"
     )
 
 
-def test_a_sample_that_does_not_end_is_counted_as_cut_off() -> None:
+def test_a_sample_that_does_not_end_is_marked_as_truncated() -> None:
     model, tokenizer = tiny_mixture()
     for sample in sampled(model, tokenizer, prompts_of(tokenizer), GenerationSettings(max_new_tokens=3)).values():
         assert (sample.tokens, sample.ended) == (3, False) or (sample.ended and sample.tokens <= 3)
 
 
-def test_the_models_own_generation_defaults_play_no_part() -> None:
+def test_the_models_own_generation_defaults_are_ignored() -> None:
     base, tokenizer = tiny_base()
     settings = GenerationSettings(max_new_tokens=12)
     expected = sampled(base, tokenizer, prompts_of(tokenizer), settings)
@@ -202,6 +202,6 @@ def test_prompts_with_other_stop_strings_are_in_another_batch() -> None:
 def test_a_prompt_that_is_too_long_is_refused() -> None:
     base, tokenizer = tiny_base()
     with pytest.raises(
-        ConfigError, match=r"--max_new_tokens must be at most \d+, got 2040: the model has 2048 positions"
+        ConfigError, match=r"`max_new_tokens` must be at most \d+, got 2040: the model has 2048 positions"
     ):
         check_lengths(base, prompts_of(tokenizer), GenerationSettings(max_new_tokens=2040))

@@ -1,4 +1,4 @@
-"""No answer that solves nothing passes, sees what it should not, leaves anything, or takes longer than it may."""
+"""A hostile answer does not pass, read what it must not, leave anything behind, or exceed its limits."""
 
 import ctypes
 import os
@@ -6,44 +6,61 @@ import socket
 import sys
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dylo_moe.evaluation import comparer, sandbox, wire
+import dylo_moe
+from dylo_moe.evaluation import comparer, sandbox
 from dylo_moe.evaluation.canary import leaks_of
+from dylo_moe.evaluation.candidate import codec, process
+from dylo_moe.evaluation.exposure import visible_files
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox import Allowance, Sandbox, candidates
+from dylo_moe.evaluation.sandbox import ResourceLimits, Sandbox, candidates
 from hostile import ENTRY_POINT, HOSTILE, INPUTS, REFERENCE, program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandboxes are Linux's")
 pytest.importorskip("evalplus", reason="evalplus is not installed")
 
 PROBLEM = Problem("Hostile/0", "humanevalplus", "", ENTRY_POINT, REFERENCE, base_inputs=INPUTS)
-LINES = [wire.encode(list(arguments)).encode() for arguments in INPUTS]
-ALLOWANCE = Allowance(limits=(1.0,) * (len(INPUTS) + 1), cpu=2, output=1 << 18)
+LINES = [codec.encode(list(arguments)).encode() for arguments in INPUTS]
+LIMITS = ResourceLimits(call_seconds=(1.0,) * (len(INPUTS) + 1), cpu_seconds=2, output_bytes=1 << 18)
 PR_SET_CHILD_SUBREAPER = 36
+PROJECT = Path(dylo_moe.__file__).parent
+READER = """
+def readable(paths):
+    found = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                file.read()
+        except OSError:
+            continue
+        found.append(path)
+    return found
+"""
 
 
 @pytest.fixture(scope="module", params=["bubblewrap", "landlock"])
 def tier(request: pytest.FixtureRequest) -> Sandbox:
-    """Each tier that this machine has."""
+    """Each tier of this machine."""
     found = {candidate.name: candidate for candidate in candidates()}.get(request.param)
     if found is None:
         pytest.skip(f"no {request.param} on this machine")
     leaks = leaks_of(found)
     assert not any(leak.startswith("the canary could") for leak in leaks), leaks
     if leaks:
-        pytest.skip(f"{request.param} is not to be had here: {', '.join(leaks)}")
+        pytest.skip(f"{request.param} does not work here: {', '.join(leaks)}")
     return found
 
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What a hostile program could reach if nothing held it."""
+    """Yield what a hostile program could reach without a sandbox."""
     monkeypatch.setenv("HOSTILE_TOKEN", "secret")
-    monkeypatch.setattr(sandbox, "ASLEEP", 1.0)
+    monkeypatch.setattr(sandbox, "MAX_IDLE", 1.0)
     private = Path.home() / f".dylo-moe-private-{os.getpid()}"
     private.write_text("secret")
     private.chmod(0o644)
@@ -52,7 +69,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     for path in (folder, *folder.parents):
         if path.owner() == private.owner() and path != Path("/") and os.access(path, os.W_OK):
             path.chmod(path.stat().st_mode | 0o007)
-    # orphans of this process become its children, where they are seen
+    # orphans become children of this process, so that they are found
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield {
@@ -67,16 +84,16 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 
 
 def verdict_on(tier: Sandbox, code: str) -> comparer.Verdict:
-    """As a ``Judge`` comes to it."""
-    expected = tier.run(REFERENCE, ENTRY_POINT, LINES, ALLOWANCE).lines[1:]
-    run = tier.run(code, ENTRY_POINT, LINES, ALLOWANCE)
+    """Return the verdict as a ``Judge`` would."""
+    expected = tier.run(REFERENCE, ENTRY_POINT, LINES, LIMITS).lines[1:]
+    run = tier.run(code, ENTRY_POINT, LINES, LIMITS)
     if run.status == "finished":
-        return comparer.compare(PROBLEM, LINES, expected, run.lines)
+        return comparer.compare_outputs(PROBLEM, LINES, expected, run.lines)
     return comparer.Verdict(False, "killed" if run.status == "died" else run.status, run.detail)
 
 
 def children() -> set[int]:
-    """The processes whose parent is this one."""
+    """Return the running children of this process."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -94,7 +111,7 @@ def test_a_hostile_answer_gains_nothing_and_leaves_nothing(name: str, tier: Sand
     mode = Path(places["private"]).stat().st_mode
     verdict = verdict_on(tier, program(name, places))
     assert not verdict.passed, f"{HOSTILE[name].tries}: {verdict}"
-    assert children() <= before, "a process of it is still there"
+    assert children() <= before, "one of its processes still runs"
     assert not list(Path(places["folder"]).iterdir()), "it wrote outside"
     assert Path(places["private"]).stat().st_mode == mode
     assert "secret" not in verdict.detail and verdict.detail.isprintable()
@@ -105,6 +122,25 @@ def test_there_are_enough_of_them() -> None:
 
 
 def test_a_right_answer_passes(tier: Sandbox) -> None:
+    assert verdict_on(tier, REFERENCE) == comparer.Verdict(True, "passed")
+
+
+def test_of_this_project_an_answer_can_read_the_candidate_package_alone(tier: Sandbox) -> None:
+    paths = [os.__file__, *(str(path) for path in PROJECT.rglob("*") if path.is_file())]
+    limits = ResourceLimits(call_seconds=(1.0, 1.0), cpu_seconds=2, output_bytes=1 << 18)
+    run = tier.run(READER, "readable", [codec.encode([paths]).encode()], limits)
+    assert run.status == "finished", run
+    status, found = codec.decode_line(run.lines[1])
+    assert status == "ok" and os.__file__ in found, "the reader itself works"
+    assert all(Path(path).is_relative_to(Path(process.__file__).parent) for path in found if path != os.__file__)
+
+
+def test_the_candidate_package_is_visible_where_it_is_installed_into_a_hidden_folder(
+    tier: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visible = visible_files()
+    installed = replace(visible, hidden=(*visible.hidden, str(PROJECT.parent)))
+    monkeypatch.setattr(sandbox, "visible_files", lambda: installed)
     assert verdict_on(tier, REFERENCE) == comparer.Verdict(True, "passed")
 
 
@@ -121,5 +157,5 @@ def test_a_right_answer_passes(tier: Sandbox) -> None:
         ("sys_exit", "error"),
     ],
 )
-def test_what_became_of_it_is_told(name: str, status: str, tier: Sandbox, places: dict[str, Any]) -> None:
+def test_the_verdict_says_how_it_failed(name: str, status: str, tier: Sandbox, places: dict[str, Any]) -> None:
     assert verdict_on(tier, program(name, places)).status == status

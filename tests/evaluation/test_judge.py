@@ -12,9 +12,10 @@ import pytest
 from dylo_moe.errors import EvaluationError
 from dylo_moe.evaluation import canary, comparer, preparation, sandbox
 from dylo_moe.evaluation.canary import choose_sandbox, leaks_of
+from dylo_moe.evaluation.candidate import process
 from dylo_moe.evaluation.judge import Judge, Verdict
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox import UNSAFE, Run, Sandbox
+from dylo_moe.evaluation.sandbox import UNSAFE, Sandbox, SandboxRun
 
 needs_evalplus = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import evalplus"], check=False, capture_output=True).returncode != 0,
@@ -33,12 +34,12 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
 
 
 def problem(name: str, body: str, inputs: Sequence[Any], benchmark: str = "humanevalplus", **more: Any) -> Problem:
-    """A problem whose canonical solution is ``def name(*a): body``."""
+    """Return a problem whose canonical solution is ``def name(*a): body``."""
     return Problem("Test/0", benchmark, "", name, f"def {name}(*a):\n    {body}\n", base_inputs=inputs, **more)
 
 
-def passes(judge: Judge, asked: Problem, body: str) -> bool:
-    return judge.judge(asked, f"def {asked.entry_point}(*a):\n    {body}\n").passed
+def passes(judge: Judge, task: Problem, body: str) -> bool:
+    return judge.judge(task, f"def {task.entry_point}(*a):\n    {body}\n").passed
 
 
 @needs_evalplus
@@ -89,10 +90,10 @@ FIND_ZERO = """
 
 @needs_evalplus
 def test_a_right_answer_to_humaneval_32_passes_and_changing_the_inputs_helps_no_wrong_one(judge: Judge) -> None:
-    asked = problem("find_zero", FIND_ZERO.strip(), [[[1, 2]], [[-6, 11, -6, 1]]], atol=1e-4)
-    assert passes(judge, asked, FIND_ZERO.strip().replace("return begin", "return end"))
-    assert not passes(judge, asked, "return 0.0")
-    assert not passes(judge, asked, "a[0][:] = [0] * len(a[0]); return 0.0")
+    task = problem("find_zero", FIND_ZERO.strip(), [[[1, 2]], [[-6, 11, -6, 1]]], atol=1e-4)
+    assert passes(judge, task, FIND_ZERO.strip().replace("return begin", "return end"))
+    assert not passes(judge, task, "return 0.0")
+    assert not passes(judge, task, "a[0][:] = [0] * len(a[0]); return 0.0")
 
 
 @needs_evalplus
@@ -111,8 +112,8 @@ def test_a_right_answer_to_humaneval_32_passes_and_changing_the_inputs_helps_no_
     ],
 )
 def test_mbpps_special_rules_hold(name: str, wanted: str, given: str, right: bool, judge: Judge) -> None:
-    asked = problem(name, f"return {wanted}", [[12, 13]], benchmark="mbppplus")
-    assert passes(judge, asked, f"return {given}") is right
+    task = problem(name, f"return {wanted}", [[12, 13]], benchmark="mbppplus")
+    assert passes(judge, task, f"return {given}") is right
 
 
 TESTED = Problem(
@@ -142,7 +143,7 @@ def test_a_benchmarks_own_test_decides(judge: Judge) -> None:
 
 
 def test_arguments_of_the_answers_own_classes_are_made_there(judge: Judge) -> None:
-    asked = Problem(
+    task = Problem(
         "Mbpp/367",
         "mbpp",
         "",
@@ -152,19 +153,19 @@ def test_arguments_of_the_answers_own_classes_are_made_there(judge: Judge) -> No
         setup="root = Node()\nroot.next = Node()",
         test="assert depth(root) == 2",
     )
-    assert judge.judge(asked, asked.reference).passed
-    assert not judge.judge(asked, asked.reference.replace("1 +", "2 +")).passed
-    assert judge.judge(asked, "def depth(node):\n    return 2").status == "error"  # it has no Node
+    assert judge.judge(task, task.reference).passed
+    assert not judge.judge(task, task.reference.replace("1 +", "2 +")).passed
+    assert judge.judge(task, "def depth(node):\n    return 2").status == "error"  # it has no Node
 
 
-def test_a_wrong_canonical_solution_is_said(judge: Judge) -> None:
-    asked = Problem("Test/2", "mbpp", "", "f", "def f():\n    return 1\n", test="assert f() == 2")
+def test_a_wrong_canonical_solution_is_an_error(judge: Judge) -> None:
+    task = Problem("Test/2", "mbpp", "", "f", "def f():\n    return 1\n", test="assert f() == 2")
     with pytest.raises(EvaluationError, match=r"Test/2: the canonical solution fails its own tests"):
-        judge.judge(asked, "def f():\n    return 2\n")
+        judge.judge(task, "def f():\n    return 2\n")
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [
         ("def unshift(text:\n", "SyntaxError"),
         ("x = 1\n", "KeyError: unshift"),
@@ -173,16 +174,16 @@ def test_a_wrong_canonical_solution_is_said(judge: Judge) -> None:
         ("def unshift(text):\n    return input()\n", "input 0: EOFError"),
     ],
 )
-def test_an_answer_that_does_not_run_is_an_error_that_says_so(code: str, said: str, judge: Judge) -> None:
+def test_an_answer_that_does_not_run_is_an_error_that_says_so(code: str, message: str, judge: Judge) -> None:
     verdict = judge.judge(TESTED, code)
-    assert verdict.status == "error" and said in verdict.detail
+    assert verdict.status == "error" and message in verdict.detail
 
 
 def test_expected_outputs_are_computed_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
     real = Sandbox.run
 
-    def counted(self: Sandbox, code: str, *arguments: Any, **more: Any) -> Run:
+    def counted(self: Sandbox, code: str, *arguments: Any, **more: Any) -> SandboxRun:
         runs.append(code)
         return real(self, code, *arguments, **more)
 
@@ -199,12 +200,13 @@ def test_a_timeout_has_a_second_try_alone(tmp_path: Path, monkeypatch: pytest.Mo
     running, together, tries = set(), [], []
     real = Sandbox.run
 
-    def watched(self: Sandbox, code: str, *arguments: Any, **more: Any) -> Run:
+    def watched(self: Sandbox, code: str, *arguments: Any, **more: Any) -> SandboxRun:
         running.add(threading.get_ident())
         try:
             if "slow" in code:
                 tries.append(len(running))
-                return Run("timeout", (), "") if len(tries) == 1 else real(self, TESTED.reference, *arguments, **more)
+                first = len(tries) == 1
+                return SandboxRun("timeout", (), "") if first else real(self, TESTED.reference, *arguments, **more)
             found = real(self, code, *arguments, **more)
             together.append(len(running))
             return found
@@ -222,39 +224,48 @@ def test_a_timeout_has_a_second_try_alone(tmp_path: Path, monkeypatch: pytest.Mo
 def test_limits_follow_the_canonical_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "LIMIT_FLOOR", 0.05)
     spin = "import time\n    end = time.process_time() + {}\n    while time.process_time() < end: pass\n    return 1"
-    asked = problem("f", spin.format(0.2), [[1]], test="assert f(1) == 1")
+    task = problem("f", spin.format(0.2), [[1]], test="assert f(1) == 1")
     with Judge(UNSAFE, workers=1, cache=tmp_path) as judge:
-        assert passes(judge, asked, spin.format(0.3))
-        assert judge.judge(asked, f"def f(*a):\n    {spin.format(3)}").status == "timeout"
+        assert passes(judge, task, spin.format(0.3))
+        assert judge.judge(task, f"def f(*a):\n    {spin.format(3)}").status == "timeout"
 
 
-def test_a_sandbox_that_does_not_hold_is_found_out() -> None:
+def test_a_sandbox_that_does_not_hold_is_detected() -> None:
     assert "the canary could read a private file" in leaks_of(UNSAFE)
     assert leaks_of(Sandbox("bubblewrap", "/bin/false", ""))[0].startswith("the canary did not run")
     assert leaks_of(Sandbox("bubblewrap", "/absent", ""))[0].startswith("it cannot be started")
 
 
-def test_no_sandbox_is_refused_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_without_a_sandbox_is_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(canary, "candidates", lambda: [UNSAFE])
-    with pytest.raises(EvaluationError, match="--unsafe_no_sandbox"):
+    with pytest.raises(EvaluationError, match="`unsafe_no_sandbox`"):
         choose_sandbox()
     choice = choose_sandbox(unsafe=True)
     assert choice.sandbox == UNSAFE and "NO SANDBOX" in choice.describe()
 
 
 def test_a_comparison_without_end_ends_and_the_next_one_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = Problem("Test/3", "mbpp", "", "f", "def f():\n    return 0\n", test="x = f()\nwhile x: pass")
+    task = Problem("Test/3", "mbpp", "", "f", "def f():\n    return 0\n", test="x = f()\nwhile x: pass")
     with Judge(UNSAFE, workers=1, cache=tmp_path) as judge:
-        assert judge.judge(asked, asked.reference).passed
+        assert judge.judge(task, task.reference).passed
         with monkeypatch.context() as patch:
             patch.setattr(comparer, "PATIENCE", 0.5)
-            assert judge.judge(asked, "def f():\n    return 1").status == "output"
-        assert judge.judge(asked, asked.reference).passed
+            assert judge.judge(task, "def f():\n    return 1").status == "output"
+        assert judge.judge(task, task.reference).passed
 
 
-def test_modules_that_run_beside_an_answer_import_the_standard_library_alone() -> None:
-    package = str(Path(sandbox.__file__).parents[1])
-    loads = sandbox.START.format(module="answer_process").replace("main()", "print(*sys.modules)")
-    done = subprocess.run([sys.executable, "-S", "-c", loads, package], capture_output=True, text=True, check=True)
-    assert {"dylo_moe.evaluation.wire", "json"} <= set(done.stdout.split())
-    assert not {"torch", "numpy", "evalplus"} & set(done.stdout.split())
+def test_the_process_of_an_answer_loads_the_standard_library_alone() -> None:
+    _, program = sandbox.start_arguments(process.__name__)
+    loads = program.replace("main()", "print(*sys.modules)")
+    done = subprocess.run([sys.executable, "-S", "-c", loads], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"dylo_moe.evaluation.candidate.codec", "json"} <= loaded
+    assert not {"torch", "numpy", "evalplus", "dylo_moe.registration", "dylo_moe.errors"} & loaded
+
+
+def test_the_comparing_process_loads_no_torch() -> None:
+    _, program = sandbox.start_arguments(comparer.__name__)
+    loads = program.replace("main()", "print(*sys.modules)")
+    done = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True, check=True)
+    assert "dylo_moe.evaluation.oracle" in done.stdout.split()
+    assert not {"torch", "dylo_moe.registration"} & set(done.stdout.split())

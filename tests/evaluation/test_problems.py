@@ -1,4 +1,4 @@
-"""Problems come from where they should, and a benchmark that cannot be had is one line."""
+"""Problems come from the right source, and a benchmark that cannot be loaded is an error of one line."""
 
 import gzip
 import json
@@ -37,20 +37,20 @@ def test_mbpp_comes_from_its_rows_and_only_its_test_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("humanevla", True), "did you mean 'humaneval'?"),
-        (("mbppplus", False), "leave out --no_evalplus"),
-        (("mbpp", False), "rows are needed"),
+        (("mbppplus", False), "leave out `no_evalplus`"),
+        (("mbpp", False), "needs MBPP's own `rows`"),
     ],
 )
-def test_what_cannot_be_had_is_said(arguments: tuple[str, bool], said: str) -> None:
+def test_a_benchmark_that_cannot_be_loaded_is_one_line(arguments: tuple[str, bool], message: str) -> None:
     with pytest.raises(EvaluationError) as raised:
         load_problems(*arguments)
-    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_the_hash_changes_with_what_the_model_is_shown() -> None:
+def test_the_hash_changes_with_the_prompts() -> None:
     one, other = Problem("a", "mbpp", "1", "f", "x"), Problem("b", "mbpp", "2", "f", "x")
     hashes = [prompts_hash(problems) for problems in ([one], [other], [one, other], [other, one])]
     assert len(set(hashes)) == 4
@@ -79,7 +79,7 @@ except EvaluationError as error:
 
 
 def loaded(file: Path) -> str:
-    """What a new process says: EvalPlus reads the variable when it is imported."""
+    """Return the output of a new process, as EvalPlus reads the variable on import."""
     environment = {**os.environ, "HUMANEVAL_OVERRIDE_PATH": str(file)}
     done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
@@ -93,13 +93,13 @@ def test_evalplus_data_is_read_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"no JSON", b"{}"])
-def test_a_file_that_is_none_of_evalplus_is_one_line(content: bytes | None, tmp_path: Path) -> None:
+def test_a_file_that_is_not_evalplus_data_is_one_line(content: bytes | None, tmp_path: Path) -> None:
     pytest.importorskip("evalplus", reason="evalplus is not installed")
     file = tmp_path / "tasks.jsonl"
     if content is not None:
         file.write_bytes(content)
-    said = loaded(file)
-    assert said.startswith("refused: --benchmarks humaneval") and str(file) in said and "\n" not in said
+    message = loaded(file)
+    assert message.startswith("refused: `benchmarks` humaneval") and str(file) in message and "\n" not in message
 
 
 def task(**changes: Any) -> Problem:

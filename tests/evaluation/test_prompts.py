@@ -1,4 +1,4 @@
-"""What the model is asked, and what of its answer is judged."""
+"""Prompts, stop strings, and the part of an answer that is judged."""
 
 import sys
 import warnings
@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from dylo_moe.errors import EvaluationError
-from dylo_moe.evaluation.prompts import PromptStyle, sanitiser
+from dylo_moe.evaluation.prompts import PromptStyle, make_sanitizer
 
 TASK = 'def up(n):\n    """Add one."""\n'
 
@@ -15,7 +15,7 @@ def chat(instruction: str) -> str:
     return f"<user>{instruction}<model>"
 
 
-def test_a_completion_goes_on_from_the_task() -> None:
+def test_a_completion_continues_the_task() -> None:
     style = PromptStyle()
     assert style.render(TASK) == TASK
     assert style.answer(TASK, "    return n + 1") == TASK + "    return n + 1"
@@ -31,13 +31,13 @@ def test_a_conversation_asks_for_a_script_and_opens_the_answer() -> None:
     assert "\n```" in style.stops("humaneval") and "\ndef " not in style.stops("humaneval")
 
 
-def test_the_sanitiser_keeps_what_the_function_needs() -> None:
+def test_the_sanitizer_keeps_what_the_function_needs() -> None:
     pytest.importorskip("evalplus")
-    sanitised = sanitiser()
+    sanitize = make_sanitizer()
     answer = (
         "import os\nSTEP = 1\n\ndef other():\n    return 2\n\ndef up(n):\n    return n + STEP\n\nprint(up(1))\nand so"
     )
-    kept = sanitised(answer, "up")
+    kept = sanitize(answer, "up")
     assert "return n + STEP" in kept and "STEP = 1" in kept
     assert "print" not in kept and "other" not in kept and "and so" not in kept
 
@@ -45,14 +45,14 @@ def test_the_sanitiser_keeps_what_the_function_needs() -> None:
 @pytest.mark.parametrize(
     "text", ["", "\0", "(" * 10_000, "x = " + "-" * 100_000 + "1", '"\\d"\ndef up(n): return n'], ids=range(5)
 )
-def test_whatever_a_model_writes_the_sanitiser_does_not_raise_or_warn(text: str) -> None:
+def test_whatever_a_model_writes_the_sanitizer_does_not_raise_or_warn(text: str) -> None:
     pytest.importorskip("evalplus")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert isinstance(sanitiser()(text, "up"), str)
+        assert isinstance(make_sanitizer()(text, "up"), str)
 
 
 def test_without_evalplus_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "evalplus.sanitize", None)
-    with pytest.raises(EvaluationError, match="--no_evalplus"):
-        sanitiser()
+    with pytest.raises(EvaluationError, match="`no_evalplus`"):
+        make_sanitizer()

@@ -1,4 +1,4 @@
-"""A run scores the model that it was given, resumes by sample, and fails where an answer cannot be judged."""
+"""A run scores the given model, resumes by sample, and fails if an answer cannot be judged."""
 
 import json
 from concurrent.futures import Future
@@ -18,7 +18,7 @@ from dylo_moe.evaluation.identity import model_digest
 from dylo_moe.evaluation.problems import Problem
 from dylo_moe.evaluation.prompts import PromptStyle
 from dylo_moe.evaluation.results import BenchmarkResult
-from dylo_moe.evaluation.run import BenchmarkRun, Questions
+from dylo_moe.evaluation.run import BenchmarkPrompts, BenchmarkRun
 from tiny_models import taught_mixture, tiny_base, tiny_mixture
 
 ANSWER = "    return number + 1"
@@ -38,7 +38,7 @@ PROBLEMS = [problem(number) for number in range(3)]
 
 
 class ReadingJudge:
-    """Passes the answers that say what they should; the real one is tested elsewhere."""
+    """Fake judge that passes an answer if its text is the reference; the real one is tested elsewhere."""
 
     def __init__(self) -> None:
         self.judged: list[str] = []
@@ -60,11 +60,11 @@ def score(
     judge: Any = None,
     **settings: Any,
 ) -> BenchmarkResult:
-    questions = Questions(
+    prompts = BenchmarkPrompts(
         problems or {"humaneval": PROBLEMS}, PromptStyle(), lambda text: tokenizer(text).input_ids, evalplus=False
     )
     sampling = GenerationSettings(**{"max_new_tokens": 40, **settings})
-    run = BenchmarkRun(model, "tiny", tokenizer, questions, sampling)
+    run = BenchmarkRun(model, "tiny", tokenizer, prompts, sampling)
     return run.run(judge or ReadingJudge(), folder / "samples.jsonl", sandbox="none")
 
 
@@ -78,21 +78,21 @@ def test_the_mixture_is_scored_and_not_its_base(tmp_path: Path) -> None:
     assert before.benchmarks["humaneval"].pass_at[1].value == 0.0
     assert after.benchmarks["humaneval"].pass_at[1].value >= 1 / 3
     assert (before.model.kind, after.model.kind) == ("base", "mixture")
-    # a checkpoint is the model that wrote it, to the last digit of its digest
+    # a loaded checkpoint has the same digest
     mixture.save_pretrained(tmp_path / "checkpoint")
     loaded = DyLoRA_MoE.from_pretrained(tmp_path / "checkpoint", tiny_base()[0])
     assert score(loaded, tokenizer, tmp_path / "loaded").model.digest == after.model.digest != before.model.digest
-    # and what is switched off is not scored
+    # switched-off experts are not scored
     with mixture.base_only():
         off = score(mixture, tokenizer, tmp_path / "off")
     assert off.benchmarks["humaneval"].pass_at[1].value == 0.0 and off.model.digest != after.model.digest
 
 
-def test_the_digest_follows_everything_that_answers_follow_from() -> None:
+def test_the_digest_depends_on_everything_that_answers_depend_on() -> None:
     model, _ = tiny_mixture()
     seen = [model_digest(model)]
     assert model_digest(tiny_mixture()[0]) == seen[0]
-    model.router.expert_load.add_(1)  # plays no part in routing
+    model.router.expert_load.add_(1)  # routing does not use it
     assert model_digest(model) == seen[0]
 
     def changed() -> None:
@@ -112,7 +112,7 @@ def test_the_digest_follows_everything_that_answers_follow_from() -> None:
     changed()
 
 
-def test_an_interrupted_run_goes_on_by_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_by_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_mixture()
     model.double()
     settings = {"temperature": 0.8, "n_samples": 3, "batch_size": 2, "max_new_tokens": 20}
@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_by_sample(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         score(model, tokenizer, tmp_path / "cut", **settings)
     resumed = score(model, tokenizer, tmp_path / "cut", **settings)
-    assert sum(calls) - calls[2] == 9, "no sample is made twice"
+    assert sum(calls) - calls[2] == 9, "no sample is generated twice"
     assert (resumed.benchmarks, resumed.samples, resumed.tokens) == (whole.benchmarks, whole.samples, whole.tokens)
     assert 0 < resumed.generated_tokens < whole.generated_tokens
 
@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on_by_sample(tmp_path: Path, monkeypatch: pytes
     assert lines("cut") == lines("whole")
 
 
-def test_samples_of_another_model_or_of_other_settings_are_not_taken(tmp_path: Path) -> None:
+def test_samples_of_another_model_or_of_other_settings_are_refused(tmp_path: Path) -> None:
     model, tokenizer = tiny_mixture()
     score(model, tokenizer, tmp_path)
     before = (tmp_path / "samples.jsonl").read_bytes()
@@ -178,14 +178,14 @@ def test_an_answer_that_cannot_be_judged_fails_the_run(tmp_path: Path) -> None:
     assert score(model, tokenizer, tmp_path).generated_tokens == 0, "the samples are kept"
 
 
-def test_answers_are_handed_over_while_others_are_still_generated(tmp_path: Path) -> None:
+def test_answers_are_submitted_while_others_are_still_generated(tmp_path: Path) -> None:
     model, tokenizer = tiny_mixture()
     judge = ReadingJudge()
-    handed_over: list[int] = []
+    submitted: list[int] = []
     generate = model.generate
-    model.generate = lambda **kwargs: (handed_over.append(len(judge.judged)), generate(**kwargs))[1]  # type: ignore
+    model.generate = lambda **kwargs: (submitted.append(len(judge.judged)), generate(**kwargs))[1]  # type: ignore
     score(model, tokenizer, tmp_path, judge=judge, batch_size=1, max_new_tokens=20)
-    assert handed_over == [0, 1, 2]
+    assert submitted == [0, 1, 2]
 
 
 def test_pass_at_k_and_what_the_result_records(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The file of samples: whole lines only, and only of this run."""
+"""The file of samples has whole lines only, and samples of one run only."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_samples_come_back(tmp_path: Path) -> None:
     assert found == {("a", 0): sample("a"), ("a", 1): sample("a", 1), ("b", 0): sample("b")}
 
 
-def test_a_line_that_was_cut_off_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+def test_a_truncated_line_is_ignored_and_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "one.jsonl"
     SampleFile(path, IDENTITY).append([sample("a"), sample("b")])
     whole = path.read_bytes()
@@ -41,7 +41,7 @@ def test_samples_of_another_run_are_refused_and_left_alone(tmp_path: Path, other
     SampleFile(path, IDENTITY).append([sample("a")])
     before = path.read_bytes()
     (key,) = [key for key in other if other[key] != IDENTITY[key]]
-    with pytest.raises(ConfigError, match=rf"holds samples of another run: its {key} is .*name another --output"):
+    with pytest.raises(ConfigError, match=rf"holds samples of another run: its {key} is .*choose another `output`"):
         SampleFile(path, other)
     assert path.read_bytes() == before
 
@@ -50,13 +50,13 @@ def test_samples_of_another_run_are_refused_and_left_alone(tmp_path: Path, other
 def test_another_file_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "one.jsonl"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="is no file of samples"):
+    with pytest.raises(ConfigError, match="is not a file of samples"):
         SampleFile(path, IDENTITY)
     assert path.read_text() == text
 
 
-def test_a_line_that_is_no_sample_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_not_a_sample_is_named(tmp_path: Path) -> None:
     path = tmp_path / "one.jsonl"
     path.write_text(json.dumps(IDENTITY) + "\n{}\n")
-    with pytest.raises(ConfigError, match="line 2 is no sample"):
+    with pytest.raises(ConfigError, match="line 2 is not a sample"):
         SampleFile(path, IDENTITY)

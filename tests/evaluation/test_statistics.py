@@ -1,4 +1,4 @@
-"""pass@k and its intervals, by hand-worked numbers."""
+"""pass@k and its intervals, checked against hand-worked numbers."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from dylo_moe.evaluation.statistics import paired_bootstrap, pass_at_k, standard
     ("samples", "passed", "k", "expected"),
     [(1, 0, 1, 0.0), (1, 1, 1, 1.0), (10, 3, 1, 0.3), (4, 2, 2, 1 - 1 / 6), (5, 1, 5, 1.0), (200, 1, 100, 0.5)],
 )
-def test_pass_at_k_by_hand(samples: int, passed: int, k: int, expected: float) -> None:
+def test_pass_at_k_equals_hand_worked_numbers(samples: int, passed: int, k: int, expected: float) -> None:
     assert pass_at_k(samples, passed, k) == pytest.approx(expected)
 
 

@@ -8,7 +8,7 @@ from tiny_folder import tiny_config, tiny_tokenizer
 
 
 def tiny_base(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Random, and surer of itself than random weights make it: it can be taught, and rounding turns few near ties."""
+    """Return a random model with large logits, so that it can be taught and rounding changes few samples."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     base = LlamaForCausalLM(tiny_config(len(tokenizer), positions=2048)).eval()
@@ -17,7 +17,7 @@ def tiny_base(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
 
 
 def tiny_mixture(routing: str = "per_layer", seed: int = 0) -> tuple[DyLoRA_MoE, PreTrainedTokenizerFast]:
-    """Two mature experts that change what the base says."""
+    """Return a mixture of two mature experts that change the base's output."""
     base, tokenizer = tiny_base(seed)
     model = DyLoRA_MoE(base, 2, rank=4, routing=routing, top_k=1)
     for name, parameter in model.named_parameters():
@@ -28,12 +28,12 @@ def tiny_mixture(routing: str = "per_layer", seed: int = 0) -> tuple[DyLoRA_MoE,
 
 
 def taught_mixture(base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> DyLoRA_MoE:
-    """Two mature experts that answer ``prompt`` with ``answer`` and the end-of-text token, on a base that does not."""
+    """Return a mixture of two mature experts, trained to answer ``prompt`` with ``answer`` and the end token."""
     torch.manual_seed(1)
     model = DyLoRA_MoE(base, 2, rank=16, target_modules="all-linear", top_k=2)
-    asked, told = tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
-    ids = torch.tensor([asked + told])
-    labels = torch.tensor([[-100] * len(asked) + told])
+    prompt_ids, answer_ids = tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
+    ids = torch.tensor([prompt_ids + answer_ids])
+    labels = torch.tensor([[-100] * len(prompt_ids) + answer_ids])
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=3e-3)
     for _ in range(400):
         output = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)

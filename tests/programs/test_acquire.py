@@ -42,8 +42,11 @@ def arguments(base: Path, skills: list[str], output: Path, *more: str) -> list[s
     ]
 
 
-def test_a_stream_is_learned_and_a_longer_one_goes_on(base: Path, stream: list[str], tmp_path: Path) -> None:
+def test_a_stream_is_learned_and_a_longer_one_goes_on(
+    base: Path, stream: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(base, stream[:1], tmp_path)) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["forgetting"] is None, "nothing can be forgotten yet"
     first = (tmp_path / "model" / "experts" / "expert_0" / "adapter_model.safetensors").read_bytes()
     assert main(arguments(base, stream, tmp_path)) == 0
     said = json.loads((tmp_path / "model" / "skills.json").read_text())["skills"]
@@ -54,6 +57,14 @@ def test_a_stream_is_learned_and_a_longer_one_goes_on(base: Path, stream: list[s
     assert said[1]["usage"]["signs"]["expert_1"] > 0.8
     assert DyLoRA_MoE.from_pretrained(tmp_path / "model").router.maturity == [1, 1]
     assert not list((tmp_path / "stages").glob("*/checkpoint-*"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["losses"] == {one["name"]: one["losses"] for one in said}
+    # of one older skill, both are the change since it was learned
+    assert report["forgetting"] == pytest.approx(said[1]["losses"]["letters"] - said[0]["losses"]["letters"])
+    assert report["backward_transfer"] == pytest.approx(-report["forgetting"])
+    capsys.readouterr()
+    assert main(["experts", str(tmp_path / "model")]) == 0
+    assert f"forgetting {report['forgetting']:+.3f}" in capsys.readouterr().out
 
 
 def process(words: list[str], log: Path) -> "subprocess.Popen[bytes]":

@@ -298,7 +298,7 @@ def test_scripts_and_verbs_are_the_same_code(capsys: pytest.CaptureFixture[str])
         (["train", "--overlong", "keep"], "--overlong must be cut or drop, got 'keep'"),
         (["train", "--mixing_temperature", "0.5"], "--mixing_temperature must be 1 or more, got 0.5"),
         (["datasets", "--datasets", "mine=gone.jsonl"], "there is no file or folder gone.jsonl"),
-        (["datasets", "--data_dir", "gone", "--datasets", "mbpp"], "--data_dir gone is no folder"),
+        (["datasets", "--data_dir", "gone", "--datasets", "mbpp"], "--data_dir must be a folder, got gone"),
         (["train", "--model_name", "BASE", *SHORT, "--routing", "prefix:9"], "prefix:K needs K from 0 to 3"),
         (["train", "--model_name", "BASE", *SHORT, "--target_modules", "qproj"], "did you mean 'q_proj'"),
         (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint", "gone"], "there is no folder gone"),

@@ -1,4 +1,4 @@
-"""A tiny model that acquires skills whose texts use different halves of the vocabulary."""
+"""Tests of a tiny model that acquires skills whose texts use different parts of the vocabulary."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.features import base_features
 from dylo_moe.errors import CheckpointError, ExpertError, RoutingError
-from dylo_moe.skills.acquisition import SkillData, acquire_skill, look
+from dylo_moe.skills.acquisition import SkillData, acquire_skill, extract_features
 from dylo_moe.skills.library import SkillLibrary, save_with_skills
 from dylo_moe.skills.lifecycle import merge_experts, remove_expert
 from families import HIDDEN, VOCABULARY, mixture, padded, stir, tiny
@@ -31,7 +31,7 @@ def skill(name: str, low: int, high: int) -> SkillData:
 LOW, MIDDLE, HIGH = (2, 8), (24, 30), (50, VOCABULARY)
 
 
-def grown(routing: str = "context:1") -> tuple[DyLoRA_MoE, SkillLibrary]:
+def new_model(routing: str = "context:1") -> tuple[DyLoRA_MoE, SkillLibrary]:
     model = mixture(routing=routing, dtype=torch.float32, num_experts=1)
     return model, SkillLibrary(HIDDEN)
 
@@ -53,7 +53,7 @@ def learn(model: DyLoRA_MoE, library: SkillLibrary, data: SkillData, seed: int =
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_features_are_what_the_router_multiplies_and_no_expert_changes_them(routing: str) -> None:
+def test_features_are_the_input_of_the_router_and_no_expert_changes_them(routing: str) -> None:
     model = mixture(routing=routing, dtype=torch.float32)
     (batch, *_) = batches(*LOW, count=8)
     features = base_features(model, **batch)
@@ -65,32 +65,32 @@ def test_features_are_what_the_router_multiplies_and_no_expert_changes_them(rout
     assert torch.equal(base_features(model, **batch).last, features.last)
 
 
-def test_padding_has_no_part_in_what_is_seen() -> None:
-    model, _ = grown()
+def test_padding_does_not_change_the_features() -> None:
+    model, _ = new_model()
     row = torch.arange(2, 9)
     (alone, alone_mask), (wide, wide_mask) = padded([row], "right"), padded([row, torch.arange(2, 30)], "right")
-    one = look(model, [{"input_ids": alone, "attention_mask": alone_mask}])
-    both = look(model, [{"input_ids": wide, "attention_mask": wide_mask}])
+    one = extract_features(model, [{"input_ids": alone, "attention_mask": alone_mask}])
+    both = extract_features(model, [{"input_ids": wide, "attention_mask": wide_mask}])
     assert torch.allclose(one.embeddings[0], both.embeddings[0], atol=1e-5)
     assert both.example.tolist() == [0] * 7 + [1] * 28 and len(both.tokens) == 35
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_new_skill_gets_an_expert_and_a_known_one_extends_it(routing: str) -> None:
-    model, library = grown(routing)
+    model, library = new_model(routing)
     assert learn(model, library, skill("low", *LOW)) == "expert_0"
     assert learn(model, library, skill("high", *HIGH)) == "expert_1"
     assert learn(model, library, SkillData("low too", batches(*LOW, seed=2), batches(*LOW, seed=3))) == "expert_0"
     assert [entry.extended for entry in library.skills] == [False, False, True]
     assert model.experts.names == ["expert_0", "expert_1"] and model.router.maturity == [1, 1]
     for data, expert in ((LOW, 0), (HIGH, 1)):
-        logits = look(model, batches(*data, seed=4)).tokens @ model.router.gates[0].T
-        # a random model's single tokens say little of their skill; what went before them says more
+        logits = extract_features(model, batches(*data, seed=4)).tokens @ model.router.gates[0].T
+        # single tokens of a random model hold little about their skill; the mean over the context holds more
         assert (logits.argmax(dim=1) == expert).float().mean() > (0.95 if routing == "context:1" else 0.8)
 
 
-def test_what_routes_to_old_experts_is_unchanged_by_a_new_one() -> None:
-    model, library = grown()
+def test_rows_routed_to_old_experts_are_unchanged_by_a_new_one() -> None:
+    model, library = new_model()
     learn(model, library, skill("low", *LOW))
     learn(model, library, skill("high", *HIGH))
     old = {name: [p.clone() for p in model.experts.parameters(name)] for name in model.experts.names}
@@ -109,13 +109,13 @@ def test_what_routes_to_old_experts_is_unchanged_by_a_new_one() -> None:
     same = (after.routing_weights[0].argmax(-1) == before.routing_weights[0].argmax(-1)).all(dim=1)
     assert same.sum() >= 6, "this test needs rows that still go to the old experts"
     real = batch["attention_mask"].bool() & same[:, None]
-    # the weight is one-hot, so that nothing of another expert is added
+    # one-hot weights add nothing of other experts
     assert set(after.routing_weights.unique().tolist()) == {0.0, 1.0}
     assert torch.allclose(after.logits[real], before.logits[real], rtol=1e-5, atol=1e-5)
 
 
-def test_model_and_skills_are_saved_as_one_and_go_on(tmp_path: Path) -> None:
-    model, library = grown()
+def test_model_and_skills_are_saved_together_and_continue(tmp_path: Path) -> None:
+    model, library = new_model()
     learn(model, library, skill("low", *LOW))
     save_with_skills(model, library, tmp_path / "model")
     again = DyLoRA_MoE.from_pretrained(tmp_path / "model", tiny(dtype=torch.float32))
@@ -128,16 +128,16 @@ def test_model_and_skills_are_saved_as_one_and_go_on(tmp_path: Path) -> None:
     (batch, *_) = batches(*HIGH, count=8)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, again(**batch).logits)
-    seen = look(model, batches(*HIGH, seed=8))
+    seen = extract_features(model, batches(*HIGH, seed=8))
     assert library.judge(seen.embeddings, seen.routed).nearest == "high"
 
 
 def test_a_frozen_expert_is_not_extended() -> None:
-    model, library = grown()
+    model, library = new_model()
     learn(model, library, skill("low", *LOW))
     model.experts.freeze("expert_0")
     again = SkillData("low too", batches(*LOW, seed=2), batches(*LOW, seed=3))
-    with pytest.raises(ExpertError, match="--extend always would train 'expert_0'"):
+    with pytest.raises(ExpertError, match="`extend` must not be set where the nearest expert, 'expert_0'"):
         acquire_skill(model, library, again, lambda expert: True, extend=True)
     assert learn(model, library, again) == "expert_1"
     assert model.experts.frozen == {"expert_0"}
@@ -147,8 +147,8 @@ def test_a_frozen_expert_is_not_extended() -> None:
 
 
 @pytest.mark.parametrize("change", ["remove", "merge"])
-def test_after_a_removal_and_after_a_merge_the_stream_goes_on(change: str, tmp_path: Path) -> None:
-    model, library = grown()
+def test_the_stream_continues_after_a_removal_and_after_a_merge(change: str, tmp_path: Path) -> None:
+    model, library = new_model()
     for name, (low, high) in {"low": LOW, "middle": MIDDLE, "high": HIGH}.items():
         learn(model, library, skill(name, low, high), extend=False)
     save_with_skills(model, library, tmp_path / "model")
@@ -165,18 +165,18 @@ def test_after_a_removal_and_after_a_merge_the_stream_goes_on(change: str, tmp_p
     kept = ["low", "high"] if change == "remove" else ["low", "middle", "high"]
     assert again.names == [*kept, "next"] and again.expert_of("next") == "expert_3"
     for data, column in ((HIGH, 1), ((10, 16), 2)):
-        logits = look(model, batches(*data, seed=4)).tokens @ model.router.gates[0].T
+        logits = extract_features(model, batches(*data, seed=4)).tokens @ model.router.gates[0].T
         assert (logits.argmax(dim=1) == column).float().mean() > 0.9
 
 
-def test_training_that_was_stopped_leaves_the_library_alone() -> None:
-    model, library = grown()
+def test_stopped_training_does_not_change_the_library() -> None:
+    model, library = new_model()
     assert acquire_skill(model, library, skill("low", *LOW), lambda expert: False) is None
     assert library.names == [] and library.gate.num_experts == 0
 
 
-def test_what_cannot_be_acquired_is_refused(tmp_path: Path) -> None:
-    model, library = grown()
+def test_an_unusable_skill_model_or_library_is_refused(tmp_path: Path) -> None:
+    model, library = new_model()
     learn(model, library, skill("low", *LOW))
     with pytest.raises(ExpertError, match="already"):
         learn(model, library, skill("low", *LOW))

@@ -1,8 +1,7 @@
-"""The closed-form gate against batch regressions in float64, and what gradient-trained ones forget."""
+"""Tests of the closed-form gate against batch regressions in float64."""
 
 import pytest
 import torch
-from forgetting_gates import GradientGate
 from torch import Tensor
 
 from dylo_moe.core.router import DynamicHybridRouter, rms_normalize
@@ -12,19 +11,19 @@ WIDTH = 24
 
 
 def skill(index: int, tokens: int = 200, seed: int = 0) -> Tensor:
-    """Tokens that scatter around a direction of the skill's own, normalised as features are."""
+    """Return normalized tokens scattered around a direction of the skill."""
     generator = torch.Generator().manual_seed(100 * seed + index)
     centre = torch.randn(WIDTH, generator=torch.Generator().manual_seed(index))
     return rms_normalize(1.5 * centre + torch.randn(tokens, WIDTH, generator=generator))
 
 
-def batch_ridge(bodies: list[tuple[Tensor, int]], experts: int, ridge: float) -> Tensor:
-    """All tokens of all bodies in one least-squares problem, each body weighing 1: solved by QR, not by sums."""
-    rows = torch.cat([tokens.double() / len(tokens) ** 0.5 for tokens, _ in bodies])
+def batch_ridge(datasets: list[tuple[Tensor, int]], experts: int, ridge: float) -> Tensor:
+    """Return the solution of one least-squares problem over all tokens, each dataset with weight 1, by QR."""
+    rows = torch.cat([tokens.double() / len(tokens) ** 0.5 for tokens, _ in datasets])
     targets = torch.cat(
         [
             torch.eye(experts, dtype=torch.float64)[[expert] * len(tokens)] / len(tokens) ** 0.5
-            for tokens, expert in bodies
+            for tokens, expert in datasets
         ]
     )
     penalty = ridge * rows.square().sum() / WIDTH
@@ -32,19 +31,12 @@ def batch_ridge(bodies: list[tuple[Tensor, int]], experts: int, ridge: float) ->
     return torch.linalg.lstsq(wide, torch.cat([targets, torch.zeros(WIDTH, experts, dtype=torch.float64)])).solution.T
 
 
-def accuracy(weight: Tensor, experts: int) -> list[float]:
-    return [
-        float(((skill(index, seed=1).to(weight) @ weight.T).argmax(dim=1) == index).double().mean())
-        for index in range(experts)
-    ]
-
-
-def test_skills_one_by_one_give_the_batch_solution_of_all_data() -> None:
-    bodies = [(skill(0, 300), 0), (skill(1, 50), 1), (skill(2, 120), 2), (skill(3, 80), 1)]
+def test_learning_one_by_one_gives_the_batch_solution() -> None:
+    datasets = [(skill(0, 300), 0), (skill(1, 50), 1), (skill(2, 120), 2), (skill(3, 80), 1)]
     gate = RidgeGate(WIDTH, ridge=1e-2)
-    for count, (tokens, expert) in enumerate(bodies, start=1):
+    for count, (tokens, expert) in enumerate(datasets, start=1):
         gate.learn(tokens, expert)
-        wanted = batch_ridge(bodies[:count], gate.num_experts, 1e-2)
+        wanted = batch_ridge(datasets[:count], gate.num_experts, 1e-2)
         assert torch.allclose(gate.solution(), wanted, rtol=1e-9, atol=1e-12)
 
 
@@ -57,7 +49,7 @@ def test_the_order_of_skills_and_of_their_parts_does_not_matter() -> None:
     assert torch.allclose(one.weight(), other.weight(), rtol=1e-10)
 
 
-def test_going_on_from_saved_sums_is_going_on() -> None:
+def test_learning_continues_from_saved_sums() -> None:
     whole, first, second = RidgeGate(WIDTH), RidgeGate(WIDTH), RidgeGate(WIDTH)
     for gate in (whole, first):
         gate.learn(skill(0), 0)
@@ -66,10 +58,10 @@ def test_going_on_from_saved_sums_is_going_on() -> None:
     for gate in (whole, second):
         gate.learn(skill(2), 2)
     assert torch.equal(whole.weight(), second.weight())
-    assert first.num_experts == 2, "what was saved does not change with what goes on from it"
+    assert first.num_experts == 2, "the saved sums do not change with the gate that loaded them"
 
 
-def test_sharpening_keeps_the_choice_and_gives_the_own_expert_most_of_the_weight() -> None:
+def test_scaling_keeps_the_choice_and_gives_the_right_expert_most_of_the_weight() -> None:
     gate = RidgeGate(WIDTH)
     for index in range(4):
         gate.learn(skill(index), index)
@@ -78,7 +70,7 @@ def test_sharpening_keeps_the_choice_and_gives_the_own_expert_most_of_the_weight
     assert (tokens @ gate.weight().T).softmax(dim=1)[:, 2].mean() > 0.8
 
 
-def test_the_router_that_gets_the_weight_scores_as_the_gate_does() -> None:
+def test_a_router_with_the_weight_has_the_scores_of_the_gate() -> None:
     gate = RidgeGate(WIDTH)
     for index in range(2):
         gate.learn(skill(index), index)
@@ -89,25 +81,7 @@ def test_the_router_that_gets_the_weight_scores_as_the_gate_does() -> None:
     assert torch.allclose(router(hidden).logits, rms_normalize(hidden) @ gate.weight().float().T, rtol=1e-5, atol=1e-5)
 
 
-def test_the_closed_form_forgets_nothing_a_gradient_does_and_replay_helps() -> None:
-    gates = {"ridge": RidgeGate(WIDTH), "gradient": GradientGate(WIDTH), "replay": GradientGate(WIDTH, replay=60)}
-    for gate in gates.values():
-        for index in range(4):
-            gate.learn(skill(index), index)
-    found = {name: accuracy(gate.weight(), 4) for name, gate in gates.items()}
-    assert min(found["ridge"]) > 0.9
-    assert sum(found["gradient"]) / 4 < 0.6 and found["gradient"][3] > 0.9
-    assert min(found["replay"]) > max(0.7, min(found["gradient"]))
-
-
-def test_the_replay_buffer_stays_as_small_as_was_asked_for() -> None:
-    gate = GradientGate(WIDTH, replay=10, steps=1)
-    for index in range(3):
-        gate.learn(skill(index), index)
-    assert [len(kept) for kept in gate._kept] == [3, 3, 3]
-
-
-def test_what_cannot_be_learned_is_refused() -> None:
+def test_wrong_features_and_experts_are_refused() -> None:
     gate = RidgeGate(WIDTH)
     with pytest.raises(ValueError, match="next new one"):
         gate.learn(skill(0), 1)

@@ -1,4 +1,4 @@
-"""``dylora-moe experts --export`` and ``--import``: a mixture on the disk gives and takes PEFT adapters."""
+"""Tests of ``dylora-moe experts --export`` and ``--import`` of PEFT adapters."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def path(base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    """Exported from another mixture: rank 3, on the layers that ``prefix:1`` has."""
+    """Return an adapter exported from another mixture: rank 3, on the layers of ``prefix:1``."""
     made(base, tmp_path / "other", seed=7).experts.export("expert_1", tmp_path / "sql")
     return tmp_path / "sql"
 
@@ -64,7 +64,7 @@ def test_an_expert_is_exported_from_the_disk(
     base: Path, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(path)
-    base.rename(base.with_name("away"))  # no weights of the base are needed
+    base.rename(base.with_name("away"))  # an export does not need the base
     try:
         assert main(["experts", str(path), "--export", "expert_1", str(tmp_path / "out")]) == 0
     finally:
@@ -80,7 +80,7 @@ def test_an_expert_is_exported_from_the_disk(
     assert contents(tmp_path / "again").keys() == contents(tmp_path / "out").keys()
 
 
-def test_the_doubled_rank_of_pissa_is_said(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doubled_rank_of_pissa_is_reported(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made(base, tmp_path / "mixture", init="pissa")
     assert main(["experts", str(tmp_path / "mixture"), "--export", "expert_0", str(tmp_path / "out")]) == 0
     assert "rank 6, lora_alpha 10; twice the 3 that are trained, as PiSSA's constant" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_an_import_on_the_disk_is_the_import_in_memory(
     assert torch.equal(logits(got), logits(DyLoRA_MoE.from_pretrained(tmp_path / "wanted")))
     for name, tensor in got.state_dict().items():
         assert torch.equal(tensor, wanted.state_dict()[name]), name
-    # what else is in the folder is still there
+    # the other files of the folder are kept
     assert contents(tmp_path / "mixture").keys() == contents(tmp_path / "wanted").keys()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")), logits(got))
 
@@ -119,9 +119,7 @@ def test_an_adapter_is_imported_from_the_hub(
     assert [one.name for one in list_experts(path)] == ["expert_0", "expert_1", "web"]
 
 
-def test_a_mixture_with_skills_takes_an_expert_that_no_skill_has_claimed(
-    base: Path, tmp_path: Path, adapter: Path
-) -> None:
+def test_a_mixture_with_skills_takes_an_expert_without_a_skill(base: Path, tmp_path: Path, adapter: Path) -> None:
     model = made(base, tmp_path / "mixture")
     library, generator = SkillLibrary(32), torch.Generator().manual_seed(4)
     for number, name in enumerate(("a", "b")):
@@ -167,7 +165,7 @@ MISTAKES = {
     "a module": (["--import", "ADAPTER", "--as", "q_proj"], "a module has that name"),
     "another base": (["--import", "FOREIGN"], "cannot become an expert of this model: it has .* not belong there"),
     "another shape": (["--import", "WIDE"], "cannot become an expert of this model: its .* is needed"),
-    "layers below": (["--import", "BELOW"], r"it adapts model\.layers\.0\..*routing prefix:K has none below layer K"),
+    "layers below": (["--import", "BELOW"], r"it adapts model\.layers\.0\..*with routing prefix:K, layers below K carry none"),
     "as alone": (["--as", "sql"], "--as must be left out without --import, got 'sql'"),
     "revision alone": (["--revision", "v1"], "--revision must be left out without --import, got 'v1'"),
     "base gone": (["--import", "ADAPTER", "--base_model", "./gone"], r"no folder './gone'; check --base_model"),

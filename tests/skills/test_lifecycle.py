@@ -1,4 +1,4 @@
-"""Experts of a checkpoint, changed on the disk: what is left computes what it should."""
+"""Tests of changing the experts of a checkpoint on the disk: the remaining ones compute the same."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def loaded(path: Path) -> DyLoRA_MoE:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Three mature experts of unequal ranks, a skill each, and the first one a second skill."""
+    """Return a mixture of three mature experts of unequal ranks with a skill each, the first one with two."""
     model = mixture(routing="prefix:1", dtype=torch.float32, num_experts=2, mature=True)
     model.add_expert(rank=6, use_rslora=True)
     generator = torch.Generator().manual_seed(4)
@@ -49,7 +49,7 @@ def logits(model: DyLoRA_MoE, weights: list[float]) -> torch.Tensor:
         return model.eval()(IDS, routing_weights=shares).logits
 
 
-def test_the_list_says_what_there_is(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_shows_the_experts_and_their_skills(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, listed = loaded(path), list_experts(path)
     assert [(one.name, one.rank, one.maturity) for one in listed] == [
         ("expert_0", 4, 1),
@@ -60,6 +60,20 @@ def test_the_list_says_what_there_is(path: Path, capsys: pytest.CaptureFixture[s
     assert main(["experts", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "expert_2" in printed and "a, d" in printed and "mature" in printed
+    assert "forgetting" not in printed, "not all losses were measured"
+
+
+def test_forgetting_and_backward_transfer_are_shown_if_all_losses_were_measured(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, library = loaded(path), library_of(path)
+    assert library is not None
+    for number, skill in enumerate(library.skills):
+        skill.losses = {name: 1.0 + 0.25 * number for name in library.names[: number + 1]}
+    save_with_skills(model, library, path)
+    assert main(["experts", str(path)]) == 0
+    # a, b and c ended at 1.75, from 1.0, 1.25 and 1.5
+    assert "forgetting +0.500, backward transfer -0.500 nats per token" in capsys.readouterr().out
 
 
 def test_a_renamed_expert_is_the_same_expert(path: Path) -> None:
@@ -74,7 +88,7 @@ def test_a_renamed_expert_is_the_same_expert(path: Path) -> None:
     assert library is not None and library.skills[1].expert == "cpp" and "cpp" in library.skills[0].usage["a"]
 
 
-def test_a_frozen_expert_stays_so_until_it_is_not(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_frozen_expert_stays_frozen_until_it_is_unfrozen(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experts", str(path), "--freeze", "expert_1"]) == 0
     assert "mature, frozen" in capsys.readouterr().out
     frozen = loaded(path)
@@ -86,11 +100,11 @@ def test_a_frozen_expert_stays_so_until_it_is_not(path: Path, capsys: pytest.Cap
     assert "frozen" not in capsys.readouterr().out and not loaded(path).experts.frozen
 
 
-def test_an_expert_is_not_called_as_a_module_of_the_base(tmp_path: Path) -> None:
+def test_an_expert_cannot_have_the_name_of_a_module(tmp_path: Path) -> None:
     base = write_tiny_folder(tmp_path / "base")
     DyLoRA_MoE(str(base), 2, rank=2, routing="prefix:1").save_pretrained(tmp_path / "model")
     before = (tmp_path / "model" / "dylo_moe.json").read_bytes()
-    for name in ("lm_head", "embed_tokens"):  # no expert is on these, and PEFT would still take one for the other
+    for name in ("lm_head", "embed_tokens"):  # no expert adapts these, but PEFT would still confuse the names
         with pytest.raises(ExpertError, match="a module has that name"):
             rename_expert(tmp_path / "model", "expert_1", name)
     assert (tmp_path / "model" / "dylo_moe.json").read_bytes() == before
@@ -98,7 +112,7 @@ def test_an_expert_is_not_called_as_a_module_of_the_base(tmp_path: Path) -> None
     assert DyLoRA_MoE.from_pretrained(tmp_path / "model").experts.names == ["expert_0", "cpp"]
 
 
-def test_without_a_removed_expert_the_others_are_as_they_were(path: Path) -> None:
+def test_removing_an_expert_does_not_change_the_others(path: Path) -> None:
     before = logits(loaded(path), [0.3, 0.0, 0.7])
     remove_expert(path, "expert_1")
     after, library = loaded(path), library_of(path)
@@ -108,7 +122,7 @@ def test_without_a_removed_expert_the_others_are_as_they_were(path: Path) -> Non
     assert torch.allclose(after.router.gates[0].double(), library.gate.weight(), atol=1e-5)
 
 
-def test_without_skills_the_router_keeps_the_columns_of_those_that_stay(tmp_path: Path) -> None:
+def test_without_skills_the_router_keeps_the_columns_of_the_remaining_experts(tmp_path: Path) -> None:
     model = mixture(routing="per_layer", dtype=torch.float32, num_experts=3)
     model.save_pretrained(tmp_path / "model")
     before = [gate.clone() for gate in model.router.gates]
@@ -118,9 +132,9 @@ def test_without_skills_the_router_keeps_the_columns_of_those_that_stay(tmp_path
         assert torch.equal(gate, old[[0, 2]])
 
 
-def test_a_merged_expert_adds_what_both_added(path: Path) -> None:
+def test_a_merged_expert_adds_the_sum_of_both_updates(path: Path) -> None:
     model = loaded(path)
-    # both at full weight: the sum of what they add, which routing by shares never gives
+    # both at full weight, which routing weights that sum to 1 never give
     before = logits(model, [1.0, 0.0, 1.0])
     merge_experts(path, "expert_0", "expert_2")
     after, library = loaded(path), library_of(path)
@@ -134,19 +148,19 @@ def test_a_merged_expert_adds_what_both_added(path: Path) -> None:
     assert library.skills[0].usage["a"]["expert_0"] == pytest.approx(2 / 3)
 
 
-def test_a_merged_column_is_that_of_a_gate_that_was_taught_so(path: Path) -> None:
+def test_a_merged_column_is_the_sum_of_both_columns(path: Path) -> None:
     before = library_of(path)
     merge_experts(path, "expert_0", "expert_2")
     after = library_of(path)
     assert before is not None and after is not None
-    # targets add up, and so do the columns of a linear regression on them
+    # the columns of a linear regression add up as its targets do
     assert torch.allclose(after.gate.solution()[0], before.gate.solution()[[0, 2]].sum(dim=0), atol=1e-9)
 
 
 @pytest.mark.parametrize(
     "change", [("--rename", "expert_9=x"), ("--remove", "expert_9"), ("--merge", "expert_9,expert_0")]
 )
-def test_an_unknown_expert_is_named_and_nothing_changes(
+def test_an_unknown_expert_is_named_and_the_checkpoint_unchanged(
     path: Path, change: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (path / "dylo_moe.json").read_bytes()
@@ -154,7 +168,7 @@ def test_an_unknown_expert_is_named_and_nothing_changes(
     assert "expert_9" in capsys.readouterr().err and (path / "dylo_moe.json").read_bytes() == before
 
 
-def test_names_that_cannot_be_are_refused(path: Path) -> None:
+def test_unusable_names_and_removing_the_only_expert_are_refused(path: Path) -> None:
     for name in ("expert_0", "q_proj", "a.b", "7"):
         with pytest.raises(ExpertError):
             rename_expert(path, "expert_1", name)

@@ -1,4 +1,4 @@
-"""The measures of a skill stream, by matrices that were worked by hand."""
+"""Tests of the continual-learning metrics against hand-worked matrices."""
 
 import math
 
@@ -25,7 +25,7 @@ LOSS = [
 ]
 
 
-def test_accuracies_worked_by_hand() -> None:
+def test_metrics_of_accuracies() -> None:
     assert average_performance(ACCURACY) == pytest.approx((0.7 + 0.5 + 0.9) / 3)
     # (0.7 - 0.8) and (0.5 - 0.6)
     assert backward_transfer(ACCURACY) == pytest.approx(-0.1)
@@ -37,7 +37,7 @@ def test_accuracies_worked_by_hand() -> None:
     assert forward_transfer(ACCURACY, [0.0, 0.1, 0.1]) == pytest.approx(0.15)
 
 
-def test_losses_have_the_same_sense_and_need_no_upper_half() -> None:
+def test_metrics_of_losses_have_the_same_signs_and_need_no_upper_half() -> None:
     assert average_performance(LOSS) == pytest.approx(2.2)
     # (2.0 - 2.5) and (1.0 - 1.1): worse, so negative
     assert backward_transfer(LOSS, lower_is_better=True) == pytest.approx(-0.3)
@@ -48,19 +48,19 @@ def test_losses_have_the_same_sense_and_need_no_upper_half() -> None:
     assert forward_transfer(whole, [9.0, 5.0], lower_is_better=True) == pytest.approx(1.0)
 
 
-def test_better_at_the_end_is_no_forgetting() -> None:
+def test_improvement_is_negative_forgetting() -> None:
     assert forgetting([[0.5, 0.0], [0.7, 0.6]]) == pytest.approx(-0.2)
     assert relative_forgetting([[4.0, 0.0], [3.0, 1.0]], lower_is_better=True) == pytest.approx([-0.25])
 
 
 @pytest.mark.parametrize("wrong", [[], [1.0, 2.0], [[1.0, 2.0]], [[1.0]]])
-def test_what_is_no_stream_is_refused(wrong: list[object]) -> None:
+def test_a_matrix_that_is_not_square_or_too_small_is_refused(wrong: list[object]) -> None:
     for measure in (backward_transfer, forgetting, relative_forgetting):
         with pytest.raises(ValueError, match="square"):
             measure(wrong)
 
 
-def test_a_fraction_of_nothing_and_a_wrong_baseline_are_refused() -> None:
+def test_a_fraction_of_zero_and_a_wrong_baseline_are_refused() -> None:
     with pytest.raises(ValueError, match="skill 0"):
         relative_forgetting([[0.0, 0.0], [1.0, 1.0]])
     with pytest.raises(ValueError, match="untrained"):

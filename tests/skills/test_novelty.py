@@ -1,4 +1,4 @@
-"""Distances, thresholds and scores, by numbers that were worked by hand."""
+"""Tests of distances, thresholds and scores against hand-worked numbers."""
 
 import math
 
@@ -15,14 +15,14 @@ from dylo_moe.skills.novelty import (
 )
 
 
-def test_cosine_distances_worked_by_hand() -> None:
+def test_cosine_distances() -> None:
     skills = [torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
     found = cosine_distances(torch.tensor([[5.0, 0.0], [3.0, 3.0], [-1.0, 0.0]]), skills)
     half = 1 - math.sqrt(0.5)
     assert torch.allclose(found, torch.tensor([[0.0, 1.0], [half, half], [2.0, 1.0]], dtype=torch.float64))
 
 
-def test_the_covariance_is_shrunk_as_by_the_formula() -> None:
+def test_the_covariance_is_shrunk_by_the_formula() -> None:
     rows = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
     # sample: diag(2, 0.5), mean variance 1.25, spread 2 * 0.75^2 = 1.125
     # noise: ((16 + 16 + 1 + 1) / 4 - (4 + 0.25)) / 4 = 1.0625; shrinkage 1.0625 / 1.125 = 17 / 18
@@ -30,7 +30,7 @@ def test_the_covariance_is_shrunk_as_by_the_formula() -> None:
     assert torch.allclose(shrunk_covariance(rows), wanted.double())
 
 
-def test_with_many_rows_the_covariance_is_the_sample_s() -> None:
+def test_with_many_rows_the_covariance_is_that_of_the_sample() -> None:
     scale = torch.diag(torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64))
     rows = torch.randn(20_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) @ scale
     rows -= rows.mean(dim=0)
@@ -46,19 +46,19 @@ def test_mahalanobis_counts_standard_deviations_of_the_common_scatter() -> None:
     assert found[2, 1] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_examples_that_are_all_alike_have_distances_too() -> None:
+def test_equal_examples_have_distances() -> None:
     same = torch.ones(4, 3)
     found = mahalanobis_distances(torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 3.0]]), [same])
     assert torch.allclose(found[:, 0], torch.tensor([0.0, 2.0], dtype=torch.float64))
 
 
-def test_a_threshold_holds_the_share_that_was_asked_for() -> None:
+def test_a_threshold_contains_the_known_share() -> None:
     distances = torch.arange(101, dtype=torch.float64)
     threshold = calibrated_threshold(distances, 0.95)
     assert threshold == pytest.approx(95) and (distances <= threshold).sum() == 96
 
 
-def test_auroc_worked_by_hand() -> None:
+def test_auroc() -> None:
     assert auroc([1, 2, 3], [4, 5]) == 1.0
     assert auroc([4, 5], [1, 2, 3]) == 0.0
     # of six pairs: 2 > 1, 2 = 2 counts half, 2 < 3; 3 > 1, 3 > 2, 3 = 3 counts half
@@ -67,7 +67,7 @@ def test_auroc_worked_by_hand() -> None:
         auroc([], [1.0])
 
 
-def test_router_entropy_is_a_share_of_the_largest() -> None:
+def test_router_entropy_is_a_fraction_of_the_maximum() -> None:
     weights = torch.tensor([[0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
     assert torch.allclose(router_entropy(weights), torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64))
     assert router_entropy(torch.ones(3, 1)).tolist() == [0.0, 0.0, 0.0]

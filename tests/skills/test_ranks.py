@@ -1,4 +1,4 @@
-"""Ranks by how much there is to learn, worked by hand."""
+"""Tests of the rank by the amount of data, against hand-worked numbers."""
 
 import pytest
 
@@ -12,9 +12,11 @@ from dylo_moe.skills.ranks import rank_for
         (16_000, 1000, 64, 8),  # 16,000 bits in 2,000 bits a rank
         (16_001, 1000, 64, 16),
         (10**9, 1000, 64, 64),
-        (10**9, 1000, 48, 48),  # a bound that is no power of two
+        (10**9, 1000, 48, 48),  # a bound that is not a power of two
         (10, 1000, 2, 2),
     ],
 )
-def test_the_smallest_power_of_two_that_holds_it(tokens: int, per_rank: float, largest: int, rank: int) -> None:
+def test_the_rank_is_the_smallest_sufficient_power_of_two(
+    tokens: int, per_rank: float, largest: int, rank: int
+) -> None:
     assert rank_for(tokens, per_rank, largest) == rank

@@ -1,12 +1,12 @@
-"""Keeps benchmark tasks out of the training data: HumanEval(+) and MBPP(+), whose scores would mean nothing otherwise.
+"""Removal of benchmark tasks (HumanEval(+) and MBPP(+)) from training data, which would make their scores meaningless.
 
-A row is a task if it says so by its task id, if 13 words in a row are a task's own (Brown et al. 2020, "Language
-models are few-shot learners", appendix C), or if a line of its prompt is the whole of a task's question, which may be
-shorter. Words are what is left without white space, punctuation, letter case and Python comments. Rows that share
-only 10 words in a row are kept and counted.
+A row is a benchmark task if its task id says so, if it shares a 13-gram with a task (Brown et al. 2020, "Language
+models are few-shot learners", appendix C), or if a line of its prompt is a task's complete question, which may be
+shorter than 13 words. Comments of Python, white space, punctuation and letter case are ignored. Rows that share only a
+10-gram are kept and counted.
 
-The tasks' n-grams come with the package, as hashes: no network is needed, and no text of the benchmarks is carried.
-``benchmarks/benchmark_grams.py`` makes them from the official files.
+The n-grams of the tasks come with the package as hashes, so no network is needed and no benchmark text is
+redistributed. ``benchmarks/benchmark_grams.py`` makes them from the official files.
 """
 
 import hashlib
@@ -15,22 +15,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
+from numpy.typing import NDArray
 
 from dylo_moe.data.examples import column
 from dylo_moe.data.parallel import map_rows
 
-GRAM, NEAR_GRAM = 13, 10
-"""Words in a row that a row must share with a task to be dropped, and to be reported."""
+MATCH_LENGTH, NEAR_LENGTH = 13, 10
+"""Lengths in words of the n-grams for which a row is dropped, and for which it is reported."""
 
-_LENGTHS = (GRAM, NEAR_GRAM)
+_LENGTHS = (MATCH_LENGTH, NEAR_LENGTH)
 
-SHORTEST_PROMPT = 5
-"""Words of the shortest question that is compared as a whole."""
+SHORTEST_QUESTION = 5
+"""Fewest words of a question that is compared as a whole."""
 
 INDEX_FILE = "benchmark_grams.npz"
 BY_ID, BY_GRAM, BY_PROMPT, NEAR, CLEAN = "by_id", "by_gram", "by_prompt", "near", ""
@@ -41,16 +41,16 @@ _WORD = re.compile(r"\w+")
 
 @dataclass
 class Contamination:
-    """What was found in one dataset.
+    """Benchmark tasks found in one dataset.
 
     Attributes:
-        dataset: Its name.
-        rows: How many rows were looked at.
-        by_id: Rows dropped since their task id is a benchmark's.
-        by_gram: Other rows dropped for 13 words of a task in a row.
-        by_prompt: Other rows dropped since a line of their prompt is a task's whole question.
-        near: Rows kept that share 10 words in a row with a task.
-        tasks: The tasks of the dropped rows.
+        dataset: Name of the dataset.
+        rows: Number of rows that were compared.
+        by_id: Number of rows dropped for their task id.
+        by_gram: Number of other rows dropped for a 13-gram of a task.
+        by_prompt: Number of other rows dropped for a line of their prompt that is a task's complete question.
+        near: Number of rows kept although they share a 10-gram with a task.
+        tasks: Ids of the tasks in the dropped rows.
     """
 
     dataset: str
@@ -63,34 +63,34 @@ class Contamination:
 
     @property
     def dropped(self) -> int:
-        """Rows dropped for any reason."""
+        """Number of rows dropped for any reason."""
         return self.by_id + self.by_gram + self.by_prompt
 
 
 @dataclass(frozen=True)
 class TaskIndex:
-    """The tasks of the benchmarks, as hashes.
+    """The benchmark tasks as hashes.
 
     Attributes:
-        tasks: Their ids, as EvalPlus writes them: ``HumanEval/0``, ``Mbpp/2``.
-        grams: For ``GRAM`` and ``NEAR_GRAM``, from the hash of so many words to the task that has them.
-        prompts: From the hash of a whole question to its task.
+        tasks: Ids of the tasks, as EvalPlus writes them: ``HumanEval/0``, ``Mbpp/2``.
+        ngrams: For ``MATCH_LENGTH`` and ``NEAR_LENGTH``, from the hash of an n-gram to the index of its task.
+        prompts: From the hash of a complete question to the index of its task.
     """
 
     tasks: tuple[str, ...]
-    grams: dict[int, dict[int, int]]
+    ngrams: dict[int, dict[int, int]]
     prompts: dict[int, int]
 
     def find(self, prompt: str, response: str, task: str = "") -> tuple[str, str]:
-        """How a row touches the benchmarks, and which task it is; both empty where it does not."""
+        """Return how a row matches a task (such as ``BY_GRAM``) and the task's id, or two empty strings."""
         if self.number(task) >= 0:
             return BY_ID, task
         words = words_of(f"{prompt}\n{response}")
-        if found := self._first(self.grams[GRAM], grams_of(words, GRAM)):
+        if found := self._first(self.ngrams[MATCH_LENGTH], ngrams_of(words, MATCH_LENGTH)):
             return BY_GRAM, found
         if found := self._first(self.prompts, lines_of(prompt)):
             return BY_PROMPT, found
-        if found := self._first(self.grams[NEAR_GRAM], grams_of(words, NEAR_GRAM)):
+        if found := self._first(self.ngrams[NEAR_LENGTH], ngrams_of(words, NEAR_LENGTH)):
             return NEAR, found
         return CLEAN, ""
 
@@ -98,13 +98,13 @@ class TaskIndex:
         return next((self.tasks[known[one]] for one in hashes if one in known), "")
 
     def number(self, task: str) -> int:
-        """The place of a task in ``tasks``, or -1."""
+        """Return the index of a task in ``tasks``, or -1 for an unknown id."""
         return self._numbers.get(task, -1)
 
     @cached_property
     def identity(self) -> str:
-        """Tells this index from others, by everything that is in it."""
-        return str(Hasher.hash([self.tasks, self.grams, self.prompts]))
+        """Hash of the content of the index."""
+        return str(Hasher.hash([self.tasks, self.ngrams, self.prompts]))
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -112,54 +112,54 @@ class TaskIndex:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, without Python comments, white space, punctuation and letter case."""
+    """Return the words of a text in lower case, without Python comments, white space and punctuation."""
     return _WORD.findall(_COMMENT.sub("", text).lower())
 
 
-def grams_of(words: Sequence[str], length: int) -> Iterator[int]:
-    """Hashes of all runs of ``length`` words of which at least half are no numbers."""
-    numbers = [word[0].isdigit() for word in words]
-    among = sum(numbers[: length - 1])
+def ngrams_of(words: Sequence[str], length: int) -> Iterator[int]:
+    """Yield the hash of every n-gram of ``length`` words in which at most half of the words are numbers."""
+    is_number = [word[0].isdigit() for word in words]
+    numbers = sum(is_number[: length - 1])
     for end in range(length, len(words) + 1):
-        among += numbers[end - 1]
-        # lists of small numbers are the same in many a program
-        if 2 * among <= length:
+        numbers += is_number[end - 1]
+        # lists of small numbers occur in many unrelated programs
+        if 2 * numbers <= length:
             yield hash_of(words[end - length : end])
-        among -= numbers[end - length]
+        numbers -= is_number[end - length]
 
 
 def lines_of(prompt: str) -> Iterator[int]:
-    """Hashes of the lines of a prompt that are long enough to be a question."""
+    """Yield the hash of every line of a prompt that is long enough to be a question."""
     for line in prompt.splitlines():
         words = words_of(line)
-        if len(words) >= SHORTEST_PROMPT:
+        if len(words) >= SHORTEST_QUESTION:
             yield hash_of(words)
 
 
 def hash_of(words: Iterable[str]) -> int:
-    """64 bits of BLAKE2b over words."""
+    """Return the 64-bit BLAKE2b hash of words."""
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
 
 
-def build_index(problems: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str, "np.ndarray[Any, Any]"]:
-    """The arrays of an index file.
+def build_index(problems: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str, NDArray[np.generic]]:
+    """Return the arrays of an index file.
 
     Args:
         problems: Id, question and texts (question and solutions) of each task.
     """
     ids: list[str] = []
-    grams: dict[int, dict[int, int]] = {length: {} for length in _LENGTHS}
+    ngrams: dict[int, dict[int, int]] = {length: {} for length in _LENGTHS}
     prompts: dict[int, int] = {}
     for index, (task, question, texts) in enumerate(problems):
         ids.append(task)
         for length in _LENGTHS:
             for text in texts:
-                for gram in grams_of(words_of(text), length):
-                    grams[length].setdefault(gram, index)
+                for ngram in ngrams_of(words_of(text), length):
+                    ngrams[length].setdefault(ngram, index)
         for line in lines_of(question):
             prompts.setdefault(line, index)
-    arrays: dict[str, np.ndarray[Any, Any]] = {"tasks": np.array(ids)}
-    for name, found in {**{str(length): grams[length] for length in _LENGTHS}, "prompts": prompts}.items():
+    arrays: dict[str, NDArray[np.generic]] = {"tasks": np.array(ids)}
+    for name, found in {**{str(length): ngrams[length] for length in _LENGTHS}, "prompts": prompts}.items():
         arrays[f"{name}_hashes"] = np.array(list(found), dtype=np.uint64)
         arrays[f"{name}_tasks"] = np.array(list(found.values()), dtype=np.uint16)
     return arrays
@@ -167,27 +167,27 @@ def build_index(problems: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str,
 
 @cache
 def task_index() -> TaskIndex:
-    """The index that the package carries."""
+    """Return the index that comes with the package."""
     with files("dylo_moe.data").joinpath(INDEX_FILE).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
 
         def mapping(name: str) -> dict[int, int]:
             pairs = zip(arrays[f"{name}_hashes"].tolist(), arrays[f"{name}_tasks"].tolist(), strict=True)
             return dict(pairs)
 
-        grams = {length: mapping(str(length)) for length in _LENGTHS}
-        return TaskIndex(tuple(arrays["tasks"].tolist()), grams, mapping("prompts"))
+        ngrams = {length: mapping(str(length)) for length in _LENGTHS}
+        return TaskIndex(tuple(arrays["tasks"].tolist()), ngrams, mapping("prompts"))
 
 
 def decontaminate(rows: Dataset, name: str, *, workers: int = 1) -> tuple[Dataset, Contamination]:
-    """Drops the rows that are tasks of a benchmark.
+    """Drop the rows that are benchmark tasks.
 
     Args:
-        rows: With the columns ``prompt``, ``response`` and ``task``.
-        name: The dataset's.
-        workers: Processes to look with.
+        rows: Rows with the columns ``prompt``, ``response`` and ``task``.
+        name: Name of the dataset.
+        workers: Number of processes that compare rows.
 
     Returns:
-        The other rows, and what was found.
+        The remaining rows, and what was found.
     """
     key = Hasher.hash([rows._fingerprint, task_index().identity])
     found = map_rows(
@@ -209,7 +209,7 @@ def decontaminate(rows: Dataset, name: str, *, workers: int = 1) -> tuple[Datase
 _KINDS = (CLEAN, BY_ID, BY_GRAM, BY_PROMPT, NEAR)
 
 
-def _find(batch: dict[str, list[str]]) -> dict[str, list[int]]:
+def _find(batch: Mapping[str, list[str]]) -> dict[str, list[int]]:
     index = task_index()
     found = [index.find(*row) for row in zip(batch["prompt"], batch["response"], batch["task"], strict=True)]
     return {"kind": [_KINDS.index(kind) for kind, _ in found], "task": [index.number(task) for _, task in found]}

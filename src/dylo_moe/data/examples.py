@@ -1,7 +1,7 @@
-"""From a dataset's source to examples on disk: read once, kept by content, split by content.
+"""Examples of a dataset: read once, cached on the disk by content, and split by content.
 
-Rows go from the source to an Arrow file one by one, and the file is mapped into memory: how many rows there are does
-not matter to memory. A second run with the same source, template and code finds the file that the first one wrote.
+Rows are written one by one to an Arrow file, which is memory-mapped, so memory does not grow with their number. A
+second run with the same source, template and code reads the file that the first one wrote.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -19,11 +19,12 @@ from datasets import Dataset, DatasetDict, Features, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.fingerprint import Hasher
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from numpy.typing import NDArray
 
-from dylo_moe.data.files import Located, data_files, digest_of, rows_of
+from dylo_moe.data.files import LocatedRow, data_files, digest_of, rows_of
 from dylo_moe.data.local_code import unique_rows
 from dylo_moe.data.registry import OWN_FILES, DatasetEntry, resolve
-from dylo_moe.data.rows import Exchange, Row
+from dylo_moe.data.rows import PromptResponse, Row
 from dylo_moe.data.templates import PlainTemplate, Template
 from dylo_moe.errors import DatasetError, first_line
 
@@ -43,7 +44,7 @@ _UNREACHABLE = (ConnectionError, OfflineModeIsEnabled, LocalEntryNotFoundError, 
 
 
 class Example(NamedTuple):
-    """What every row of every dataset becomes. The loss is on the response alone."""
+    """Prompt and response of one example, and its domain; only the response has a loss."""
 
     prompt: str
     response: str
@@ -56,10 +57,10 @@ class Examples:
 
     Attributes:
         entry: The dataset.
-        rows: With the columns ``prompt``, ``response``, ``domain``, ``split`` (an index into ``SPLITS``) and
-            ``task`` (the benchmark task that a row says it is, or nothing).
-        skipped: How many rows were left out.
-        first_skipped: Where the first of them stands, and what is wrong with it.
+        rows: Examples with the columns ``prompt``, ``response``, ``domain``, ``split`` (an index into ``SPLITS``) and
+            ``task`` (the benchmark task id in the row, or "").
+        skipped: Number of rows left out.
+        first_skipped: Location and fault of the first of them, or "".
     """
 
     entry: DatasetEntry
@@ -71,16 +72,16 @@ class Examples:
 def get_dataset(
     name: str, *, data_dir: str | Path | None = None, template: Template | None = None, skip_bad_rows: bool = False
 ) -> DatasetDict:
-    """Reads a dataset and splits it. Nothing is taken out: see ``decontaminate`` before you train on it.
+    """Read a dataset and split it; benchmark tasks stay in it (see ``decontaminate`` before training on it).
 
-    The split of a row follows from its prompt alone: it is the same on every machine, stays where it is when rows
-    are added or reordered, and rows with equal prompts never end up on both sides.
+    The split of a row depends on its prompt alone: it is the same on every machine, does not change when rows are
+    added or reordered, and rows with equal prompts are in the same split.
 
     Args:
         name: One of ``AVAILABLE_DATASETS``, or ``name=path``; see ``registry.resolve``.
-        data_dir: Where files or a ``datasets`` cache are.
-        template: What stands around a conversation; the plain one by default.
-        skip_bad_rows: Leaves out rows that cannot be used, in the place of an error.
+        data_dir: Folder with files or with a ``datasets`` cache.
+        template: Prompt template of conversations; the plain one by default.
+        skip_bad_rows: Whether to leave out rows that cannot be used instead of raising an error.
 
     Returns:
         Those of the splits ``train``, ``validation`` and ``test`` that the dataset has, each with the text columns
@@ -96,10 +97,10 @@ def get_dataset(
 
 
 def check_splits(examples: Examples) -> list[str]:
-    """Makes sure that every split that a dataset has is not empty; returns the splits' names.
+    """Return the names of a dataset's splits, after checking that each has rows.
 
     Raises:
-        DatasetError: One of them is empty.
+        DatasetError: A split is empty.
     """
     shares = zip(SPLITS, examples.entry.spec.shares, strict=True)
     names = [name for name, share in shares if share > 0]
@@ -111,27 +112,30 @@ def check_splits(examples: Examples) -> list[str]:
 
 
 def of_split(rows: Dataset, name: str) -> Dataset:
-    """The rows of one split."""
+    """Return the rows of one split."""
     return rows.select(np.flatnonzero(splits_of(rows) == SPLITS.index(name)))
 
 
-def splits_of(rows: Dataset) -> "np.ndarray[Any, np.dtype[np.int8]]":
-    """The split of each row, an index into ``SPLITS``."""
+def splits_of(rows: Dataset) -> NDArray[np.int64]:
+    """Return the split of each row, an index into ``SPLITS``: ``(rows,)``."""
     return column(rows, "split")
 
 
-def column(rows: Dataset, name: str) -> "np.ndarray[Any, Any]":
-    """A column of numbers."""
-    return np.asarray(rows.with_format("numpy", columns=[name])[:][name]) if len(rows) else np.zeros(0, np.int64)
+def column(rows: Dataset, name: str) -> NDArray[np.int64]:
+    """Return a column of integers or booleans: ``(rows,)``."""
+    if not len(rows):
+        return np.zeros(0, dtype=np.int64)
+    return np.asarray(rows.with_format("numpy", columns=[name])[:][name], dtype=np.int64)
 
 
 def read_examples(entry: DatasetEntry, template: Template, *, skip_bad_rows: bool = False) -> Examples:
-    """Reads all examples of a dataset, from the disk where they have been read before.
+    """Read all examples of a dataset, from the cache if they were read before.
 
     Args:
         entry: The dataset.
-        template: What stands around a conversation.
-        skip_bad_rows: Leaves out rows that cannot be used. Rows of the Hub without a response always are.
+        template: Prompt template of conversations.
+        skip_bad_rows: Whether to leave out rows that cannot be used. Rows of a known dataset that have no response are
+            always left out.
 
     Raises:
         DatasetError: The dataset cannot be reached, or a row cannot be used; the message names file and line.
@@ -140,7 +144,9 @@ def read_examples(entry: DatasetEntry, template: Template, *, skip_bad_rows: boo
     key = [source.identity, entry.name, entry.spec, template.identity, skip_bad_rows, code_digest()]
     arguments = {"source": source, "entry": entry, "template": template, "skip_bad_rows": skip_bad_rows}
     try:
-        rows = Dataset.from_generator(_records, features=_FEATURES, gen_kwargs=arguments, fingerprint=Hasher.hash(key))
+        rows = Dataset.from_generator(
+            _example_records, features=_FEATURES, gen_kwargs=arguments, fingerprint=Hasher.hash(key)
+        )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DatasetError | OSError):
             raise error.__cause__ from None
@@ -153,22 +159,22 @@ def read_examples(entry: DatasetEntry, template: Template, *, skip_bad_rows: boo
 
 
 def read_rows(entry: DatasetEntry) -> list[Row]:
-    """The rows of a dataset as they are, in the order of their source.
+    """Return the unconverted rows of a dataset in the order of their source.
 
     Raises:
-        DatasetError: The dataset cannot be had or read.
+        DatasetError: The dataset cannot be reached or read.
     """
-    return [row for _, row in _located(_source(entry), entry)]
+    return [row for _, row in _located_rows(_source(entry), entry)]
 
 
 @cache
 def code_digest() -> str:
-    """A digest of this package's code: what older code has written is not read by newer code."""
+    """Return a digest of this package's code, so that no cache of other code is read."""
     return digest_of(sorted(Path(__file__).parent.glob("*.py")))
 
 
 class _Source(NamedTuple):
-    """Where rows come from, and what tells their content from others'."""
+    """Source of rows: files, a dataset of the Hub, or neither for a local dataset; with a hash of its content."""
 
     identity: str
     files: list[Path]
@@ -182,7 +188,7 @@ def _source(entry: DatasetEntry) -> _Source:
     if entry.spec.on_hub:
         hub = _from_hub(entry)
         return _Source(hub._fingerprint, [], hub)
-    # what the local domains read are the files of these versions
+    # the installed files that local datasets read depend on these versions
     versions = [platform.python_version(), torch.__version__]
     return _Source(Hasher.hash([entry.spec.source, versions]), [], None)
 
@@ -196,12 +202,13 @@ def _from_hub(entry: DatasetEntry) -> Dataset:
     except _UNREACHABLE as error:
         raise DatasetError(
             f"the dataset {entry.name!r} ({hub}) could not be fetched from the Hub and is not in the local cache "
-            f"({first_line(error)}); connect, or elsewhere run 'hf download {hub} --repo-type dataset --local-dir "
-            f"DIR/{entry.name}' and pass --data_dir DIR here, or use python_stdlib,cpp_headers, which need no Hub"
+            f"({first_line(error)}); connect, or run 'hf download {hub} --repo-type dataset --local-dir "
+            f"DIR/{entry.name}' elsewhere and pass `data_dir` DIR here, or use python_stdlib,cpp_headers, which need "
+            "no Hub"
         ) from error
 
 
-def _located(source: _Source, entry: DatasetEntry) -> Iterator[Located]:
+def _located_rows(source: _Source, entry: DatasetEntry) -> Iterator[LocatedRow]:
     if source.hub is not None:
         yield from ((f"row {number}", row) for number, row in enumerate(source.hub))
     elif source.files:
@@ -212,38 +219,40 @@ def _located(source: _Source, entry: DatasetEntry) -> Iterator[Located]:
         yield from ((f"row {number}", row) for number, row in enumerate(unique_rows(entry.spec.source())))
 
 
-def _records(source: _Source, entry: DatasetEntry, template: Template, skip_bad_rows: bool) -> Iterator[dict[str, Any]]:
+def _example_records(
+    source: _Source, entry: DatasetEntry, template: Template, skip_bad_rows: bool
+) -> Iterator[dict[str, object]]:
     where = None
-    for where, row in _located(source, entry):
+    for where, row in _located_rows(source, entry):
         task = entry.spec.task_of(row) if entry.spec.task_of else ""
         try:
-            records = [_record(exchange, entry, template, task) for exchange in entry.spec.exchanges(row)]
+            records = [_example_record(pair, entry, template, task) for pair in entry.spec.row_format(row)]
         except DatasetError as error:
             problem = f"the dataset {entry.name!r}: {where}: {error}"
-            known = isinstance(error, _NoResponse) and entry.spec.source != OWN_FILES
-            if not skip_bad_rows and not known:
-                raise DatasetError(f"{problem}; mend or remove the row, or pass --skip_bad_rows") from error
+            expected = isinstance(error, _NoResponseError) and entry.spec.source != OWN_FILES
+            if not skip_bad_rows and not expected:
+                raise DatasetError(f"{problem}; fix or remove the row, or set `skip_bad_rows`") from error
             records = [{**dict.fromkeys(_FEATURES, ""), "split": _SKIPPED, "problem": problem}]
         yield from records
     if where is None:
         raise DatasetError(f"the dataset {entry.name!r} is empty: it has no row at all")
 
 
-class _NoResponse(DatasetError):
-    """A row has nothing to learn: some public sets have such rows, and in the user's own files it is the user's say."""
+class _NoResponseError(DatasetError):
+    """Error for a row without a response, which some public datasets have."""
 
 
-def _record(exchange: Exchange, entry: DatasetEntry, template: Template, task: str) -> dict[str, Any]:
-    if not exchange.response.strip():
-        raise _NoResponse("the response is empty")
-    prompt, response = exchange.prompt, exchange.response
+def _example_record(pair: PromptResponse, entry: DatasetEntry, template: Template, task: str) -> dict[str, object]:
+    prompt, response = pair
+    if not response.strip():
+        raise _NoResponseError("the response is empty")
     if not isinstance(prompt, str):
         prompt, response = template.render(prompt), response + template.turn_end
     try:
         (prompt + response).encode()
     except UnicodeEncodeError as error:
         raise DatasetError(f"it holds half of a surrogate pair, \\u{ord(error.object[error.start]):04x}") from error
-    split = _split_of(exchange.key, entry.spec.shares)
+    split = _split_of(pair.key, entry.spec.shares)
     example = Example(prompt, response, entry.name)
     return {**example._asdict(), "split": split, "task": task, "problem": ""}
 

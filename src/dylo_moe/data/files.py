@@ -1,4 +1,4 @@
-"""People's own files, read row by row: each row comes with where it stands, and memory does not grow with the file."""
+"""Readers for the user's files: rows one by one, each with its location, in memory that does not grow with the file."""
 
 import codecs
 import csv
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
@@ -19,26 +19,26 @@ from dylo_moe.durable import sha256_of
 from dylo_moe.errors import DatasetError, first_line
 
 MAX_ROW_BYTES = 8 * 2**20
-"""A longer row is no example that a model could be trained on, but most likely a file of another kind."""
+"""Longest row; a longer one most likely means that the file is of another kind."""
 
 _CHUNK = 2**20
 _JSON_LINES, _JSON, _CSV, _PARQUET = (".jsonl", ".ndjson"), (".json",), (".csv",), (".parquet",)
 _TEXT = (*_JSON_LINES, *_JSON, *_CSV)
 SUFFIXES = (*_TEXT, *_PARQUET, *(f"{suffix}.gz" for suffix in _TEXT))
 
-Located = tuple[str, Row]
-"""Where a row stands, such as ``rows.jsonl line 3``, and the row."""
+LocatedRow = tuple[str, Row]
+"""Location of a row, such as ``rows.jsonl line 3``, and the row."""
 
 
 def data_files(path: Path) -> list[Path]:
-    """The data files that a path stands for: itself, or all below it, in the order of their names.
+    """Return the data files at a path: the file itself, or all files in the folder and below, sorted by name.
 
     Raises:
-        DatasetError: There is none, the file is of an unknown kind, or links lead in a circle.
+        DatasetError: There is no data file, the file is of an unknown kind, or links form a cycle.
     """
     if not _resolved(path).is_dir():
         if not path.is_file() or not path.name.lower().endswith(SUFFIXES):
-            raise DatasetError(f"{path} is no data file; known are a folder, {', '.join(SUFFIXES)}")
+            raise DatasetError(f"{path} is not a data file; give a folder or a file of {', '.join(SUFFIXES)}")
         return [path]
     found = list(_files_below(path, ()))
     if not found:
@@ -49,7 +49,7 @@ def data_files(path: Path) -> list[Path]:
 def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     here = _resolved(folder)
     if here in above:
-        raise DatasetError(f"the link {folder} leads back to {here}, which it is in; remove it")
+        raise DatasetError(f"the link {folder} leads back to {here}, which contains it; remove it")
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
@@ -64,7 +64,7 @@ def _resolved(path: Path) -> Path:
         return path.resolve(strict=True)
     except FileNotFoundError as error:
         raise DatasetError(f"there is no file or folder {path}") from error
-    except (OSError, RuntimeError) as error:  # a circle of links is the one or the other, by Python's version
+    except (OSError, RuntimeError) as error:  # Python versions differ in how they report a cycle of links
         raise DatasetError(f"{path} cannot be followed: {first_line(error)}") from error
 
 
@@ -78,8 +78,8 @@ def digest_of(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def rows_of(path: Path) -> Iterator[Located]:
-    """The rows of a data file.
+def rows_of(path: Path) -> Iterator[LocatedRow]:
+    """Yield the rows of a data file.
 
     Raises:
         DatasetError: The file cannot be read; the message names file and line.
@@ -88,7 +88,7 @@ def rows_of(path: Path) -> Iterator[Located]:
     if name.endswith(_PARQUET):
         yield from _parquet_rows(path)
         return
-    with _reading(path), _opened(path) as file:
+    with _reading(path), cast(BinaryIO, gzip.open(path) if name.endswith(".gz") else path.open("rb")) as file:
         kind = name.removesuffix(".gz")
         if kind.endswith(_CSV):
             yield from _csv_rows(path, file)
@@ -106,17 +106,11 @@ def _reading(path: Path) -> Iterator[None]:
         raise DatasetError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-        yield cast(BinaryIO, file)
-
-
 def _is_array(file: BinaryIO) -> bool:
-    """Whether JSON begins with ``[``; many a ``.json`` file holds lines. The file is left at its beginning."""
-    begin = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+    """Return whether JSON begins with ``[`` (some ``.json`` files hold lines), and rewind the file."""
+    start = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
     file.seek(0)
-    return begin.startswith(b"[")
+    return start.startswith(b"[")
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -131,7 +125,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
             raise DatasetError(_not_utf8(f"{path} line {number}", error)) from error
 
 
-def _json_lines(path: Path, file: BinaryIO) -> Iterator[Located]:
+def _json_lines(path: Path, file: BinaryIO) -> Iterator[LocatedRow]:
     for number, line in _lines(path, file):
         if line.strip():
             where = f"{path} line {number}"
@@ -142,9 +136,9 @@ def _json_lines(path: Path, file: BinaryIO) -> Iterator[Located]:
             yield where, _object(where, row)
 
 
-def _json_array(path: Path, file: BinaryIO) -> Iterator[Located]:
-    """The objects of one large array, without holding the array."""
-    text = _Text(path, file)
+def _json_array(path: Path, file: BinaryIO) -> Iterator[LocatedRow]:
+    """Yield the objects of one large array without holding the array."""
+    text = _TextWindow(path, file)
     text.skip(_BEFORE_ARRAY)
     while text.skip(_BETWEEN_ROWS) not in ("]", ""):
         where = f"{path} line {text.line}"
@@ -156,63 +150,71 @@ def _json_array(path: Path, file: BinaryIO) -> Iterator[Located]:
 _BEFORE_ARRAY, _BETWEEN_ROWS = re.compile(r"[ \t\r\n]*\["), re.compile(r"[ \t\r\n,]*")
 
 
-class _Text:
-    """A window on the text of a file, a place in it, and the line of that place."""
+class _TextWindow:
+    """Window on the text of a file, with a position in it.
+
+    Args:
+        path: Path of the file, for messages.
+        file: The file, open at its start.
+
+    Attributes:
+        line: Line of the position, from 1.
+    """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path = path
         self.line = 1
+        self._path = path
         self._file = file
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._json = json.JSONDecoder()
-        self._text, self._at, self._ended = "", 0, False
+        self._text, self._position, self._ended = "", 0, False
 
     def skip(self, pattern: "re.Pattern[str]") -> str:
-        """Goes on behind what matches; returns the character there, or nothing at the end of the file."""
+        """Move past a match of the pattern; return the next character, or "" at the end of the file."""
         while True:
-            match = pattern.match(self._text, self._at)
-            self._go(match.end() if match else self._at)
-            if self._at < len(self._text) or self._ended:
-                return self._text[self._at : self._at + 1]
+            match = pattern.match(self._text, self._position)
+            self._move_to(match.end() if match else self._position)
+            if self._position < len(self._text) or self._ended:
+                return self._text[self._position : self._position + 1]
             self._read()
 
-    def decode(self, where: str) -> Any:
-        """The JSON value at this place; goes on behind it."""
+    def decode(self, where: str) -> object:
+        """Return the JSON value at the position and move past it."""
         while True:
             try:
-                value, end = self._json.raw_decode(self._text, self._at)
+                value, end = self._json.raw_decode(self._text, self._position)
             except (json.JSONDecodeError, RecursionError) as error:
                 if self._ended:
                     raise DatasetError(f"{where} is broken JSON: {_without_place(error)}") from error
-                if len(self._text) - self._at > MAX_ROW_BYTES:
+                if len(self._text) - self._position > MAX_ROW_BYTES:
                     raise DatasetError(f"{_too_long(where)} ({_without_place(error)})") from error
                 self._read()
             else:
-                self._go(end)
+                self._move_to(end)
                 return value
 
-    def _go(self, end: int) -> None:
-        self.line += self._text.count("\n", self._at, end)
-        self._at = end
+    def _move_to(self, end: int) -> None:
+        self.line += self._text.count("\n", self._position, end)
+        self._position = end
 
     def _read(self) -> None:
-        """Reads as much again as is held: a long row is scanned a few times, and not once for each chunk."""
-        rest = self._text[self._at :]
+        """Double the window, so that a long row is scanned a few times rather than once for each chunk."""
+        rest = self._text[self._position :]
         chunk = self._file.read(max(_CHUNK, len(rest)))
         self._ended = not chunk
         try:
-            self._text, self._at = rest + self._utf8.decode(chunk, final=self._ended), 0
+            self._text, self._position = rest + self._utf8.decode(chunk, final=self._ended), 0
         except UnicodeDecodeError as error:
             line = self.line + rest.count("\n") + error.object[: error.start].count(b"\n")
-            raise DatasetError(_not_utf8(f"{self.path} line {line}", error)) from error
+            raise DatasetError(_not_utf8(f"{self._path} line {line}", error)) from error
 
 
 def _without_place(error: Exception) -> str:
-    """What is wrong, without a line number that counts from the row's own beginning."""
+    """Return the message of an error without its line number, which counts from the start of the row."""
     return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
-def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Located]:
+def _csv_rows(path: Path, file: BinaryIO) -> Iterator[LocatedRow]:
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.DictReader((line for _, line in _lines(path, file)), strict=True)
     while True:
@@ -224,15 +226,15 @@ def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Located]:
         if row is None:
             return
         if None in row or None in row.values():
-            raise DatasetError(f"{where} has not as many fields as the head of the file")
+            raise DatasetError(f"{where} does not have as many fields as the header of the file")
         yield where, row
 
 
-def _parquet_rows(path: Path) -> Iterator[Located]:
+def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
     try:
         rows = datasets.Dataset.from_parquet(str(path))
     except (DatasetGenerationError, ValueError, OSError) as error:
-        raise DatasetError(f"{path} is no Parquet file: {first_line(error.__cause__ or error)}") from error
+        raise DatasetError(f"{path} is not a Parquet file: {first_line(error.__cause__ or error)}") from error
     for number, row in enumerate(rows, start=1):
         where = f"{path} row {number}"
         if sum(len(value) for value in row.values() if isinstance(value, str)) > MAX_ROW_BYTES:
@@ -240,14 +242,14 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
         yield where, row
 
 
-def _object(where: str, row: Any) -> Row:
+def _object(where: str, row: object) -> Row:
     if not isinstance(row, dict):
         raise DatasetError(f"{where} must be an object with columns, got a {type(row).__name__}")
     return row
 
 
 def _too_long(where: str) -> str:
-    return f"{where} is longer than {MAX_ROW_BYTES // 2**20} MB, the most that a row may have; split it or leave it out"
+    return f"{where} is longer than {MAX_ROW_BYTES // 2**20} MB, the longest row allowed; split it or leave it out"
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> str:

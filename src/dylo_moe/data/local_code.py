@@ -1,12 +1,11 @@
-"""The two code domains that every machine already has: no download, no copy in the repository.
+"""Two code datasets that every machine has already, without a download.
 
 ``python_stdlib``: documented functions of the running interpreter's standard library
 (prompt = signature and docstring, response = body).
 ``cpp_headers``: documented declarations of the C++ headers in the installed torch wheel
 (prompt = documentation comment, response = the declaration with its inline body).
 
-Both are read from files whose content follows the Python and torch versions, so rows differ between
-versions, and are the same on all machines with the same versions.
+Both are read from installed files, so the rows depend on the versions of Python and torch, and on nothing else.
 """
 
 import ast
@@ -18,17 +17,15 @@ from pathlib import Path
 
 import torch
 
-Row = dict[str, str]
-
 MIN_RESPONSE_CHARS = 40
 MAX_ROW_CHARS = 2_000
-"""Rows outside these bounds are left out: one-liners teach nothing, giants do not fit a context."""
+"""Bounds of a row: one-line responses teach nothing, and long rows do not fit the context."""
 
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "_bundled"}
 _HEADER_ROOTS = ("ATen", "c10", "torch")
 _GENERATED_FILE = "@generated"
 _GENERATED_DOC = "// aten::"
-"""Operator headers are generated from one schema; thousands of near-copies would drown the rest."""
+"""Marks of headers generated from one schema, whose thousands of near-copies would outnumber all other rows."""
 
 _DOC_COMMENT = re.compile(
     r"^(?P<indent>[ \t]*)(?P<doc>/\*\*(?:[^*]|\*(?!/))*\*/|//[^\n]*(?:\n[ \t]*//[^\n]*)*)[ \t]*\n(?=[ \t]*\S)",
@@ -41,16 +38,16 @@ _NOT_A_DECLARATION = re.compile(
 _STRINGS_AND_COMMENTS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
-def python_stdlib_rows() -> Iterator[Row]:
-    """Yields ``{"prompt", "response"}`` for each documented standard-library function, in path order."""
+def python_stdlib_rows() -> Iterator[dict[str, str]]:
+    """Yield ``{"prompt", "response"}`` for each documented standard-library function, in path order."""
     root = Path(sysconfig.get_path("stdlib"))
     files = (path for path in sorted(root.rglob("*.py")) if not _STDLIB_SKIPPED & set(path.relative_to(root).parts))
     for path in files:
         yield from _rows_of_module(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def cpp_headers_rows() -> Iterator[Row]:
-    """Yields ``{"prompt", "response"}`` for each documented C++ declaration of torch's headers, in path order."""
+def cpp_headers_rows() -> Iterator[dict[str, str]]:
+    """Yield ``{"prompt", "response"}`` for each documented C++ declaration of torch's headers, in path order."""
     include = Path(torch.__file__).parent / "include"
     for root in _HEADER_ROOTS:
         for path in sorted((include / root).rglob("*.h")):
@@ -58,7 +55,7 @@ def cpp_headers_rows() -> Iterator[Row]:
 
 
 def unique_rows(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Keeps the first of rows with equal prompt and response, and those within the length bounds."""
+    """Return the rows within the length bounds, and of equal rows one."""
     seen = {
         (row["prompt"], row["response"]): row
         for row in rows
@@ -68,10 +65,10 @@ def unique_rows(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
     return list(seen.values())
 
 
-def _rows_of_module(source: str) -> Iterator[Row]:
+def _rows_of_module(source: str) -> Iterator[dict[str, str]]:
     try:
         tree = ast.parse(source)
-    except SyntaxError:  # the library ships files that are wrong on purpose, for its own tests
+    except SyntaxError:  # the library contains invalid files, for its own tests
         return
     lines = source.splitlines(keepends=True)
     for node in ast.walk(tree):
@@ -87,7 +84,7 @@ def _rows_of_module(source: str) -> Iterator[Row]:
         yield {"prompt": "".join(head), "response": text[len("".join(head)) :].rstrip() + "\n"}
 
 
-def _rows_of_header(source: str) -> Iterator[Row]:
+def _rows_of_header(source: str) -> Iterator[dict[str, str]]:
     if _GENERATED_FILE in source[:2_000]:
         return
     for match in _DOC_COMMENT.finditer(source):
@@ -99,7 +96,7 @@ def _rows_of_header(source: str) -> Iterator[Row]:
 
 
 def _declaration(source: str, start: int) -> str | None:
-    """The declaration that begins at ``start``, up to its ``;`` or closing brace; None where there is none."""
+    """Return the declaration that begins at ``start``, up to its ``;`` or closing brace, or None if there is none."""
     if not _DECLARATION_START.match(source, start) or _NOT_A_DECLARATION.match(source, start):
         return None
     window = source[start : start + MAX_ROW_CHARS]

@@ -1,7 +1,7 @@
-"""In which order the rows of several datasets are trained on.
+"""Training order of the rows of several datasets.
 
-The order of an epoch is a function of the seed and the epoch alone. So a run that is resumed skips what it has
-seen, several processes share one order out among them, and two runs with one seed see the same rows.
+The order of an epoch depends on the seed and the epoch alone. A resumed run can therefore skip the rows that it has
+seen, several processes can share one order, and two runs with the same seed see the same rows.
 """
 
 import math
@@ -13,43 +13,43 @@ from torch.utils.data import Sampler
 from typing_extensions import override
 
 FILLER = -1
-"""An index that stands for no row; see ``MixingSampler``."""
+"""Index of an empty row; see ``MixingSampler``."""
 
 MEGABATCH = 50
-"""Batches among which rows of similar length are put together: enough to save padding, few enough to stay random."""
+"""Number of batches among which rows are sorted by length: many save padding, few keep the order random."""
 
 
-def counts_of(sizes: Sequence[int], temperature: float) -> list[int]:
-    """How many rows of each dataset an epoch has.
+def epoch_counts(sizes: Sequence[int], temperature: float) -> list[int]:
+    """Return the number of rows of each dataset in an epoch.
 
     The datasets' shares are proportional to ``size ** (1 / temperature)``: 1 takes each row once, infinity gives all
     datasets the same share (Arivazhagan et al. 2019, "Massively multilingual neural machine translation in the
-    wild", section 4.2). The epoch is as long as it takes for every row to be seen.
+    wild", section 4.2). The epoch is the shortest in which every row is seen.
 
     Args:
-        sizes: Rows of each dataset; at least 1.
-        temperature: 1 or more.
+        sizes: Number of rows of each dataset, at least 1.
+        temperature: Sampling temperature, at least 1.
     """
-    # relative to the largest, whose rows are seen once
+    # relative to the largest dataset, whose rows are seen once
     largest = max(sizes)
     power = 0.0 if math.isinf(temperature) else 1 / temperature
     return [max(size, round(largest * (size / largest) ** power)) for size in sizes]
 
 
 class MixingSampler(Sampler[int]):
-    """Draws rows of several datasets, each with its share in every stretch of an epoch.
+    """Sampler of rows of several datasets that spreads each dataset evenly over an epoch.
 
-    A dataset that is drawn more often than it has rows is gone through again, in a new order. An epoch is filled up
-    to whole batches for all processes by ``FILLER``, so that no process trains on a row a second time or waits for
-    one that does not come; a filler row has no tokens.
+    A dataset that is drawn more often than it has rows is repeated, each time in a new order. An epoch is padded with
+    ``FILLER`` to whole batches for all processes, so that no process repeats a row or waits for another one; a filler
+    row has no tokens.
 
     Args:
-        domains: The dataset of each row; rows are numbered as they stand here.
-        temperature: See ``counts_of``.
-        seed: Of every order.
-        batch_size: Rows that one process trains on at a time.
-        processes: How many there are.
-        lengths: Of each row; rows of similar length are put into one batch. None leaves the order random.
+        domains: Dataset of each row: ``(rows,)``.
+        temperature: Sampling temperature; see ``epoch_counts``.
+        seed: Seed of the orders of all epochs.
+        batch_size: Number of rows in a batch of one process.
+        processes: Number of processes.
+        lengths: Tokens of each row, ``(rows,)``, to put rows of similar length into one batch; None for a random order.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class MixingSampler(Sampler[int]):
         lengths: NDArray[np.int64] | None = None,
     ) -> None:
         self.rows = [np.flatnonzero(domains == domain) for domain in np.unique(domains)]
-        self.counts = counts_of([len(rows) for rows in self.rows], temperature)
+        self.counts = epoch_counts([len(rows) for rows in self.rows], temperature)
         self.seed = seed
         self.batch_size = batch_size
         self.lengths = lengths
@@ -71,7 +71,7 @@ class MixingSampler(Sampler[int]):
         self.fillers = -sum(self.counts) % (batch_size * processes) if processes > 1 else 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order; ``accelerate`` calls it at the beginning of each epoch."""
+        """Set the epoch that decides the order; ``accelerate`` calls this at the start of each epoch."""
         self.epoch = epoch
 
     @override
@@ -83,12 +83,12 @@ class MixingSampler(Sampler[int]):
         return sum(self.counts) + self.fillers
 
     def order(self) -> NDArray[np.int64]:
-        """The rows of this epoch."""
+        """Return the row numbers of this epoch, without fillers."""
         random = np.random.default_rng([self.seed, self.epoch])
         drawn = [_repeated(rows, count, random) for rows, count in zip(self.rows, self.counts, strict=True)]
-        # the j-th of n rows of a dataset comes between j/n and (j+1)/n of the epoch
-        places = [(np.arange(len(rows)) + random.random(len(rows))) / len(rows) for rows in drawn]
-        order = np.concatenate(drawn)[np.argsort(np.concatenate(places), kind="stable")]
+        # row j of a dataset's n is placed between j/n and (j+1)/n of the epoch
+        positions = [(np.arange(len(rows)) + random.random(len(rows))) / len(rows) for rows in drawn]
+        order = np.concatenate(drawn)[np.argsort(np.concatenate(positions), kind="stable")]
         return order if self.lengths is None else self._by_length(order, random)
 
     def _by_length(self, order: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
@@ -98,11 +98,11 @@ class MixingSampler(Sampler[int]):
         for start in range(0, len(order), size):
             part = order[start : start + size]
             part = part[np.argsort(-self.lengths[part], kind="stable")]
-            several = [part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size)]
-            # an incomplete batch has to be the epoch's last
-            whole = [batch for batch in several if len(batch) == self.batch_size]
-            random.shuffle(whole)
-            batches += [*whole, *several[len(whole) :]]
+            parts = [part[first : first + self.batch_size] for first in range(0, len(part), self.batch_size)]
+            # an incomplete batch must be the last of the epoch
+            full = [batch for batch in parts if len(batch) == self.batch_size]
+            random.shuffle(full)
+            batches += [*full, *parts[len(full) :]]
         return np.concatenate(batches)
 
 

@@ -1,8 +1,8 @@
-"""Joining examples into full rows, and rows into batches.
+"""Packing of examples into full rows, and collation of rows into batches.
 
-A packed row holds several examples. They do not see each other: the model is told where each begins
-(``segment_ids``), counts positions anew and attends within it alone, so that the loss is what it would be without
-packing. Nothing is written: a packed row is a list of examples, which are joined when a batch is made.
+A packed row holds several examples that do not attend to each other: with the ``segment_ids`` the model restarts the
+positions and masks the attention at each example, so that the loss is the same as without packing. A packed row is
+kept as a list of example numbers, and joined when a batch is made.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from dylo_moe.data.mixing import FILLER
 
 
 class Item(TypedDict):
-    """A row to train or evaluate on.
+    """Row to train or evaluate on.
 
     Attributes:
-        input_ids: Tokens of each of its examples.
-        prompt_lengths: How many of them, in each, carry no loss.
-        domain: The dataset that they came from.
-        packed: Whether such rows may hold several examples.
+        input_ids: Token ids of each example in the row.
+        prompt_lengths: Number of prompt tokens of each example, which have no loss.
+        domain: Number of the dataset that the examples came from.
+        packed: Whether rows may hold several examples.
     """
 
     input_ids: list[NDArray[np.int32]]
@@ -37,68 +37,69 @@ class Item(TypedDict):
 
 
 def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64]]:
-    """Best-fit decreasing: longest first, each into the row with the least room that it fits.
+    """Pack examples by best-fit decreasing: longest first, each into the fullest row that has room for it.
 
     Args:
-        lengths: Of the examples, 1 to ``capacity``.
-        capacity: Tokens of a row.
+        lengths: Tokens of each example, from 1 to ``capacity``: ``(examples,)``.
+        capacity: Most tokens of a row.
 
     Returns:
-        The examples of each row.
+        The example numbers of each row.
     """
     rows: list[list[int]] = []
-    # the rows by the room that they have left, and where there are such rows
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    used = _Rooms()
+    # rows by free space, and the amounts of free space that some row has
+    rows_by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = _FreeSpaceSet()
     for example in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[example])
-        room = used.least(length)
-        if room is None:
-            row, room = len(rows), capacity
+        space = spaces.smallest_from(length)
+        if space is None:
+            row, space = len(rows), capacity
             rows.append([])
         else:
-            row = with_room[room].pop()
-            if not with_room[room]:
-                used.remove(room)
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                spaces.remove(space)
         rows[row].append(example)
-        left = room - length
+        left = space - length
         if left:
-            used.add(left)
-            with_room[left].append(row)
+            spaces.add(left)
+            rows_by_space[left].append(row)
     return [np.array(row, dtype=np.int64) for row in rows]
 
 
-class _Rooms:
-    """A set of numbers as the bits of one integer, which tells the least one from some number on."""
+class _FreeSpaceSet:
+    """Set of integers, stored as the bits of one integer, with a fast search for the smallest from a bound on."""
 
     def __init__(self) -> None:
         self._bits = 0
 
-    def add(self, room: int) -> None:
-        self._bits |= 1 << room
+    def add(self, space: int) -> None:
+        self._bits |= 1 << space
 
-    def remove(self, room: int) -> None:
-        self._bits &= ~(1 << room)
+    def remove(self, space: int) -> None:
+        self._bits &= ~(1 << space)
 
-    def least(self, length: int) -> int | None:
+    def smallest_from(self, length: int) -> int | None:
+        """Return the smallest member that is at least ``length``, or None."""
         above = self._bits >> length
         return length + (above & -above).bit_length() - 1 if above else None
 
 
 class TokenRows(TorchDataset[Item]):
-    """Tokenised examples as rows, one example a row or packed.
+    """Tokenized examples as rows of one example each, or packed.
 
     Args:
-        examples: With the columns ``input_ids`` and ``prompt_length``.
-        domains: The domain of each example.
-        lengths: The tokens of each example.
-        capacity: Packs examples of one domain into rows of at most so many tokens; None leaves each on its own.
+        examples: Examples with the columns ``input_ids`` and ``prompt_length``.
+        domains: Domain of each example: ``(examples,)``.
+        lengths: Tokens of each example: ``(examples,)``.
+        capacity: Most tokens of a packed row, which holds examples of one domain; None for no packing.
 
     Attributes:
         packed: Whether rows may hold several examples.
-        fingerprint: Tells the examples from others.
-        domains: The domain of each row.
-        lengths: The tokens of each row.
+        fingerprint: Hash of the examples.
+        domains: Domain of each row: ``(rows,)``.
+        lengths: Tokens of each row: ``(rows,)``.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class TokenRows(TorchDataset[Item]):
         self._rows: list[NDArray[np.int64]] | None = None
         self.domains, self.lengths = domains, lengths
         if capacity is not None:
-            # of one domain, so that the datasets' shares of the rows are their shares of the tokens
+            # rows of one domain keep each dataset's share of the rows equal to its share of the tokens
             self._rows = [
                 members[row]
                 for members in (np.flatnonzero(domains == domain) for domain in np.unique(domains))
@@ -131,22 +132,22 @@ class TokenRows(TorchDataset[Item]):
         if index == FILLER:
             return Item(input_ids=[], prompt_lengths=[], domain=0, packed=self.packed)
         members = [index] if self._rows is None else self._rows[index]
-        found = self._examples[members]
+        examples = self._examples[members]
         return Item(
-            input_ids=list(found["input_ids"]),
-            prompt_lengths=found["prompt_length"].tolist(),
+            input_ids=list(examples["input_ids"]),
+            prompt_lengths=examples["prompt_length"].tolist(),
             domain=int(self.domains[index]),
             packed=self.packed,
         )
 
 
 class TokenCollator:
-    """Makes batches of rows.
+    """Collator of rows into batches.
 
     Args:
-        pad_token_id: Fills rows up to the longest.
-        flatten: Puts packed rows of a batch behind each other into one, without padding. FlashAttention tells
-            examples apart by their positions only where the batch is one row.
+        pad_token_id: Token id that pads rows to the longest.
+        flatten: Whether to concatenate the packed rows of a batch into a single row without padding. FlashAttention
+            separates examples by their positions, and only in a batch of one row.
     """
 
     def __init__(self, pad_token_id: int, *, flatten: bool = False) -> None:
@@ -154,17 +155,17 @@ class TokenCollator:
         self.flatten = flatten
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Makes a batch.
+        """Return a batch of rows.
 
         Returns:
             Integer tensors ``(batch, seq)``: ``input_ids``; ``attention_mask``, 1 for real tokens; ``labels``, -100
-            where there is no loss; and for packed rows ``segment_ids``, which count a row's examples from 1 and are 0
-            for padding. And ``domain``, ``(batch,)``, as the rows were given.
+            for tokens without a loss; for packed rows ``segment_ids``, which number the examples of a row from 1 and
+            are 0 for padding. Also ``domain``, ``(items,)``, in the order of the items.
         """
         domain = torch.tensor([item["domain"] for item in items])
         packed = items[0]["packed"]
         if packed and self.flatten:
-            items = [_behind_each_other(items)]
+            items = [_concatenate(items)]
         width = max(1, *(sum(map(len, item["input_ids"])) for item in items))
         batch = {
             "input_ids": torch.full((len(items), width), self.pad_token_id),
@@ -187,13 +188,13 @@ def _fill(row: dict[str, Tensor], item: Item) -> None:
         row["attention_mask"][start:end] = 1
         if "segment_ids" in row:
             row["segment_ids"][start:end] = segment
-        # nothing comes before the first token of an example that it could be predicted from
+        # the first token of an example has no context to be predicted from
         first = max(1, prompt_length)
         row["labels"][start + first : end] = ids[first:]
         start = end
 
 
-def _behind_each_other(items: Sequence[Item]) -> Item:
+def _concatenate(items: Sequence[Item]) -> Item:
     return Item(
         input_ids=[ids for item in items for ids in item["input_ids"]],
         prompt_lengths=[length for item in items for length in item["prompt_lengths"]],

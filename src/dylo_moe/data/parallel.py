@@ -1,35 +1,38 @@
-"""Work on many rows: in several processes, in chunks that are kept, so that what is done once is not done again."""
+"""Functions over many rows, in several processes and in chunks that are cached on the disk."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from datasets import Dataset, Features, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 ROWS_PER_CHUNK = 50_000
-"""A run that is interrupted does at most so many rows again."""
+"""Most rows that an interrupted run has to process again."""
 
 ROWS_PER_WORKER = 5_000
-"""With fewer rows, starting a process costs more than it saves."""
-
-Batch = dict[str, Any]
+"""Fewest rows for which starting a process pays."""
 
 
 def map_rows(
-    rows: Dataset, function: Callable[[Batch], Batch], key: str, *, features: Features, workers: int, title: str
+    rows: Dataset,
+    function: Callable[[dict[str, list[str]]], Mapping[str, object]],
+    key: str,
+    *,
+    features: Features,
+    workers: int,
+    title: str,
 ) -> Dataset:
-    """Applies a function to batches of rows, and keeps what it gives on the disk.
+    """Apply a function to batches of rows and cache its output on the disk.
 
     Args:
         rows: The input.
-        function: From the columns of a batch to the columns of ``features``, a row for each row.
-        key: Tells this input and this function from others: with the same key, the kept rows are taken.
+        function: Takes the text columns of a batch and returns the columns of ``features``, one row for each row.
+        key: Identity of the input and the function; output cached under the same key is reused.
         features: Columns of the output.
-        workers: Processes, at most.
-        title: For the progress bar.
+        workers: Largest number of processes.
+        title: Title of the progress bar.
 
     Returns:
-        The output, mapped into memory.
+        The output, memory-mapped.
     """
     done = []
     for number, start in enumerate(range(0, max(1, len(rows)), ROWS_PER_CHUNK)):

@@ -1,11 +1,11 @@
-"""The datasets by name: where each comes from, under which licence, and how a row becomes prompt and response.
+"""Registry of datasets by name: the source, license and row format of each.
 
-Adding a dataset is adding one ``DatasetSpec``. Any file of the user's is a dataset too. Turning text into tokens is
-the business of ``prepare_data.py``.
+A dataset is added by one ``DatasetSpec``. Any file of the user is a dataset too. Text becomes tokens in
+``tokenization.py``.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,34 +17,35 @@ from dylo_moe.data.rows import (
     Row,
     RowFormat,
     TurnColumn,
-    by_columns,
+    detect_format,
     mbpp_row,
 )
 from dylo_moe.errors import DatasetError, did_you_mean
 
 OWN_FILES = "own files"
+"""Source of a dataset that is read from the user's files."""
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset.
+    """Source, license and format of one dataset.
 
     Attributes:
-        source: A Hub id, a function that yields the rows, or ``OWN_FILES``.
-        licence: As its page states it.
-        exchanges: From a row to prompts and responses.
-        columns: The columns that are read.
+        source: Hub id, function that yields the rows, or ``OWN_FILES``.
+        license: License as the dataset's page states it.
+        row_format: Conversion of a row to prompts and responses.
+        columns: Names of the columns that are read.
         revision: Commit, tag or branch on the Hub.
-        config: The Hub configuration.
-        hub_splits: The Hub's splits to read; all are pooled, and split again by content.
-        shares: Shares of train, validation and test.
-        task_of: The benchmark task that a row is, where it says so itself.
-        evaluation_only: Whether training on it would spoil a benchmark.
+        config: Name of the Hub configuration.
+        hub_splits: Splits of the Hub to read; they are pooled, and split again by content.
+        shares: Fractions of train, validation and test.
+        task_of: Function that returns the benchmark task id in a row, for a dataset that has such ids.
+        evaluation_only: Whether the dataset is a benchmark, which must not be trained on.
     """
 
-    source: str | Callable[[], Iterator[Row]]
-    licence: str
-    exchanges: RowFormat
+    source: str | Callable[[], Iterator[Mapping[str, str]]]
+    license: str
+    row_format: RowFormat
     columns: tuple[str, ...]
     revision: str = "main"
     config: str | None = None
@@ -55,12 +56,12 @@ class DatasetSpec:
 
     @property
     def non_commercial(self) -> bool:
-        """Whether the licence rules out commercial use."""
-        return "-NC" in self.licence
+        """Whether the license rules out commercial use."""
+        return "-NC" in self.license
 
     @property
     def on_hub(self) -> str | None:
-        """The Hub id, for a dataset of the Hub."""
+        """Hub id of the dataset, or None if it is not on the Hub."""
         return self.source if isinstance(self.source, str) and self.source != OWN_FILES else None
 
 
@@ -115,21 +116,21 @@ REGISTRY: dict[str, DatasetSpec] = {
 }
 
 AVAILABLE_DATASETS: tuple[str, ...] = tuple(REGISTRY)
-"""The names that ``get_dataset`` knows; beside them, any ``name=path``."""
+"""Names that ``get_dataset`` knows; it also takes any ``name=path``."""
 
-_OWN = DatasetSpec(OWN_FILES, "the user's", by_columns, ())
+_OWN = DatasetSpec(OWN_FILES, "the user's", detect_format, ())
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A dataset as a user asked for it.
+    """Dataset that a user named.
 
     Attributes:
-        name: Its name, which is also its domain's.
-        spec: What it is.
-        path: The file or folder to read, in the place of the source.
-        cache: A ``datasets`` cache to look in.
+        name: Name of the dataset and of its domain.
+        spec: Specification of the dataset.
+        path: File or folder to read instead of the source.
+        cache: Folder of a ``datasets`` cache to read from.
     """
 
     name: str
@@ -138,22 +139,22 @@ class DatasetEntry:
     cache: Path | None = None
 
 
-def resolve(wanted: str, data_dir: str | Path | None = None) -> DatasetEntry:
-    """Finds a dataset by name, or as ``name=path`` for files of the user's.
+def resolve(dataset: str, data_dir: str | Path | None = None) -> DatasetEntry:
+    """Return the dataset ``name``, or ``name=path`` for files of the user.
 
     A known name with a path reads that dataset's rows from the path. With ``data_dir``, a dataset of the Hub is read
-    from ``data_dir/<name>.<suffix>`` or the folder ``data_dir/<name>`` where there is one, and otherwise by way of the
+    from ``data_dir/<name>.<suffix>`` or the folder ``data_dir/<name>`` if it exists, and otherwise through the
     ``datasets`` cache in ``data_dir``.
 
     Raises:
-        DatasetError: There is none of that name, or no such path.
+        DatasetError: The name is unknown or not usable, or ``data_dir`` is not a folder.
     """
-    name, is_own, path = wanted.partition("=")
+    name, is_own, path = dataset.partition("=")
     if not _NAME.fullmatch(name):
         raise DatasetError(f"{name!r} cannot name a dataset; use letters, digits, '_', '-' and '.'")
     if is_own:
         if not path:
-            raise DatasetError(f"{wanted!r} names no file; write {name}=path/to/file.jsonl")
+            raise DatasetError(f"{dataset!r} names no file; write {name}=path/to/file.jsonl")
         return DatasetEntry(name, REGISTRY.get(name, _OWN), Path(path).expanduser())
     if name not in REGISTRY:
         known = ", ".join(AVAILABLE_DATASETS)
@@ -166,20 +167,20 @@ def resolve(wanted: str, data_dir: str | Path | None = None) -> DatasetEntry:
         return DatasetEntry(name, spec)
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
-        raise DatasetError(f"--data_dir {folder} is no folder")
+        raise DatasetError(f"`data_dir` must be a folder, got {folder}")
     candidates = (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES))
     found = next((path for path in candidates if path.exists()), None)
     return DatasetEntry(name, spec, found, folder)
 
 
 def refuse_for_training(entry: DatasetEntry) -> None:
-    """Keeps a benchmark out of the training data.
+    """Check that a dataset is not a benchmark.
 
     Raises:
-        DatasetError: The dataset is there to evaluate on.
+        DatasetError: The dataset is for evaluation only.
     """
     if entry.spec.evaluation_only:
         raise DatasetError(
-            f"--datasets: {entry.name} is a benchmark, and a model that was trained on it cannot be evaluated any "
-            "more; leave it out"
+            f"{entry.name} is a benchmark, which cannot evaluate a model that was trained on it; leave it out of "
+            "`datasets`"
         )

@@ -1,22 +1,24 @@
-"""How a row of a dataset becomes prompts and responses, by the columns that it has."""
+"""Row formats: how the columns of a dataset's row become prompts and responses."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dylo_moe.errors import DatasetError
 
-Row = Mapping[str, Any]
+Row = Mapping[str, object]
+"""Columns of one row of a dataset."""
+
 Message = dict[str, str]
-"""``role`` (``system``, ``user`` or ``assistant``) and ``content``, as transformers' chat templates take them."""
+"""``role`` (``system``, ``user`` or ``assistant``) and ``content``, as the chat templates of transformers take them."""
 
 
-class Exchange(NamedTuple):
-    """One response with what comes before it.
+class PromptResponse(NamedTuple):
+    """One response and the prompt before it.
 
     Attributes:
-        prompt: The turns of a conversation before the response, or a text that the response simply goes on from.
-        response: What is learned.
+        prompt: Messages of the conversation before the response, or a text that the response continues.
+        response: Text to learn.
     """
 
     prompt: str | list[Message]
@@ -24,77 +26,91 @@ class Exchange(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What the row's split follows from: the text, or the first thing that the user says."""
+        """Text that decides the split of the row: the prompt, or the first message of the user."""
         if isinstance(self.prompt, str):
             return self.prompt
         return next(message["content"] for message in self.prompt if message["role"] == "user")
 
 
-RowFormat = Callable[[Row], Iterator[Exchange]]
-"""From a row to its exchanges; raises ``DatasetError`` where the row is not of this format."""
+RowFormat = Callable[[Row], Iterator[PromptResponse]]
+"""Converts a row to prompts and responses; raises ``DatasetError`` for a row that has another format."""
 
 
 @dataclass(frozen=True)
 class InstructionColumns:
-    """Rows of an instruction, possibly some input, and an answer."""
+    """Format of rows with an instruction, optionally an input, and an answer.
+
+    Attributes:
+        instruction: Column of the instruction.
+        response: Column of the answer.
+        context: Column of the input, which may be empty or missing in a row.
+    """
 
     instruction: str
     response: str
     context: str | None = None
 
-    def __call__(self, row: Row) -> Iterator[Exchange]:
-        """Yields the one exchange of a row."""
+    def __call__(self, row: Row) -> Iterator[PromptResponse]:
+        """Yield the single prompt and response of a row."""
         task = text_of(row, self.instruction).strip()
-        given = row.get(self.context) if self.context else None
-        if given is not None:
-            given = text_of(row, str(self.context)).strip()
-        yield Exchange(asked(f"{task}\n\n### Input:\n{given}" if given else task), text_of(row, self.response))
+        if self.context and row.get(self.context) is not None:
+            given = text_of(row, self.context).strip()
+            task = f"{task}\n\n### Input:\n{given}" if given else task
+        yield PromptResponse(user_message(task), text_of(row, self.response))
 
 
 @dataclass(frozen=True)
 class CompletionColumns:
-    """Rows whose response goes on where the prompt ends; no template is put around them."""
+    """Format of rows whose response continues the prompt; no template is applied.
+
+    Attributes:
+        prompt: Column of the prompt.
+        response: Column of the response.
+    """
 
     prompt: str = "prompt"
     response: str = "response"
 
-    def __call__(self, row: Row) -> Iterator[Exchange]:
-        """Yields the one exchange of a row."""
-        yield Exchange(text_of(row, self.prompt), text_of(row, self.response))
+    def __call__(self, row: Row) -> Iterator[PromptResponse]:
+        """Yield the single prompt and response of a row."""
+        yield PromptResponse(text_of(row, self.prompt), text_of(row, self.response))
 
 
 @dataclass(frozen=True)
 class TurnColumn:
-    """Rows of one column with the turns of a conversation, as chat messages or as in ShareGPT.
+    """Format of rows with a conversation in one column, as chat messages or as in ShareGPT.
 
     Every answer is learned, with all turns before it as its prompt.
+
+    Attributes:
+        column: Column of the turns.
     """
 
     column: str
 
-    def __call__(self, row: Row) -> Iterator[Exchange]:
-        """Yields an exchange for each answer."""
+    def __call__(self, row: Row) -> Iterator[PromptResponse]:
+        """Yield a prompt and response for each answer."""
         turns = _required(row, self.column)
         if not isinstance(turns, list) or not turns:
-            raise DatasetError(f"column {self.column!r} must be a list of turns, got {_named(turns)}")
+            raise DatasetError(f"column {self.column!r} must be a list of turns, got {_type_name(turns)}")
         messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
         speakers = [message["role"] for message in messages if message["role"] != "system"]
         if "assistant" not in speakers or speakers[0] != "user":
             raise DatasetError(f"column {self.column!r} must have an answer after a turn of the user")
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                yield Exchange(messages[:index], message["content"])
+                yield PromptResponse(messages[:index], message["content"])
 
 
-def mbpp_row(row: Row) -> Iterator[Exchange]:
-    """MBPP as in its paper: the task and the tests that its code has to pass, then the code."""
+def mbpp_row(row: Row) -> Iterator[PromptResponse]:
+    """Yield the task of an MBPP row with the tests to pass, as in the MBPP paper, and its code."""
     tests = _required(row, "test_list")
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-        raise DatasetError(f"column 'test_list' must be a list of texts, got {_named(tests)}")
+        raise DatasetError(f"column 'test_list' must be a list of texts, got {_type_name(tests)}")
     listed = "\n".join(tests)
     task = f"{text_of(row, 'text').strip()}\nYour code should pass these tests:\n{listed}"
-    # the file has the line ends of another system, which a model would learn to write
-    yield Exchange(asked(task.replace("\r\n", "\n")), text_of(row, "code").replace("\r\n", "\n"))
+    # a model would learn the Windows line ends of the file
+    yield PromptResponse(user_message(task.replace("\r\n", "\n")), text_of(row, "code").replace("\r\n", "\n"))
 
 
 FORMATS: dict[str, tuple[tuple[str, ...], RowFormat]] = {
@@ -107,11 +123,15 @@ FORMATS: dict[str, tuple[tuple[str, ...], RowFormat]] = {
     "prompt and completion": (("prompt", "completion"), CompletionColumns("prompt", "completion")),
     "prompt and response": (("prompt", "response"), CompletionColumns("prompt", "response")),
 }
-"""The formats of people's own files: the columns that tell each of them, tried in this order."""
+"""Formats of the user's own files, by title: the columns that identify each, and the format, tried in this order."""
 
 
-def by_columns(row: Row) -> Iterator[Exchange]:
-    """The exchanges of a row in whichever of ``FORMATS`` its columns are."""
+def detect_format(row: Row) -> Iterator[PromptResponse]:
+    """Return the prompts and responses of a row in the first of ``FORMATS`` whose columns it has.
+
+    Raises:
+        DatasetError: The row has the columns of no format.
+    """
     for columns, read in FORMATS.values():
         if all(column in row for column in columns):
             return read(row)
@@ -119,24 +139,24 @@ def by_columns(row: Row) -> Iterator[Exchange]:
     raise DatasetError(f"its columns are {', '.join(map(str, row)) or 'none'}, and no known format has them ({known})")
 
 
-def asked(text: str) -> list[Message]:
-    """A conversation that begins with a user's request."""
+def user_message(text: str) -> list[Message]:
+    """Return a conversation of one message of the user."""
     return [{"role": "user", "content": text}]
 
 
 def text_of(row: Row, column: str) -> str:
-    """The text in a column.
+    """Return the text in a column.
 
     Raises:
-        DatasetError: There is no such column, or it holds something else.
+        DatasetError: The column is missing or does not hold text.
     """
     value = _required(row, column)
     if not isinstance(value, str):
-        raise DatasetError(f"column {column!r} must be text, got {_named(value)}")
+        raise DatasetError(f"column {column!r} must be text, got {_type_name(value)}")
     return value
 
 
-def _required(row: Row, column: str) -> Any:
+def _required(row: Row, column: str) -> object:
     if column not in row:
         raise DatasetError(f"there is no column {column!r} (there are: {', '.join(map(str, row)) or 'none'})")
     return row[column]
@@ -154,9 +174,9 @@ _ROLES = {
 }
 
 
-def _message(turn: Any, number: int) -> Message:
+def _message(turn: object, number: int) -> Message:
     if not isinstance(turn, Mapping):
-        raise DatasetError(f"turn {number} must be an object with a role and a text, got {_named(turn)}")
+        raise DatasetError(f"turn {number} must be an object with a role and a text, got {_type_name(turn)}")
     role, content = ("from", "value") if "from" in turn else ("role", "content")
     speaker = text_of(turn, role)
     if speaker not in _ROLES:
@@ -164,5 +184,5 @@ def _message(turn: Any, number: int) -> Message:
     return {"role": _ROLES[speaker], "content": text_of(turn, content)}
 
 
-def _named(value: Any) -> str:
+def _type_name(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""What stands around a conversation: the model's own chat template, or a plain one for models that have none."""
+"""Prompt templates for conversations: the model's own chat template, or a plain one for models that have none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.data.rows import Message
+from dylo_moe.data.rows import Message, user_message
 from dylo_moe.errors import ConfigError, DatasetError, first_line
 
 TemplateName = Literal["plain", "chat"]
@@ -16,14 +16,20 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class PlainTemplate:
-    """Alpaca's headings around each turn."""
+    """Template with Alpaca's headings before each instruction and response.
+
+    Attributes:
+        name: Name of the template, as a mixture stores it.
+        turn_end: Text after an answer; none.
+        identity: Cache key of the template.
+    """
 
     name: TemplateName = "plain"
     turn_end: str = ""
     identity: str = "plain"
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text before the response."""
+        """Return the prompt text of a conversation, up to where the response begins."""
         return "".join(
             f"### Instruction:\n{message['content'].strip()}\n\n### Response:\n"
             if message["role"] == "user"
@@ -33,14 +39,14 @@ class PlainTemplate:
 
 
 class ChatTemplate:
-    """The chat template that comes with a tokenizer.
+    """Template made from the chat template of a tokenizer.
 
     Args:
-        tokenizer: One with a chat template.
+        tokenizer: A tokenizer with a chat template.
 
     Attributes:
-        turn_end: What the template writes after an answer.
-        identity: Tells this template from others.
+        turn_end: Text that the template writes after an answer.
+        identity: Cache key of the template.
     """
 
     name: TemplateName = "chat"
@@ -49,16 +55,16 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.identity = f"chat {tokenizer.chat_template}"
         answer = "the answer"
-        asked = [{"role": "user", "content": "a question"}]
-        whole = str(tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False))
-        # the end-of-text token is added where it is not what ends a turn already
-        self.turn_end = whole.rpartition(answer)[2].rstrip()
+        messages = [*user_message("a question"), {"role": "assistant", "content": answer}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        # tokenization adds the end-of-text token unless it ends the turn already
+        self.turn_end = text.rpartition(answer)[2].rstrip()
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text before the response, with what tells the model that it is its turn.
+        """Return the prompt text of a conversation, including the header of the model's turn.
 
         Raises:
-            DatasetError: The template knows no such conversation.
+            DatasetError: The template refuses the conversation.
         """
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
@@ -71,17 +77,17 @@ Template = PlainTemplate | ChatTemplate
 
 
 def template_of(choice: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template to use with a model.
+    """Return the template to use with a model.
 
     Args:
-        choice: ``auto`` (the model's own where it has one), ``chat`` or ``plain``.
-        tokenizer: The model's.
+        choice: ``auto`` (the model's own template if it has one), ``chat`` or ``plain``.
+        tokenizer: Tokenizer of the model.
 
     Raises:
-        ConfigError: ``chat`` is asked for, and the model has no chat template.
+        ConfigError: ``choice`` is ``chat`` and the model has no chat template.
     """
     if choice == "plain" or (choice == AUTO and not tokenizer.chat_template):
         return PlainTemplate()
     if not tokenizer.chat_template:
-        raise ConfigError("--template chat needs a model with a chat template, and this one has none; use plain")
+        raise ConfigError("`template` chat needs a model with a chat template, and this one has none; use plain")
     return ChatTemplate(tokenizer)

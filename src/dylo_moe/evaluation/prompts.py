@@ -1,7 +1,7 @@
-"""How a task is put to a model, where its answer ends, and which part of the answer is judged.
+"""Prompts for tasks, the strings at which an answer ends, and the part of an answer that is judged.
 
-Instruction, opening of the answer and stop strings are those of EvalPlus (Liu et al. 2023,
-https://github.com/evalplus/evalplus), so that scores compare with published ones.
+Instruction, opening of the answer and stop strings are EvalPlus's (Liu et al. 2023,
+https://github.com/evalplus/evalplus), so that scores are comparable with published ones.
 """
 
 import warnings
@@ -28,56 +28,58 @@ _COMPLETION_STOPS = {
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How tasks are put.
+    """Form in which tasks are put to a model.
 
     Attributes:
-        name: ``complete`` for a text to go on from; otherwise the name of the conversation's template.
-        conversation: Gives an instruction its template, up to where the answer begins; None for ``complete``.
+        name: ``complete`` for a text to continue; otherwise the name of the conversation's template.
+        conversation: Function that wraps an instruction in its template, up to where the answer begins; None for
+            ``complete``.
     """
 
     name: str = COMPLETE
     conversation: Callable[[str], str] | None = None
 
     def render(self, task: str) -> str:
-        """The text that the model goes on from."""
+        """Return the text for the model to continue."""
         if self.conversation is None:
             return f"{task.strip()}\n"
-        asked = self.conversation(f"{_INSTRUCTION}\n```\n{task.strip()}\n```\n")
-        return f"{asked}{_OPENING}\n```python\n"
+        conversation = self.conversation(f"{_INSTRUCTION}\n```\n{task.strip()}\n```\n")
+        return f"{conversation}{_OPENING}\n```python\n"
 
     def stops(self, benchmark: str) -> tuple[str, ...]:
-        """Where an answer ends."""
+        """Return the strings at which an answer ends."""
         return (
             *_STOPS,
             *(_COMPLETION_STOPS[benchmark.removesuffix("plus")] if self.conversation is None else (_FENCE,)),
         )
 
     def answer(self, task: str, completion: str) -> str:
-        """The program that the model wrote."""
+        """Return the program that a completion of the task makes."""
         return f"{task.strip()}\n{completion}" if self.conversation is None else completion
 
 
-def sanitiser() -> Callable[[str, str], str]:
-    """EvalPlus's: from a text and the name of the wanted function to the code that this function needs.
+def make_sanitizer() -> Callable[[str, str], str]:
+    """Return EvalPlus's sanitizer: a function from a text and a function's name to the code that this function needs.
 
     Raises:
-        EvaluationError: It is not installed.
+        EvaluationError: EvalPlus is not installed.
     """
     try:
         from evalplus.sanitize import sanitize
     except ImportError as error:
         raise EvaluationError(
-            f"EvalPlus is not installed whole ({error}): pip install 'dylora-moe[evaluation]', or give --no_evalplus"
+            f"EvalPlus is not completely installed ({error}): pip install 'dylora-moe[evaluation]', or give "
+            "`no_evalplus`"
         ) from error
 
-    def sanitised(text: str, entry_point: str) -> str:
+    def sanitize_answer(text: str, entry_point: str) -> str:
         try:
             with warnings.catch_warnings():
-                # it parses what a model wrote, line by line, and Python warns of odd escapes in that
+                # it parses each line of the text, and Python warns of invalid escapes
                 warnings.simplefilter("ignore")
                 return str(sanitize(text, entry_point))
         except (RecursionError, ValueError):
-            # nested more deeply than Python can parse, or with null bytes: no program, and judged as it stands
+            # too deeply nested for the parser, or with null bytes: not a program, so judge the text itself
             return text
 
-    return sanitised
+    return sanitize_answer

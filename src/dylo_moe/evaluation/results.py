@@ -1,17 +1,21 @@
-"""What a benchmark run found, as a file that is whole or not there, and how two of them compare."""
+"""Results of benchmark runs: their records, the file that holds one, and the comparison of two.
+
+A result file is whole or absent. All scores are fractions from 0 to 1.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import ConfigError
+from dylo_moe.evaluation.generation import SamplingSettings
 from dylo_moe.evaluation.statistics import paired_bootstrap, pass_at_k, standard_error, wilson_interval
 
 KS = (1, 10, 100)
-"""The k of pass@k; those are given that the number of samples allows."""
+"""Values of k in pass@k; those up to the number of samples are reported."""
 
 
 class _Record(BaseModel):
@@ -19,13 +23,13 @@ class _Record(BaseModel):
 
 
 class ModelRecord(_Record):
-    """Which model wrote the samples.
+    """The model that wrote the samples.
 
     Attributes:
-        name: Where it came from: a checkpoint folder, a Hub id or a folder.
-        kind: A mixture, or a plain causal LM.
-        digest: Of what was in memory when it sampled; see ``identity.model_digest``.
-        dtype: The base model's floating type.
+        name: Where the model came from: a checkpoint folder, a Hub id or a folder.
+        kind: ``mixture``, or ``base`` for a plain causal LM.
+        digest: Digest of the parameters in memory while it sampled; see ``identity.model_digest``.
+        dtype: Floating type of the base model.
     """
 
     name: str
@@ -34,21 +38,29 @@ class ModelRecord(_Record):
     dtype: str
 
 
-class Settings(_Record):
-    """How the samples were made; see ``generation.GenerationSettings``."""
+class Settings(SamplingSettings):
+    """Settings of a run; all must be present in a file.
+
+    Attributes:
+        prompt_style: Name of the prompt style.
+        max_samples: Maximum number of problems of each benchmark; None for all.
+        evalplus: Whether the problems, tests and sanitizer are EvalPlus's.
+    """
 
     prompt_style: str
-    max_new_tokens: int
-    temperature: float
-    num_beams: int
-    n_samples: int
-    seed: int
     max_samples: int | None
     evalplus: bool
 
+    @model_validator(mode="after")
+    def _require_all(self) -> Self:
+        missing = [name for name in type(self).model_fields if name not in self.model_fields_set]
+        if missing:
+            raise ValueError(f"missing: {', '.join(missing)}")
+        return self
+
 
 class VerdictRecord(_Record):
-    """What the judge said of one sample."""
+    """The judge's verdict on one sample; see ``comparer.Verdict``."""
 
     passed: bool
     status: str
@@ -64,12 +76,12 @@ class Estimate(_Record):
 
 
 class BenchmarkRecord(_Record):
-    """One benchmark.
+    """Result of one benchmark.
 
     Attributes:
-        problems_hash: Of its problems.
-        pass_at: By k.
-        verdicts: By task, one for each sample.
+        problems_hash: SHA-256 of its problems.
+        pass_at: Estimate of pass@k by k.
+        verdicts: Verdicts by task, one for each sample.
     """
 
     problems_hash: str
@@ -77,7 +89,7 @@ class BenchmarkRecord(_Record):
     verdicts: dict[str, list[VerdictRecord]]
 
     def passed(self) -> dict[str, float]:
-        """The share of each task's samples that passed."""
+        """Return the fraction of each task's samples that passed."""
         return {
             task: sum(verdict.passed for verdict in verdicts) / len(verdicts)
             for task, verdicts in self.verdicts.items()
@@ -85,20 +97,21 @@ class BenchmarkRecord(_Record):
 
 
 class BenchmarkResult(_Record):
-    """One run.
+    """Result of one run.
 
     Attributes:
-        prompts_hash: Of the texts that the model went on from.
-        batch_size: Of the run that finished.
-        sandbox: What the answers ran in.
-        started: UTC, ISO 8601.
-        seconds: Wall-clock time of this process, generation and judging together.
-        generation_seconds: Of its generation; samples that an earlier run left took none of it.
-        generated_tokens: In that time.
-        tokens: Of all samples.
-        samples: All of them.
-        cut_off: Samples that ended at ``max_new_tokens``.
-        versions: Of what had a part in it.
+        prompts_hash: SHA-256 of the prompts.
+        batch_size: Batch size of the process that finished the run.
+        sandbox: Name of the sandbox that the answers ran in.
+        started: Start of that process in UTC, ISO 8601.
+        seconds: Its wall-clock time, generation and judging together.
+        generation_seconds: Its generation time, which excludes samples that an earlier process left.
+        generated_tokens: Number of tokens generated in that time.
+        tokens: Number of tokens of all samples.
+        samples: Number of all samples.
+        cut_off: Number of samples that were truncated at ``max_new_tokens``.
+        versions: Versions of Python and of the packages that affect the scores.
+        benchmarks: Result of each benchmark by name.
     """
 
     format_version: Literal[1] = 1
@@ -119,16 +132,16 @@ class BenchmarkResult(_Record):
 
 
 class Difference(_Record):
-    """One benchmark of two runs.
+    """Difference between two runs on one benchmark.
 
     Attributes:
         before: pass@1 of the first.
         after: pass@1 of the second.
         difference: ``after - before``.
-        interval: Its 95% paired bootstrap interval.
-        gained: Tasks that the second passes more often.
-        lost: Tasks that the first passes more often.
-        tasks: How many.
+        interval: 95% paired bootstrap interval of the difference.
+        gained: Tasks that pass more often in the second.
+        lost: Tasks that pass more often in the first.
+        tasks: Number of tasks.
     """
 
     before: Estimate
@@ -140,8 +153,13 @@ class Difference(_Record):
     tasks: int
 
 
-def summarised(problems_hash: str, verdicts: Mapping[str, list[VerdictRecord]]) -> BenchmarkRecord:
-    """The record of one benchmark from the verdicts on its samples, the same number for each task."""
+def summarize(problems_hash: str, verdicts: Mapping[str, list[VerdictRecord]]) -> BenchmarkRecord:
+    """Return the record of one benchmark.
+
+    Args:
+        problems_hash: SHA-256 of its problems.
+        verdicts: Verdicts by task, the same number for each.
+    """
     count = min(len(found) for found in verdicts.values())
     pass_at = {
         k: _estimate([pass_at_k(len(found), sum(one.passed for one in found), k) for found in verdicts.values()])
@@ -156,32 +174,32 @@ def _estimate(values: list[float]) -> Estimate:
     return Estimate(value=mean, standard_error=standard_error(values), interval=wilson_interval(mean, len(values)))
 
 
-def compared(before: BenchmarkResult, after: BenchmarkResult) -> dict[str, Difference]:
-    """The benchmarks that two results share, task by task.
+def compare_results(before: BenchmarkResult, after: BenchmarkResult) -> dict[str, Difference]:
+    """Return the difference between two results on each benchmark that both have, paired by task.
 
     Raises:
-        ConfigError: They share none, or were not asked or judged alike.
+        ConfigError: They share no benchmark, or differ in prompts, problems or tests.
     """
     shared = [name for name in before.benchmarks if name in after.benchmarks]
     if not shared:
         raise ConfigError(
-            f"--compare needs a benchmark that both have: the first has {', '.join(before.benchmarks)}, the second "
-            f"{', '.join(after.benchmarks)}"
+            f"`compare` needs a benchmark that both results have: the first has {', '.join(before.benchmarks)}, the "
+            f"second {', '.join(after.benchmarks)}"
         )
     if before.settings.evalplus != after.settings.evalplus:
-        raise ConfigError("--compare needs results of the same tests, and one of them was made with --no_evalplus")
+        raise ConfigError("`compare` needs results of the same tests, and one of them was made with `no_evalplus`")
     if before.prompts_hash != after.prompts_hash:
         raise ConfigError(
-            f"--compare needs results on the same prompts: the first has prompt style {before.settings.prompt_style} "
+            f"`compare` needs results on the same prompts: the first has prompt style {before.settings.prompt_style} "
             f"and {before.samples} samples, the second {after.settings.prompt_style} and {after.samples}; "
-            "run both with the same --prompt_style, --benchmarks and --max_samples"
+            "run both with the same `prompt_style`, `benchmarks` and `max_samples`"
         )
     return {name: _difference(name, before.benchmarks[name], after.benchmarks[name]) for name in shared}
 
 
 def _difference(name: str, before: BenchmarkRecord, after: BenchmarkRecord) -> Difference:
     if before.problems_hash != after.problems_hash:
-        raise ConfigError(f"--compare needs results on the same problems, and those of {name} differ; run both anew")
+        raise ConfigError(f"`compare` needs results on the same problems, and those of {name} differ; run both again")
     old, new = before.passed(), after.passed()
     tasks = list(old)
     return Difference(
@@ -206,10 +224,10 @@ def write_result(path: Path, result: BenchmarkResult) -> None:
 
 
 def read_result(path: Path) -> BenchmarkResult:
-    """Reads a result.
+    """Read a result.
 
     Raises:
-        ConfigError: It cannot be read, or is none.
+        ConfigError: The file cannot be read, or is not a result.
     """
     try:
         return BenchmarkResult.model_validate_json(path.read_bytes())
@@ -218,4 +236,4 @@ def read_result(path: Path) -> BenchmarkResult:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{path} is no result of this program: {place}: {first['msg']}") from error
+        raise ConfigError(f"{path} is not a result of this program: {place}: {first['msg']}") from error

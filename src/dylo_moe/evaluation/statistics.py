@@ -1,4 +1,4 @@
-"""pass@k and what is known of it, as pure functions over counts. Every score is a fraction from 0 to 1."""
+"""pass@k with its error and intervals, as pure functions over counts. Every score is a fraction from 0 to 1."""
 
 import math
 from collections.abc import Sequence
@@ -11,28 +11,29 @@ _Z = 1.959964
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The unbiased estimate that at least one of ``k`` samples of a task passes: 1 - C(n - c, k) / C(n, k).
+    """Return the unbiased estimate of pass@k: 1 - C(n - c, k) / C(n, k).
 
-    Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+    That is the probability that at least one of ``k`` samples of a task passes. Chen et al. 2021, "Evaluating Large
+    Language Models Trained on Code", equation 1.
 
     Args:
-        samples: How many there are, n; at least ``k``.
-        passed: How many of them passed, c.
-        k: How many one may try.
+        samples: Number of samples, n; at least ``k``.
+        passed: Number of samples that passed, c.
+        k: Number of samples to draw.
     """
     assert 0 <= passed <= samples and 1 <= k <= samples
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of one value for each task; 0 for a single task, of which nothing is known."""
+    """Return the standard error of the mean over tasks, one value each; 0 for a single task, where it is unknown."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def wilson_interval(share: float, tasks: int) -> tuple[float, float]:
-    """A 95% interval of a share of tasks, which is no single point where none or all of them pass (Wilson 1927).
+    """Return a 95% interval of the fraction of tasks that pass (Wilson 1927).
 
-    For means of per-task fractions it is wider than it need be.
+    It has a width also where none or all of them pass. For means of per-task fractions it is wider than necessary.
     """
     spread = _Z * math.sqrt(share * (1 - share) / tasks + (_Z / (2 * tasks)) ** 2)
     middle, scale = share + _Z**2 / (2 * tasks), 1 + _Z**2 / tasks
@@ -40,7 +41,7 @@ def wilson_interval(share: float, tasks: int) -> tuple[float, float]:
 
 
 def paired_bootstrap(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """A 95% percentile interval of the mean difference ``after - before`` over the same tasks.
+    """Return a 95% percentile interval of the mean difference ``after - before`` over the same tasks.
 
     Tasks are drawn with replacement, both scores of a task together (Efron & Tibshirani 1993, chapter 13).
     """

@@ -7,6 +7,7 @@ Interrupted anywhere, the same command goes on: skills in ``model`` are done, an
 checkpoint.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from dylo_moe.programs.mixtures import to_device
 from dylo_moe.programs.resuming import resume_folder
 from dylo_moe.programs.train import runs_to_the_end
 from dylo_moe.programs.trainer_arguments import trainer_arguments
-from dylo_moe.reports.skill_tables import experts_table, loss_table, novelty_line
+from dylo_moe.reports.skill_tables import experts_table, loss_table, novelty_line, stream_metrics_line
 from dylo_moe.skills.acquisition import SkillData, acquire_skill
 from dylo_moe.skills.library import SkillEntry, SkillLibrary, save_with_skills
 from dylo_moe.skills.lifecycle import list_experts
@@ -41,7 +42,7 @@ from dylo_moe.skills.ranks import rank_for
 from dylo_moe.training import checkpoints
 from dylo_moe.training.interruption import EXIT_STOPPED
 
-MODEL, STAGES = "model", "stages"
+MODEL, STAGES, REPORT_FILE = "model", "stages", "report.json"
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe acquire") -> int:
@@ -92,6 +93,9 @@ class Stream:
             elif not self._acquire(number, name, wanted):
                 return False
         self.console.print(experts_table(list_experts(self.folder), self.library), loss_table(self.library))
+        if line := stream_metrics_line(self.library):
+            self._say(line)
+        self._write_report()
         self._say(f"Mixture and skills: {self.folder}")
         return True
 
@@ -121,7 +125,9 @@ class Stream:
             lambda expert: self._train(name, wanted),
             extend=self.own.forced,
             measure=self.own.measure,
-            told=lambda report, expert: self._say(novelty_line(name, report, expert, _rank_of(self.model, expert))),
+            on_judged=lambda report, expert: self._say(
+                novelty_line(name, report, expert, _rank_of(self.model, expert))
+            ),
             rank=self._rank(self.model, rows),
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
@@ -194,6 +200,16 @@ class Stream:
             usage = {expert: metrics[f"after_usage/{name}/{expert}"] for expert in self.model.experts.names}
             entry.usage[name] = usage
         self._say(f"{entry.name}: held-out loss {entry.losses[entry.name]:.3f} nats per token")
+
+    def _write_report(self) -> None:
+        """Write the held-out losses after each skill, and forgetting and backward transfer if they are known."""
+        metrics = self.library.stream_metrics()
+        report = {
+            "losses": {skill.name: skill.losses for skill in self.library.skills},
+            "forgetting": None if metrics is None else metrics.forgetting,
+            "backward_transfer": None if metrics is None else metrics.backward_transfer,
+        }
+        (self.output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
 
     def _stage(self, name: str) -> Path:
         return self.output / STAGES / name

@@ -19,18 +19,18 @@ from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.save_and_load import place_of_base
 from dylo_moe.data.examples import read_rows
-from dylo_moe.data.prepare_data import encode_prompt
 from dylo_moe.data.registry import resolve
-from dylo_moe.data.rows import Row, asked
+from dylo_moe.data.rows import Row, user_message
 from dylo_moe.data.templates import AUTO, template_of
+from dylo_moe.data.tokenization import encode_prompt
 from dylo_moe.errors import ConfigError, EvaluationError
 from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.generation import GenerationSettings, Model
 from dylo_moe.evaluation.judge import Judge
 from dylo_moe.evaluation.problems import Problem, load_problems
 from dylo_moe.evaluation.prompts import COMPLETE, PromptStyle
-from dylo_moe.evaluation.results import BenchmarkResult, compared, read_result, write_result
-from dylo_moe.evaluation.run import BenchmarkRun, Questions
+from dylo_moe.evaluation.results import BenchmarkResult, compare_results, read_result, write_result
+from dylo_moe.evaluation.run import BenchmarkPrompts, BenchmarkRun
 from dylo_moe.flags import parse
 from dylo_moe.model_config import ModelArguments
 from dylo_moe.programs.mixtures import load_mixture, to_device
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe benchmark") -> int
         read_result(Path(name)) if name.endswith(".json") else benchmark(one, console)
         for name, one in zip(args.compare, _each_model(args), strict=True)
     )
-    console.print(comparison_table(compared(before, after), before.model, after.model))
+    console.print(comparison_table(compare_results(before, after), before.model, after.model))
     return 0
 
 
@@ -77,14 +77,14 @@ def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
         model, tokenizer, name = load_model(args)
         console.print(f"Scoring {name}, a {type(model).__name__}", highlight=False, soft_wrap=True)
         template = model.prompt_template if isinstance(model, DyLoRA_MoE) else None
-        questions = Questions(
+        prompts = BenchmarkPrompts(
             problems=problems,
             style=style_of(args.prompt_style, template, tokenizer),
             encode=lambda text: encode_prompt(tokenizer, text),
             max_samples=args.max_samples,
             evalplus=args.evalplus,
         )
-        run = BenchmarkRun(model, name, tokenizer, questions, _sampling(args))
+        run = BenchmarkRun(model, name, tokenizer, prompts, _sampling(args))
         output = Path(args.output) if args.output else RESULTS / f"{_plain(name)}-{run.digest[:8]}.json"
         with _progress(console) as progress:
             task = progress.add_task("Answering", total=None, speed="")
@@ -155,7 +155,7 @@ def style_of(choice: str, template: str | None, tokenizer: PreTrainedTokenizerBa
     if choice == "chat" and not tokenizer.chat_template:
         raise ConfigError("--prompt_style chat needs a model with a chat template, and this one has none")
     chosen = template_of(choice, tokenizer)
-    return PromptStyle(choice, lambda instruction: chosen.render(asked(instruction)))
+    return PromptStyle(choice, lambda instruction: chosen.render(user_message(instruction)))
 
 
 def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:

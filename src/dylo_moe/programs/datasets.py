@@ -50,7 +50,7 @@ def _list(console: Console) -> None:
 
 
 def _licence(spec: DatasetSpec) -> Text:
-    text = Text(spec.licence)
+    text = Text(spec.license)
     if spec.non_commercial:
         text.append(" (not for commercial use)", style="yellow")
     if spec.evaluation_only:

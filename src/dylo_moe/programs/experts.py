@@ -8,7 +8,7 @@ from rich.console import Console
 from dylo_moe.acquire_config import ExpertsArguments
 from dylo_moe.config import EXPERTS_GROUPS
 from dylo_moe.flags import parse
-from dylo_moe.reports.skill_tables import experts_table, exported_line, loss_table
+from dylo_moe.reports.skill_tables import experts_table, exported_line, loss_table, stream_metrics_line
 from dylo_moe.skills.lifecycle import (
     export_expert,
     freeze_expert,
@@ -55,4 +55,6 @@ def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
     console.print(experts_table(list_experts(path), library))
     if library is not None:
         console.print(loss_table(library))
+        if line := stream_metrics_line(library):
+            console.print(line, highlight=False, soft_wrap=True)
     return 0

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from dylo_moe.config import GENERATE_GROUPS, GenerateArguments
 from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.data.prepare_data import encode_prompt
-from dylo_moe.data.rows import asked
+from dylo_moe.data.rows import user_message
 from dylo_moe.data.templates import AUTO, template_of
+from dylo_moe.data.tokenization import encode_prompt
 from dylo_moe.errors import ConfigError
 from dylo_moe.flags import parse
 from dylo_moe.programs.mixtures import load_mixture
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     prompt = None if args.instruction is not None else _prompt(args)
     model, tokenizer = load_mixture(args.trained_model, args.base_model)
     if prompt is None:
-        prompt = template_of(model.prompt_template or AUTO, tokenizer).render(asked(str(args.instruction)))
+        prompt = template_of(model.prompt_template or AUTO, tokenizer).render(user_message(str(args.instruction)))
     if args.expert is not None:
         model.experts.set_active(args.expert)
     set_seed(args.seed)

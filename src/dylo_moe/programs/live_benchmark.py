@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from typing_extensions import override
 
 from dylo_moe.config import TrainFlags
-from dylo_moe.data.prepare_data import encode_prompt
+from dylo_moe.data.tokenization import encode_prompt
 from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.generation import GenerationSettings
 from dylo_moe.evaluation.judge import Judge
 from dylo_moe.evaluation.problems import Problem, load_problems
 from dylo_moe.evaluation.results import BenchmarkResult, write_result
-from dylo_moe.evaluation.run import BenchmarkRun, Questions
+from dylo_moe.evaluation.run import BenchmarkPrompts, BenchmarkRun
 from dylo_moe.programs.benchmark import style_of
 from dylo_moe.training.trainer import DyLoRATrainer
 
@@ -73,7 +73,7 @@ class LiveBenchmark(TrainerCallback):
             return None
         args, model, tokenizer = self._args, trainer.model, trainer.processing_class
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        questions = Questions(
+        prompts = BenchmarkPrompts(
             problems=self._problems,
             style=style_of("auto", model.prompt_template, tokenizer),
             encode=lambda text: encode_prompt(tokenizer, text),
@@ -82,7 +82,7 @@ class LiveBenchmark(TrainerCallback):
         sampling = GenerationSettings(
             max_new_tokens=args.benchmark_max_new_tokens, batch_size=args.benchmark_batch_size, seed=self._seed
         )
-        run = BenchmarkRun(model, "the mixture in training", tokenizer, questions, sampling)
+        run = BenchmarkRun(model, "the mixture in training", tokenizer, prompts, sampling)
         with Judge(self._sandbox) as judge, tempfile.TemporaryDirectory() as folder:
             result = run.run(judge, Path(folder) / "samples.jsonl", sandbox=self._sandbox.name)
         scores: dict[str, float] = {}

@@ -15,10 +15,11 @@ def novelty_line(name: str, report: NoveltyReport, expert: str, rank: int) -> st
         return f"{name}: the first skill; {learns}"
     similar = ", ".join(f"{known} {value:.3f}" for known, value in report.similarity.items())
     kind = "new" if report.novel else f"known, as {report.nearest}"
-    unsure = "" if report.unsure is None else f", the router unsure of {report.unsure:.0%}"
+    share = report.high_entropy_share
+    entropy = "" if share is None else f", the router unsure of {share:.0%}"
     return (
-        f"{name}: {kind} by {report.measure} ({report.beyond:.0%} of its examples beyond every known skill{unsure}; "
-        f"cosine to {similar}); {learns}"
+        f"{name}: {kind} by {report.measure} ({report.outlier_share:.0%} of its examples beyond every known skill"
+        f"{entropy}; cosine to {similar}); {learns}"
     )
 
 
@@ -54,3 +55,14 @@ def loss_table(library: SkillLibrary) -> Table:
         cells = (f"{skill.losses[name]:.3f}" if name in skill.losses else "" for name in library.names)
         table.add_row(skill.name, *cells)
     return table
+
+
+def stream_metrics_line(library: SkillLibrary) -> str | None:
+    """Return one line with forgetting and backward transfer, or None for a library without the losses for them."""
+    metrics = library.stream_metrics()
+    if metrics is None:
+        return None
+    return (
+        f"Skills before the last, mean: forgetting {metrics.forgetting:+.3f}, backward transfer "
+        f"{metrics.backward_transfer:+.3f} nats per token"
+    )

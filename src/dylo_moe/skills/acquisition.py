@@ -1,7 +1,8 @@
-"""Acquiring a skill: judge it, choose its expert, train that one alone, and solve the router anew.
+"""Acquisition of a skill: judge its novelty, choose its expert, train that expert alone, and solve the router again.
 
-What is trained is one expert on the frozen base, with no other one active: a step costs the same however many experts
-there are, and none of them changes. How to train is the caller's affair. The router learns last, from sums.
+One expert on the frozen base is trained while no other expert is active, so the cost of a step does not depend on the
+number of experts, and no other expert changes. The caller supplies the training. The router is solved last, in closed
+form from sums over the features.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,18 +19,18 @@ from dylo_moe.errors import ExpertError
 from dylo_moe.skills.library import NoveltyReport, SkillEntry, SkillLibrary
 
 Batches = Iterable[Mapping[str, Tensor]]
-"""Each with ``input_ids`` and ``attention_mask``, ``(batch, seq)``: one example a row."""
+"""Batches with ``input_ids`` and ``attention_mask``, ``(batch, seq)``, one example in each row."""
 
 
 @dataclass(frozen=True)
 class SkillData:
-    """What a skill is judged and routed by.
+    """Examples that a skill is judged and routed by.
 
     Attributes:
-        name: The skill's.
-        sample: Of its training rows.
+        name: Name of the skill.
+        sample: Sample of its training rows.
         held_out: Rows that are not trained on.
-        rows: How many training rows there are.
+        rows: Number of all its training rows.
     """
 
     name: str
@@ -38,14 +39,14 @@ class SkillData:
     rows: int = 0
 
 
-class Look(NamedTuple):
-    """What the frozen base makes of some examples.
+class SkillFeatures(NamedTuple):
+    """Features of examples in the frozen base, on the CPU.
 
     Attributes:
-        embeddings: ``(examples, hidden_size)`` float32, the mean of the last hidden states over each example's tokens.
-        routed: ``(examples, hidden_size)`` float32, the mean of what the router reads.
-        tokens: ``(tokens, hidden_size)`` float32, what the router reads at each token.
-        example: ``(tokens,)``, the example that a token belongs to.
+        embeddings: Mean of the last hidden states over each example's tokens, ``(examples, hidden_size)`` float32.
+        routed: Mean of the router's input over each example's tokens, ``(examples, hidden_size)`` float32.
+        tokens: Input of the router at each token, ``(tokens, hidden_size)`` float32.
+        example: Number of the example that each token belongs to, ``(tokens,)``.
     """
 
     embeddings: Tensor
@@ -56,25 +57,25 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Acquisition:
-    """What became of a skill.
+    """Result of learning a skill.
 
     Attributes:
-        entry: As it stands in the library.
-        report: How it stood to what was known before.
+        entry: Entry of the skill in the library.
+        report: Novelty of the skill among those that were known before.
     """
 
     entry: SkillEntry
     report: NoveltyReport
 
 
-def look(model: DyLoRA_MoE, batches: Batches) -> Look:
-    """Runs the base alone over examples.
+def extract_features(model: DyLoRA_MoE, batches: Batches) -> SkillFeatures:
+    """Return the features of examples in the base model without experts.
 
     Raises:
         RoutingError: The router of the model does not read frozen features.
     """
     embeddings, routed, tokens, example = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-    seen = 0
+    count = 0
     for batch in batches:
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         features = base_features(model, ids, mask)
@@ -83,13 +84,13 @@ def look(model: DyLoRA_MoE, batches: Batches) -> Look:
         routed.append(_means(features.routed, real))
         tokens.append(features.routed[real].float().cpu())
         row = torch.arange(len(ids), device=real.device)[:, None].expand_as(real)
-        example.append(row[real].cpu() + seen)
-        seen += len(ids)
-    return Look(torch.cat(embeddings), torch.cat(routed), torch.cat(tokens), torch.cat(example))
+        example.append(row[real].cpu() + count)
+        count += len(ids)
+    return SkillFeatures(torch.cat(embeddings), torch.cat(routed), torch.cat(tokens), torch.cat(example))
 
 
 def _means(features: Tensor, real: Tensor) -> Tensor:
-    """Means over real tokens, from ``(batch, seq, hidden_size)`` to ``(batch, hidden_size)``, on the CPU."""
+    """Return means over real tokens, from ``(batch, seq, hidden_size)`` to ``(batch, hidden_size)``, on the CPU."""
     return ((features * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)).float().cpu()
 
 
@@ -101,40 +102,42 @@ def acquire_skill(
     *,
     extend: bool | None = None,
     measure: str | None = None,
-    told: Callable[[NoveltyReport, str], object] = lambda report, expert: None,
+    on_judged: Callable[[NoveltyReport, str], object] = lambda report, expert: None,
     **expert_options: Any,
 ) -> Acquisition | None:
-    """Lets a model learn one more skill.
+    """Teach a model one more skill.
 
-    A new skill gets an expert of its own; one that is known already extends the expert of the nearest. Older experts
-    are frozen. Afterwards all experts are mature, so that routing is sparse in evaluation.
+    A new skill gets an expert of its own; a skill that is not new trains the expert of the nearest skill further. No
+    other expert changes. Afterwards all experts are mature, so that routing is sparse in evaluation.
 
     Args:
-        model: With routing ``final`` or ``prefix:K``.
-        library: The skills it knows; gets the new one.
-        data: What to judge and to route by.
-        train: Called with the expert's name, which alone is active and trains; False where it was stopped.
-        extend: Whether to extend the nearest expert; by default where the skill is not new and that expert not frozen.
-        measure: What novelty is judged by; see ``SkillLibrary.judge``.
-        told: Called before training, with what was judged and the expert.
-        **expert_options: For ``ExpertManager.create``.
+        model: Model with routing ``context:K``, ``prefix:K`` or ``final``.
+        library: The skills that the model knows, to which the new one is added.
+        data: Examples to judge the skill and to teach the router by.
+        train: Trains the expert of the given name, the only one that is active and has gradients; returns False if
+            training was stopped.
+        extend: Whether to train the nearest expert further instead of adding one; by default only for a skill that is
+            not new, and if that expert is not frozen.
+        measure: Measure of novelty; see ``SkillLibrary.judge``.
+        on_judged: Called before training with the novelty report and the name of the expert.
+        **expert_options: Options of a new expert; see ``ExpertManager.create``.
 
     Returns:
-        What became of it; None where training was stopped, and model and library are to be loaded again.
+        The result, or None if training was stopped; model and library must then be loaded again.
 
     Raises:
         RoutingError: The router of the model does not read frozen features.
-        ExpertError: The skill is known by that name, the experts are not those of the library, or the one that is to be
-            extended is frozen.
+        ExpertError: The name of the skill is taken, the experts of the model and of the library differ, or the expert
+            to extend is frozen.
     """
     check_frozen_features(model.routing_mode)
     _check_library(model, library, data.name)
-    sample, held_out = look(model, data.sample), look(model, data.held_out)
+    sample, held_out = extract_features(model, data.sample), extract_features(model, data.held_out)
     report = library.judge(sample.embeddings, sample.routed, measure)
-    nearest = _to_extend(model, library, report, extend)
+    nearest = _expert_to_extend(model, library, report, extend)
     expert = nearest or _new_expert(model, library, expert_options)
-    told(report, expert)
-    with training_alone(model, expert):
+    on_judged(report, expert)
+    with training_only(model, expert):
         if not train(expert):
             return None
     library.gate.learn(sample.tokens, model.experts.names.index(expert))
@@ -146,18 +149,20 @@ def acquire_skill(
     return Acquisition(entry, report)
 
 
-def _to_extend(model: DyLoRA_MoE, library: SkillLibrary, report: NoveltyReport, extend: bool | None) -> str | None:
-    """The expert that learns the skill on top of what it knows; None for a new one."""
-    wanted = not report.novel if extend is None else extend
-    if not wanted or report.nearest is None:
+def _expert_to_extend(
+    model: DyLoRA_MoE, library: SkillLibrary, report: NoveltyReport, extend: bool | None
+) -> str | None:
+    """Return the known expert to train further, or None to train a new one."""
+    extends = not report.novel if extend is None else extend
+    if not extends or report.nearest is None:
         return None
     expert = library.expert_of(report.nearest)
     if expert not in model.experts.frozen:
         return expert
     if extend:
         raise ExpertError(
-            f"--extend always would train {expert!r}, the nearest expert, which is frozen; unfreeze it by "
-            f"dylora-moe experts --unfreeze {expert}, or leave --extend out"
+            f"`extend` must not be set where the nearest expert, {expert!r}, is frozen; unfreeze it with dylora-moe "
+            f"experts --unfreeze {expert}, or leave `extend` out"
         )
     return None
 
@@ -169,28 +174,28 @@ def _check_library(model: DyLoRA_MoE, library: SkillLibrary, name: str) -> None:
     unknown = {skill.expert for skill in library.skills} - set(learned)
     if unknown or len(model.experts.names) - len(learned) > 1:
         raise ExpertError(
-            f"the model has the experts {', '.join(model.experts.names)} and its library tells "
-            f"{library.gate.num_experts} of them apart; begin with one expert, and let acquire add the others"
+            f"the model has the experts {', '.join(model.experts.names)}, and its library knows "
+            f"{library.gate.num_experts} of them; begin with one expert, and let acquire add the others"
         )
 
 
 def _new_expert(model: DyLoRA_MoE, library: SkillLibrary, options: dict[str, Any]) -> str:
-    """The expert that no skill has claimed, such as the one that a model begins with, or one that is added."""
+    """Return an expert that no skill uses yet, such as the first one of a new model, or add one."""
     if len(model.experts.names) > library.gate.num_experts:
         return model.experts.names[-1]
     return model.add_expert(**options)
 
 
 @contextmanager
-def training_alone(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
-    """One expert active and training in the block; afterwards all are active, and train as before."""
+def training_only(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
+    """Activate one expert, the only part of the model with gradients, in the block; then restore the model."""
     experts, router = model.experts, model.router
-    trained = [gate.requires_grad for gate in router.gates]
+    before = [gate.requires_grad for gate in router.gates]
     router.requires_grad_(False)
-    experts.set_active(expert)  # no other one is computed, or has a gradient
+    experts.set_active(expert)  # the others are neither computed nor trained
     try:
         yield
     finally:
         experts.activate_all()
-        for gate, requires_grad in zip(router.gates, trained, strict=True):
+        for gate, requires_grad in zip(router.gates, before, strict=True):
             gate.requires_grad_(requires_grad)

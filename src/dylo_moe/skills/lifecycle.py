@@ -1,8 +1,8 @@
-"""Edit the experts of a checkpoint: list, rename, freeze, remove, merge, export, import; on the disk.
+"""Edits of the experts of a checkpoint on the disk: list, rename, freeze, remove, merge, export, import.
 
-Each change writes the folder's own files anew and puts them in the place of the old ones, so that no reader sees half
-of it. Only an import reads the base model's weights: they tell whether it is the right one.
-What the router knew is kept column by column; with skills, it is solved from their sums.
+Each change writes a new folder that replaces the old one in one step, so no reader sees half of it. Only an import
+loads the weights of the base model, to check that the adapter fits them. The columns of the router are kept; with
+skills, they are solved from the skills' sums.
 """
 
 import json
@@ -44,19 +44,19 @@ _REWRITTEN = (
     TRAINED_FILE,
     TRAINED_INDEX,
 )
-"""Files that a change writes anew, or, the last two, would leave wrong; all others stay as they are."""
+"""Files that a change writes again or, the last two, removes because they would be wrong; all others are kept."""
 
 
 @dataclass(frozen=True)
 class ExpertFacts:
-    """What a checkpoint says of one expert.
+    """Facts about one expert of a checkpoint.
 
     Attributes:
-        name: Its name.
-        rank: Its rank.
-        parameters: How many it has, counted.
+        name: Name of the expert.
+        rank: Rank of its adapter.
+        parameters: Number of its parameters.
         maturity: 0 (young) or 1 (mature).
-        frozen: Whether it is not trained any further.
+        frozen: Whether it is excluded from further training.
     """
 
     name: str
@@ -68,12 +68,12 @@ class ExpertFacts:
 
 @dataclass(frozen=True)
 class ExportedAdapter:
-    """What was exported.
+    """Facts about an exported adapter.
 
     Attributes:
-        rank: The rank of every tensor.
-        alpha: Updates are scaled by ``alpha / rank``.
-        trained_rank: The half of the rank that was trained, where the other half is PiSSA's constant; else None.
+        rank: Rank of every tensor.
+        alpha: The ``lora_alpha``; updates are scaled by ``alpha / rank``.
+        trained_rank: Half of the rank if the other half is the constant part of PiSSA, else None.
     """
 
     rank: int
@@ -82,10 +82,10 @@ class ExportedAdapter:
 
 
 def list_experts(path: Path) -> list[ExpertFacts]:
-    """The experts of a checkpoint, in the order of the router's columns.
+    """Return the experts of a checkpoint in the order of the router's columns.
 
     Raises:
-        CheckpointError: There is none, or it is not whole.
+        CheckpointError: The checkpoint is missing or incomplete.
     """
     found = []
     for expert in checkpoint.read_description(path).experts:
@@ -96,46 +96,58 @@ def list_experts(path: Path) -> list[ExpertFacts]:
 
 
 def library_of(path: Path) -> SkillLibrary | None:
-    """The skills of a checkpoint, where it has any."""
+    """Return the skills of a checkpoint, or None if it has none.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or incomplete, or its skills cannot be read.
+    """
     if not (path / DESCRIPTION_FILE).is_file():
         return None
     return SkillLibrary.load(path, [expert.name for expert in checkpoint.read_description(path).experts])
 
 
 def rename_expert(path: Path, old: str, new: str, base_model: str | None = None) -> None:
-    """Give an expert another name, in the mixture and in its skills.
+    """Rename an expert in the mixture and in its skills.
 
     Args:
-        path: The checkpoint.
-        old: The expert.
-        new: Its name from now on.
-        base_model: Where the base is, if not where the checkpoint says.
+        path: Folder of the checkpoint.
+        old: Name of the expert.
+        new: New name.
+        base_model: Folder or Hub id of the base model; as in the checkpoint by default.
 
     Raises:
-        ExpertError: There is no such expert, or the new name is taken or not usable.
-        ModelError: The base model's configuration cannot be had.
+        ExpertError: The expert does not exist, or the new name is taken or not usable.
+        ModelError: The configuration of the base model cannot be read.
     """
     description, library = _opened(path, old)
     modules: Iterable[str] = read_weights(_expert(path, old))
-    # a base that was made in memory has no name: what is known of its modules stands in the experts' keys
+    # a base built in memory has no name; the experts' keys name those of its modules that they adapt
     if description.base_model.name or base_model is not None:
-        place, revision = place_of_base(path, description.base_model, base_model)
-        modules = module_names(place, revision=revision)
+        location, revision = place_of_base(path, description.base_model, base_model)
+        modules = module_names(location, revision=revision)
     check_new_name(new, _names(description), modules)
     for expert in description.experts:
         expert.name = new if expert.name == old else expert.name
     for skill in library.skills if library else []:
         skill.expert = new if skill.expert == old else skill.expert
-        skill.usage = {one: {new if e == old else e: v for e, v in u.items()} for one, u in skill.usage.items()}
+        skill.usage = {
+            one: {new if expert == old else expert: share for expert, share in shares.items()}
+            for one, shares in skill.usage.items()
+        }
     with _rewritten(path, description, library) as folder:
         shutil.copytree(_expert(path, old), _expert(folder, new))
 
 
 def freeze_expert(path: Path, name: str, frozen: bool = True) -> None:
-    """Sees to it that no later skill trains an expert any further, or lifts that.
+    """Exclude an expert from further training, or include it again.
+
+    Args:
+        path: Folder of the checkpoint.
+        name: Name of the expert.
+        frozen: Whether later skills must not train it.
 
     Raises:
-        ExpertError: There is no such expert.
+        ExpertError: The expert does not exist.
     """
     description, library = _opened(path, name)
     for expert in description.experts:
@@ -145,40 +157,40 @@ def freeze_expert(path: Path, name: str, frozen: bool = True) -> None:
 
 
 def remove_expert(path: Path, name: str) -> None:
-    """Removes an expert, its column of the router, and the skills that it learned.
+    """Remove an expert, its column of the router, and the skills that it learned.
 
     Raises:
-        ExpertError: There is no such expert, or no other one.
+        ExpertError: The expert does not exist, or is the only one.
     """
     description, library = _opened(path, name)
-    gone = _names(description).index(name)
-    _drop_column(description, gone)
+    removed = _names(description).index(name)
+    _drop_column(description, removed)
     if library is not None:
-        library.remove_expert(name, gone)
-    with _rewritten(path, description, library, without=gone):
+        library.remove_expert(name, removed)
+    with _rewritten(path, description, library, removed=removed):
         pass
 
 
 def merge_experts(path: Path, one: str, other: str) -> None:
-    """Makes one expert, under the first one's name, that adds to the base exactly what both of them add.
+    """Merge two experts into one, under the first one's name, whose update of the base is exactly the sum of theirs.
 
-    ``B1 A1 + B2 A2`` is ``[B1 B2] [A1; A2]``: the ranks add up, and the scalings go into ``B``. The router sends it
-    what it sent either.
+    ``B1 A1 + B2 A2`` is ``[B1 B2] [A1; A2]``: the ranks add up, and the scalings go into ``B``. The router sends the
+    merged expert the tokens of both.
 
     Raises:
-        ExpertError: There is no such expert, or the two adapt different modules.
+        ExpertError: An expert does not exist, or the two adapt different modules.
     """
     description, library = _opened(path, one)
     _check_known(description, other)
     folders = [_expert(path, name) for name in (one, other)]
     weights, config = _sum([(read_weights(folder), read_config(folder)) for folder in folders], (one, other))
     for expert in description.experts:
-        expert.pissa = expert.pissa and expert.name != one  # its halves are not halves any more
-    kept, gone = (_names(description).index(name) for name in (one, other))
-    _drop_column(description, gone)
+        expert.pissa = expert.pissa and expert.name != one  # the constant is no longer half of the rank
+    kept, removed = (_names(description).index(name) for name in (one, other))
+    _drop_column(description, removed)
     if library is not None:
-        library.merge_experts(one, other, kept, gone)
-    with _rewritten(path, description, library, without=gone, anew=one) as folder:
+        library.merge_experts(one, other, kept, removed)
+    with _rewritten(path, description, library, removed=removed, replaced=one) as folder:
         target = _expert(folder, one)
         target.mkdir(parents=True)
         save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -186,15 +198,15 @@ def merge_experts(path: Path, one: str, other: str) -> None:
 
 
 def export_expert(path: Path, name: str, folder: Path) -> ExportedAdapter:
-    """Write an expert as a PEFT adapter folder that every tool scales alike; see ``core.plain_adapter``.
+    """Write an expert as a PEFT adapter folder that every tool scales the same way; see ``core.plain_adapter``.
 
     Raises:
-        ExpertError: There is no such expert, its files are damaged, or the folder is a part of the mixture.
-        CheckpointError: The folder holds something else than an adapter, or cannot be written.
+        ExpertError: The expert does not exist, its files are damaged, or ``folder`` is inside the mixture.
+        CheckpointError: ``folder`` holds something other than an adapter, or cannot be written.
     """
     description, _ = _opened(path, name)
     if path.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise ExpertError(f"the folder {folder} is a part of the mixture {path}; choose one outside it")
+        raise ExpertError(f"the folder {folder} is a part of the mixture {path}; choose a folder outside it")
     check_target(folder)
     source = _expert(path, name)
     read_weights(source)
@@ -216,22 +228,22 @@ def import_expert(
     revision: str | None = None,
     base_model: str | None = None,
 ) -> str:
-    """Add an existing PEFT adapter to a checkpoint as a young expert, with a column of the router as a mixture adds it.
+    """Add a PEFT adapter to a checkpoint as a young expert, with a new column of the router.
 
     Args:
-        path: The checkpoint.
-        source: A folder, or a Hub id.
-        name: The expert's; that of the folder or the repository by default.
+        path: Folder of the checkpoint.
+        source: Folder or Hub id of the adapter.
+        name: Name of the expert; that of the folder or the repository by default.
         revision: Commit, tag or branch of ``source`` on the Hub.
-        base_model: Where the base is, if not where the checkpoint says.
+        base_model: Folder or Hub id of the base model; as in the checkpoint by default.
 
     Returns:
-        The expert's name.
+        The name of the expert.
 
     Raises:
         ExpertError: The adapter does not fit the base or cannot be routed, or the name is taken or not usable.
-        CheckpointError: The checkpoint is not whole, or the adapter cannot be had.
-        ModelError: The base model cannot be had.
+        CheckpointError: The checkpoint is incomplete, or the adapter cannot be read or fetched.
+        ModelError: The base model cannot be loaded.
     """
     description = checkpoint.read_description(path)
     library = library_of(path)
@@ -240,7 +252,7 @@ def import_expert(
     layers = find_decoder(base).layers[RoutingMode.parse(description.routing.mode).first_expert_layer :]
     check_import(folder, name, base, layers, _names(description))
     description.experts.append(ExpertEntry(name=name, maturity=YOUNG))
-    with _rewritten(path, description, library, grown=True, anew=name) as target:
+    with _rewritten(path, description, library, added=True, replaced=name) as target:
         _expert(target, name).mkdir(parents=True)
         for file in ADAPTER_FILES:
             shutil.copyfile(folder / file, _expert(target, name) / file)
@@ -250,21 +262,21 @@ def import_expert(
 def _sum(
     parts: list[tuple[dict[str, Tensor], dict[str, Any]]], names: tuple[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration of an adapter that adds what all parts add."""
+    """Return the tensors and the configuration of an adapter whose update is the sum of those of all parts."""
     (first, config), *others = parts
     if any(set(weights) != set(first) for weights, _ in others):
         raise ExpertError(f"the experts {' and '.join(names)} adapt different modules, and cannot be merged")
     merged = {}
     for key in first:
-        tensors = [weights[key] * (_scaling(its) if _B in key else 1.0) for weights, its in parts]
+        tensors = [weights[key] * (_scaling(own) if _B in key else 1.0) for weights, own in parts]
         merged[key] = torch.cat(tensors, dim=0 if _A in key else 1).contiguous()
-    rank = sum(its["r"] for _, its in parts)
+    rank = sum(own["r"] for _, own in parts)
     return merged, {**config, "r": rank, "lora_alpha": rank, "use_rslora": False}
 
 
 def _scaling(config: dict[str, Any]) -> float:
     if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ExpertError("experts with ranks of their own for some modules cannot be merged")
+        raise ExpertError("experts with `rank_pattern` or `alpha_pattern` cannot be merged")
     rank = config["r"]
     return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
@@ -275,22 +287,31 @@ def _rewritten(
     description: Description,
     library: SkillLibrary | None,
     *,
-    without: int | None = None,
-    grown: bool = False,
-    anew: str | None = None,
+    removed: int | None = None,
+    added: bool = False,
+    replaced: str | None = None,
 ) -> Iterator[Path]:
-    """Give a folder to take the place of ``path``, with all that did not change; the block adds what did."""
-    router = _router_of(path)
-    if grown:
-        router = _grown(router)
-    if without is not None:
-        router = {key: _without(tensor, key, without) for key, tensor in router.items()}
+    """Yield a folder that replaces ``path`` after the block, with all unchanged files; the block adds the others.
+
+    Args:
+        path: Folder of the checkpoint.
+        description: Description to write.
+        library: Skills to write, if any.
+        removed: Column to remove from the router.
+        added: Whether to add a column to the router.
+        replaced: Name of an expert whose files the block writes.
+    """
+    router = _read_router(path)
+    if added:
+        router = _with_column(router)
+    if removed is not None:
+        router = {key: _without_column(tensor, key, removed) for key, tensor in router.items()}
     if library is not None and library.skills:
-        taught = library.gate.weight().to(router["gates.0"])
-        router["gates.0"][: len(taught)] = taught  # an expert that no skill has claimed keeps its column
+        solved = library.gate.weight().to(router["gates.0"])
+        router["gates.0"][: len(solved)] = solved  # an expert without a skill keeps its column
     with atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE, ours=_REWRITTEN) as folder:
         for name in _names(description):
-            if _expert(path, name).is_dir() and name != anew:
+            if _expert(path, name).is_dir() and name != replaced:
                 shutil.copytree(_expert(path, name), _expert(folder, name))
         save_file({key: tensor.contiguous() for key, tensor in router.items()}, folder / checkpoint.ROUTER_FILE)
         checkpoint.write_description(folder, description)
@@ -299,15 +320,15 @@ def _rewritten(
         yield folder
 
 
-def _router_of(path: Path) -> dict[str, Tensor]:
+def _read_router(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path / checkpoint.ROUTER_FILE)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / checkpoint.ROUTER_FILE} is damaged: {first_line(error)}") from error
 
 
-def _grown(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a router's state with one more column, as ``DynamicHybridRouter.add_expert`` makes it."""
+def _with_column(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a router's state with one more column, as ``DynamicHybridRouter.add_expert`` adds it."""
     gates, experts = state["expert_load"].shape
     router = DynamicHybridRouter(state["gates.0"].shape[1], experts, top_k=1, num_gates=gates)
     router.load_state_dict(state)
@@ -315,7 +336,7 @@ def _grown(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return router.state_dict()
 
 
-def _without(tensor: Tensor, key: str, column: int) -> Tensor:
+def _without_column(tensor: Tensor, key: str, column: int) -> Tensor:
     dim = 0 if key.startswith("gates.") else 1
     kept = [index for index in range(tensor.shape[dim]) if index != column]
     return tensor.index_select(dim, torch.tensor(kept))
@@ -325,7 +346,7 @@ def _drop_column(description: Description, column: int) -> None:
     if len(description.experts) == 1:
         raise ExpertError(f"{description.experts[0].name!r} is the only expert; a mixture needs at least one")
     if description.routing.experts_per_layer is not None:
-        raise ExpertError("a mixture with --experts_per_layer keeps its experts: its layers differ in what they carry")
+        raise ExpertError("a mixture with `experts_per_layer` keeps its experts, as its layers have different ones")
     del description.experts[column]
     description.routing.top_k = min(description.routing.top_k, len(description.experts))
 

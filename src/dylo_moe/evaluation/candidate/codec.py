@@ -1,11 +1,9 @@
-"""How values travel between processes that do not trust each other: JSON made of exact built-in types, nothing else.
+"""Encodes values that travel between processes that do not trust each other, as JSON of exact built-in types.
 
-A value is encoded by what its type *is*, never by what its methods say: a subclass of ``str``, an object that calls
-itself equal to everything, or one with a hostile ``__repr__`` or ``__reduce__`` becomes ``Opaque``, which is equal to
+A value is encoded by its exact type, never by what its methods return: a subclass of ``str``, an object that claims
+to be equal to everything, or one with a hostile ``__repr__`` or ``__reduce__`` becomes ``Opaque``, which is equal to
 nothing. Decoding builds plain values and runs no code that came with them. A value whose text would be longer than
-``LARGEST_TEXT`` travels as a digest instead; digests are equal where the values are, ``1 == 1.0`` included.
-
-Imports the standard library only, because it is also loaded in the process that runs an answer.
+``MAX_TEXT`` travels as a digest instead; digests are equal where the values are, ``1 == 1.0`` included.
 """
 
 import collections
@@ -17,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LARGEST_TEXT = 1 << 18
-"""Characters, about, of the longest value that travels whole."""
+MAX_TEXT = 1 << 18
+"""Characters, approximately, of the longest value that travels whole."""
 
-WHOLE = 1 << 40
-"""More characters than any value has: for what must not become a digest."""
+UNLIMITED = 1 << 40
+"""More characters than any value has: the limit for what must not become a digest."""
 
-LARGEST_ITERATOR = 100_000
-"""How many items of a generator are taken before it counts as opaque."""
+MAX_ITERATOR_ITEMS = 100_000
+"""Maximum number of items that are taken from an iterator; a longer one counts as opaque."""
 
 _CHUNK = 10_000
 _SEQUENCES: dict[type, str] = {
@@ -52,7 +50,7 @@ _ITERATORS: tuple[type, ...] = (
     type(iter(())),
     type(_ for _ in ()),
 )
-_BUILD: dict[str, Callable[[list[Any]], Any]] = {
+_BUILD: dict[str, Callable[[list[Any]], object]] = {
     "list": list,
     "tuple": tuple,
     "set": set,
@@ -79,60 +77,53 @@ class _TooLargeError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Opaque:
-    """Stands for an object that is no plain value; equal to itself alone."""
+    """Placeholder for an object that is not a plain value; equal to itself only."""
 
     type_name: str
 
 
 @dataclass(frozen=True)
 class Digest:
-    """Stands for a value that is too large to travel."""
+    """Placeholder for a value that is too large to travel."""
 
     hexdigest: str
 
     @classmethod
-    def of(cls, value: Any) -> "Digest":
-        """The digest of a value made of plain types, the same for equal values; of anything else ``Opaque`` counts."""
+    def of(cls, value: object) -> "Digest":
+        """Return the digest of a value: the same for equal values of plain types, unique for any other object."""
         state = hashlib.sha256()
-        _feed(state.update, value)
+        _update_digest(state.update, value)
         return cls(state.hexdigest())
 
 
-def encode(value: Any, names: Mapping[str, Any] | None = None, largest: int = LARGEST_TEXT) -> str:
-    """One line of JSON for a value.
+def encode(value: object, names: Mapping[str, object] | None = None, max_text: int = MAX_TEXT) -> str:
+    """Return a value as one line of JSON.
 
     Args:
-        value: Anything.
-        names: Objects that are known by a name on both sides, for those that are no plain values.
-        largest: Characters, about, beyond which a digest is given.
+        value: Any object.
+        names: Objects that both sides know by a name, for those that are not plain values.
+        max_text: Characters, approximately, beyond which the value becomes a digest.
     """
     try:
-        return json.dumps(_tagged(value, [largest], names or {}))
+        return json.dumps(_to_json(value, [max_text], names or {}))
     except _TooLargeError:
         return json.dumps(["digest", Digest.of(value).hexdigest])
 
 
-def decode(text: str | bytes, names: Mapping[str, Any] | None = None) -> Any:
-    """The value of a line that ``encode`` could have written.
+def decode(text: str | bytes, names: Mapping[str, object] | None = None) -> Any:
+    """Return the value of a line that ``encode`` could have written.
 
     Raises:
-        ValueError: ``encode`` did not write it.
+        ValueError: ``encode`` cannot have written it.
     """
     try:
-        return _value(json.loads(text), names)
+        return _checked_value(json.loads(text), names)
     except RecursionError as error:
         raise ValueError("not an encoded value: too deep") from error
 
 
-def _value(tagged: Any, names: Mapping[str, Any] | None) -> Any:
-    try:
-        return _untagged(tagged, names or {})
-    except (LookupError, TypeError, AttributeError, RecursionError, OverflowError, ImportError) as error:
-        raise ValueError(f"not an encoded value: {type(error).__name__}") from error
-
-
-def decode_line(line: bytes, names: Mapping[str, Any] | None = None) -> tuple[str, Any]:
-    """A line that the process of an answer wrote: ``("ok", value)``, or another word and a text.
+def decode_line(line: bytes, names: Mapping[str, object] | None = None) -> tuple[str, Any]:
+    """Return the word and the content of a line from an answer's process: ``("ok", value)`` or another word and a text.
 
     Raises:
         ValueError: That process would not have written it.
@@ -142,7 +133,7 @@ def decode_line(line: bytes, names: Mapping[str, Any] | None = None) -> tuple[st
     except (TypeError, RecursionError) as error:
         raise ValueError("not a line of an answer's process") from error
     if word == "ok" and len(rest) == 2:
-        return "ok", _value(rest[0], names)
+        return "ok", _checked_value(rest[0], names)
     if word in ("failed", "raised") and len(rest) == 1 and isinstance(rest[0], str):
         return word, rest[0]
     if word == "ready" and not rest:
@@ -150,8 +141,15 @@ def decode_line(line: bytes, names: Mapping[str, Any] | None = None) -> tuple[st
     raise ValueError("not a line of an answer's process")
 
 
-def _tagged(value: Any, room: list[int], names: Mapping[str, Any]) -> Any:
-    """The value as JSON can say it; ``room`` is a counter of characters that all levels share."""
+def _checked_value(tagged: Any, names: Mapping[str, object] | None) -> object:
+    try:
+        return _from_json(tagged, names or {})
+    except (LookupError, TypeError, AttributeError, RecursionError, OverflowError, ImportError) as error:
+        raise ValueError(f"not an encoded value: {type(error).__name__}") from error
+
+
+def _to_json(value: Any, room: list[int], names: Mapping[str, object]) -> object:
+    """Return a value as JSON can hold it; ``room`` is one counter of characters for all levels of nesting."""
     kind = type(value)
     room[0] -= len(value) + 8 if kind is str or kind is bytes else 8
     if kind is int:
@@ -171,76 +169,78 @@ def _tagged(value: Any, room: list[int], names: Mapping[str, Any]) -> Any:
     if kind is range:
         return ["range", hex(value.start), hex(value.stop), hex(value.step)]
     if kind in _SEQUENCES:
-        return [_SEQUENCES[kind], [_tagged(item, room, names) for item in value]]
+        return [_SEQUENCES[kind], [_to_json(item, room, names) for item in value]]
     if kind in _MAPPINGS:
         items = kind.items(value)
-        return [_MAPPINGS[kind], [[_tagged(key, room, names), _tagged(item, room, names)] for key, item in items]]
+        return [_MAPPINGS[kind], [[_to_json(key, room, names), _to_json(item, room, names)] for key, item in items]]
     if kind in _ITERATORS:
-        items = list(itertools.islice(value, LARGEST_ITERATOR + 1))
-        if len(items) <= LARGEST_ITERATOR:
-            return ["iterator", [_tagged(item, room, names) for item in items]]
-    if kind.__module__ == "numpy" and kind.__name__ in _NUMPY and _is_numpys(kind):
-        return ["numpy", kind.__name__, _tagged(value.item(), room, names)]
+        items = list(itertools.islice(value, MAX_ITERATOR_ITEMS + 1))
+        if len(items) <= MAX_ITERATOR_ITEMS:
+            return ["iterator", [_to_json(item, room, names) for item in items]]
+    if _is_numpy_scalar(kind):
+        return ["numpy", kind.__name__, _to_json(value.item(), room, names)]
     for name, known in names.items():
         if known is value:
             return ["name", name]
     return ["opaque", str(kind.__name__)[:80]]
 
 
-def _is_numpys(kind: type) -> bool:
+def _is_numpy_scalar(kind: type) -> bool:
+    if kind.__module__ != "numpy" or kind.__name__ not in _NUMPY:
+        return False
     import numpy
 
     return getattr(numpy, kind.__name__, None) is kind
 
 
-def _untagged(tagged: Any, names: Mapping[str, Any]) -> Any:
+def _from_json(tagged: Any, names: Mapping[str, object]) -> object:
     if tagged is None or type(tagged) in (bool, str):
         return tagged
     tag, *rest = tagged
     if tag == "numpy":
         import numpy
 
-        name, inner = rest[0], _untagged(rest[1], names)
+        name, inner = rest[0], _from_json(rest[1], names)
         if name not in _NUMPY or type(inner) not in (bool, int, float):
             raise LookupError(name)
         return getattr(numpy, name)(inner)
     if tag in _MAPPINGS.values():
-        return _BUILD[tag]([(_untagged(key, names), _untagged(item, names)) for key, item in rest[0]])
+        return _BUILD[tag]([(_from_json(key, names), _from_json(item, names)) for key, item in rest[0]])
     if tag in _BUILD:
-        return _BUILD[tag]([_untagged(item, names) for item in rest[0]])
+        return _BUILD[tag]([_from_json(item, names) for item in rest[0]])
     return _LEAVES[tag](names, *rest)
 
 
-def _range(start: int, stop: int, step: int) -> Any:
-    """A range, unless somebody who makes a list of it would run out of memory."""
+def _bounded_range(start: int, stop: int, step: int) -> object:
+    """Return a range, or an opaque value where a list of it would not fit into memory."""
     found = range(start, stop, step)
-    return found if (stop - start) // step <= LARGEST_ITERATOR else Opaque("range")
+    return found if (stop - start) // step <= MAX_ITERATOR_ITEMS else Opaque("range")
 
 
-_LEAVES: dict[str, Callable[..., Any]] = {
+_LEAVES: dict[str, Callable[..., object]] = {
     "int": lambda names, text: int(text, 16),
     "float": lambda names, text: float.fromhex(text),
     "complex": lambda names, real, imaginary: complex(float.fromhex(real), float.fromhex(imaginary)),
     "bytes": lambda names, text: bytes.fromhex(text),
-    "range": lambda names, *texts: _range(*(int(text, 16) for text in texts)),
+    "range": lambda names, *texts: _bounded_range(*(int(text, 16) for text in texts)),
     "digest": lambda names, text: Digest(str(text)),
     "opaque": lambda names, text: Opaque(str(text)),
     "name": lambda names, text: names[text],
 }
 
 
-def _feed(update: Callable[[bytes], object], value: Any) -> None:
-    """Feeds a digest so that equal values feed the same, and large uniform sequences at the speed of C."""
+def _update_digest(update: Callable[[bytes], object], value: Any) -> None:
+    """Feed a value to a digest: the same bytes for equal values, and large uniform sequences at the speed of C."""
     kind = type(value)
     if kind is list or kind is tuple:
         update(b"[" if kind is list else b"(")
         update(str(len(value)).encode())
         for chunk in _chunks(value):
-            if _uniform(chunk):
+            if _has_exact_bytes(chunk):
                 update(marshal.dumps(chunk, 2))
             else:
                 for item in chunk:
-                    _feed(update, item)
+                    _update_digest(update, item)
     elif kind in _SEQUENCES or kind in _MAPPINGS or kind is range:
         ordered = kind in (collections.deque, collections.OrderedDict, range)
         items = kind.items(value) if kind in _MAPPINGS else value
@@ -248,7 +248,7 @@ def _feed(update: Callable[[bytes], object], value: Any) -> None:
         family = "set" if kind is frozenset else "dict" if kind is collections.defaultdict else kind.__name__
         update(f"{family}:{''.join(parts if ordered else sorted(parts))}".encode())
     else:
-        update(marshal.dumps(_leaf(value), 2))
+        update(marshal.dumps(_normal_form(value), 2))
 
 
 def _chunks(items: list[Any] | tuple[Any, ...]) -> Iterator[list[Any]]:
@@ -256,21 +256,21 @@ def _chunks(items: list[Any] | tuple[Any, ...]) -> Iterator[list[Any]]:
         yield list(items[start : start + _CHUNK])
 
 
-def _uniform(chunk: Iterable[Any]) -> bool:
-    """Whether all are strings, or all tuples of strings: then bytes are equal exactly where values are."""
+def _has_exact_bytes(chunk: Iterable[Any]) -> bool:
+    """Return whether all items are strings, or all tuples of strings: their bytes are equal exactly where they are."""
     kinds = set(map(type, chunk))
     return kinds == {str} or (kinds == {tuple} and set(map(type, itertools.chain.from_iterable(chunk))) <= {str})
 
 
-def _leaf(value: Any) -> Any:
-    """A plain value that marshal writes alike for equal ones."""
+def _normal_form(value: Any) -> Any:
+    """Return a plain value such that ``marshal`` writes equal values as the same bytes."""
     kind = type(value)
     if kind is bool or (kind is float and value.is_integer()):
         return int(value)
     if kind is complex and value.imag == 0:
-        return _leaf(value.real)
+        return _normal_form(value.real)
     if kind in (int, float, complex, str, bytes, type(None)):
         return value
-    if kind.__module__ == "numpy" and kind.__name__ in _NUMPY and _is_numpys(kind):
-        return _leaf(value.item())
+    if _is_numpy_scalar(kind):
+        return _normal_form(value.item())
     return f"<opaque {kind.__name__} {id(value)}>"

@@ -1,4 +1,4 @@
-"""Values arrive as they were, and what is no plain value arrives as something equal to nothing."""
+"""Plain values arrive unchanged, and any other object arrives as something equal to nothing."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import pytest
 
-from dylo_moe.evaluation import wire
+from dylo_moe.evaluation.candidate import codec
 
 PLAIN = [
     None,
@@ -39,7 +39,7 @@ PLAIN = [
 
 @pytest.mark.parametrize("value", PLAIN, ids=lambda value: type(value).__name__)
 def test_a_plain_value_arrives_with_its_exact_type(value: Any) -> None:
-    arrived = wire.decode(wire.encode(value))
+    arrived = codec.decode(codec.encode(value))
     assert arrived == value and type(arrived) is type(value)
     assert math.copysign(1, arrived) == -1 if isinstance(value, float) and str(value) == "-0.0" else True
 
@@ -58,23 +58,23 @@ class Always(str):
 
 
 def test_a_subclass_is_opaque_and_equal_to_nothing() -> None:
-    arrived = wire.decode(wire.encode([Always("right")]))[0]
-    assert isinstance(arrived, wire.Opaque) and arrived.type_name == "Always"
-    assert arrived != "right" and arrived != wire.Opaque("Always")
+    arrived = codec.decode(codec.encode([Always("right")]))[0]
+    assert isinstance(arrived, codec.Opaque) and arrived.type_name == "Always"
+    assert arrived != "right" and arrived != codec.Opaque("Always")
 
 
 def test_a_name_stands_for_an_object_on_either_side() -> None:
     here, there = object(), object()
-    text = wire.encode([1, here], {"root": here})
-    assert wire.decode(text, {"root": there}) == [1, there]
+    text = codec.encode([1, here], {"root": here})
+    assert codec.decode(text, {"root": there}) == [1, there]
 
 
 def test_iterators_arrive_as_iterators_and_endless_ones_do_not() -> None:
-    arrived = wire.decode(wire.encode(map(str, [1, 2])))
+    arrived = codec.decode(codec.encode(map(str, [1, 2])))
     assert arrived != ["1", "2"] and list(arrived) == ["1", "2"]
-    assert isinstance(wire.decode(wire.encode(iter(range(3)).__class__)), wire.Opaque)
-    assert isinstance(wire.decode(wire.encode(number for number in iter(int, 1))), wire.Opaque)
-    assert isinstance(wire.decode(wire.encode(range(10**18))), wire.Opaque)
+    assert isinstance(codec.decode(codec.encode(iter(range(3)).__class__)), codec.Opaque)
+    assert isinstance(codec.decode(codec.encode(number for number in iter(int, 1))), codec.Opaque)
+    assert isinstance(codec.decode(codec.encode(range(10**18))), codec.Opaque)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ def test_iterators_arrive_as_iterators_and_endless_ones_do_not() -> None:
 )
 def test_what_encode_did_not_write_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
-        wire.decode(text)
+        codec.decode(text)
 
 
 @pytest.mark.parametrize("line", [b"", b"3", b'["ok"]', b'["ok", 1]', b'["raised", 3]', b'["ready", 1]', b'["done"]'])
-def test_a_line_of_another_kind_is_refused(line: bytes) -> None:
+def test_a_line_of_another_form_is_refused(line: bytes) -> None:
     with pytest.raises(ValueError):
-        wire.decode_line(line)
+        codec.decode_line(line)
 
 
 LARGE = [
@@ -121,10 +121,10 @@ LARGE = [
 
 @pytest.mark.parametrize("value", LARGE, ids=lambda value: type(value).__name__)
 def test_a_large_value_travels_as_a_digest(value: Any) -> None:
-    text = wire.encode(value)
+    text = codec.encode(value)
     assert len(text) < 100 and json.loads(text)[0] == "digest"
-    assert wire.decode(text) == wire.Digest.of(value)
-    assert len(wire.encode(value, largest=wire.WHOLE)) > 100_000
+    assert codec.decode(text) == codec.Digest.of(value)
+    assert len(codec.encode(value, max_text=codec.UNLIMITED)) > 100_000
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_a_large_value_travels_as_a_digest(value: Any) -> None:
 )
 def test_digests_are_equal_where_values_are(one: Any, other: Any) -> None:
     assert one == other
-    assert wire.Digest.of(one) == wire.Digest.of(other)
+    assert codec.Digest.of(one) == codec.Digest.of(other)
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         ([1], (1,)),
-        ([-1], [-2]),  # which have the same hash
+        ([-1], [-2]),  # these two have the same hash
         ([[1], [2]], [[1, 2]]),
         (["a", "b"], ["ab"]),
         ([("a",), ("b",)], [("a", "b")]),
@@ -159,4 +159,4 @@ def test_digests_are_equal_where_values_are(one: Any, other: Any) -> None:
 )
 def test_digests_differ_where_values_do(one: Any, other: Any) -> None:
     assert one != other
-    assert wire.Digest.of(one) != wire.Digest.of(other)
+    assert codec.Digest.of(one) != codec.Digest.of(other)

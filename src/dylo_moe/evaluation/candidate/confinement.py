@@ -1,9 +1,7 @@
-"""What a process gives up before it runs an answer: processor time, memory, files, the network, other processes.
+"""Limits that a process sets on itself before it runs an answer: CPU time, memory, files, network, other processes.
 
-The limits of ``setrlimit`` hold everywhere; the seccomp filter and Landlock need Linux on x86-64 or AArch64. All
-are set by the process itself, on itself, for good. Namespaces are bubblewrap's, in ``sandbox.py``.
-
-Imports the standard library only, because it is also loaded in the process that runs an answer.
+The limits of ``setrlimit`` work everywhere; the seccomp filter and Landlock need Linux on x86-64 or AArch64. None of
+them can be undone. Namespaces are not set here: bubblewrap makes them, started by ``Sandbox``.
 """
 
 import ctypes
@@ -17,10 +15,10 @@ from collections.abc import Iterable
 FILE_BYTES, OPEN_FILES, PROCESSES = 1 << 20, 64, 64
 
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-"""What the kernel calls a processor, and the column of the table of system calls."""
+"""The kernel's number of an architecture, and its column in the table of system calls."""
 
-_REFUSED = {
-    # new programs and processes; clone is looked at below
+_REFUSED: dict[str, tuple[int | None, int | None]] = {
+    # new programs and processes; clone is checked below
     "execve": (59, 221), "execveat": (322, 281), "fork": (57, None), "vfork": (58, None),
     # other processes
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
@@ -29,16 +27,16 @@ _REFUSED = {
     "process_vm_writev": (311, 271), "process_madvise": (440, 440), "kcmp": (312, 272), "setpriority": (141, 140),
     "ioprio_set": (251, 30), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
     "sched_setattr": (314, 274), "sched_setaffinity": (203, 122),
-    # the network, and memory that no limit counts
+    # the network, and memory that no limit covers
     "socket": (41, 198), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
     "memfd_create": (319, 279), "memfd_secret": (447, 447),
-    # what files are, where Landlock looks only at what is in them
+    # metadata of files, which Landlock does not protect
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
     "truncate": (76, 45), "mknod": (133, None), "mknodat": (259, 33), "open_by_handle_at": (304, 265),
-    # the kernel's own
+    # administration of the kernel
     "personality": (135, 92), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
     "chroot": (161, 51), "unshare": (272, 97), "setns": (308, 268), "open_tree": (428, 428),
     "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432),
@@ -66,13 +64,13 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def limit(memory: int, cpu: int, count_processes: bool) -> None:
-    """Sets the limits that the kernel counts, for good.
+def set_limits(memory: int, cpu: int, count_processes: bool) -> None:
+    """Set the resource limits of this process.
 
     Args:
         memory: Bytes of address space.
-        cpu: Seconds of processor time, of all threads together.
-        count_processes: False where the user has other processes, which would be counted too.
+        cpu: Seconds of CPU time, summed over all threads.
+        count_processes: Whether to limit the number of processes; not where the user has others, which count too.
     """
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
@@ -84,30 +82,30 @@ def limit(memory: int, cpu: int, count_processes: bool) -> None:
 
 
 def die_with_parent() -> None:
-    """The kernel kills this process when the one that started it ends."""
+    """Have the kernel kill this process when its parent ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def become(user: int, readable: str) -> None:
-    """Root becomes an ordinary user that owns nothing.
+def become_user(user: int, readable: str) -> None:
+    """Change from root to an ordinary user that owns nothing.
 
     Args:
         user: The number of the user and of its only group.
-        readable: A file that must stay readable. Where it lies in a folder of root's own, the one capability to read
-            is kept: call ``landlock`` first, which says what may be read.
+        readable: A file that must stay readable. If it is in a folder that only root can read, the process keeps the
+            capability to read all files: call ``restrict_files`` first, which limits what that covers.
     """
     _prctl(_PR_SET_KEEPCAPS, 1)
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
-    _capabilities(0 if os.access(readable, os.R_OK) else _CAP_DAC_READ_SEARCH)
+    _keep_capabilities(0 if os.access(readable, os.R_OK) else _CAP_DAC_READ_SEARCH)
 
 
-def landlock(paths: Iterable[str]) -> None:
-    """Refuses this process every file but these and what is beneath them, and those only to be read.
+def restrict_files(paths: Iterable[str]) -> None:
+    """Allow this process to read and execute the given files and folders, and refuse every other access to files.
 
     Raises:
-        OSError: The kernel has no Landlock, or it is switched off.
+        OSError: The kernel has no Landlock, or Landlock is disabled.
     """
     abi = _system_call(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     handled = _RIGHTS_OF_ABI.get(abi, _RIGHTS_SINCE_5)
@@ -129,12 +127,12 @@ def landlock(paths: Iterable[str]) -> None:
 
 
 def can_filter() -> bool:
-    """Whether the numbers of this machine's system calls are known."""
+    """Return whether the system call numbers of this machine are known."""
     return platform.system() == "Linux" and platform.machine() in _ARCHITECTURES
 
 
 def filter_system_calls() -> None:
-    """Refuses new processes, sockets, signals to others and what else no answer needs; threads stay allowed.
+    """Refuse new processes, sockets, signals to others and all else that no answer needs; threads stay allowed.
 
     Raises:
         OSError: The kernel has no seccomp.
@@ -146,15 +144,15 @@ def filter_system_calls() -> None:
 
 
 def _program(architecture: int, column: int) -> bytes:
-    """The filter as the kernel's packet-filter instructions: (code, jump if true, jump if false, operand)."""
+    """Return the filter as BPF instructions: (code, jump if true, jump if false, operand)."""
     load, equal, at_least, has_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, _KILL), (load, 0, 0, 0)]
-    if column == 0:  # calls of the x32 ABI, which have numbers of their own
+    if column == 0:  # the x32 ABI has other numbers
         steps += [(at_least, 0, 1, 0x40000000), (give, 0, 0, _ERRNO | _EPERM)]
     for number in [numbers[column] for numbers in _REFUSED.values()]:
         if number is not None:
             steps += [(equal, 0, 1, number), (give, 0, 0, _ERRNO | _EPERM)]
-    # glibc falls back from clone3, whose flags no filter can see, to clone
+    # a filter cannot read the flags of clone3; refused, glibc falls back to clone
     steps += [(equal, 0, 1, _CLONE3[column]), (give, 0, 0, _ERRNO | _ENOSYS)]
     thread = [(load, 0, 0, 16), (has_bit, 0, 1, 0x10000)]
     own = [(load, 0, 0, 16), (equal, 0, 1, 0)]
@@ -164,8 +162,8 @@ def _program(architecture: int, column: int) -> bytes:
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
-def _capabilities(mask: int) -> None:
-    """Keeps these capabilities, effective and permitted, and no others."""
+def _keep_capabilities(mask: int) -> None:
+    """Keep these capabilities, effective and permitted, and no others."""
     header = struct.pack("=Ii", 0x20080522, 0)
     data = struct.pack("=6I", mask, mask, 0, 0, 0, 0)
     if _libc().capset(header, data):
