@@ -1,8 +1,8 @@
-"""A Weights & Biases server on this machine: enough of its wire for runs and artifacts of the real client.
+"""A local Weights & Biases server: enough of the protocol for runs and artifacts of the real client.
 
-The client (its Python part and the program that it starts beside) is the real one; it is given the server's address by
-``WANDB_BASE_URL``. Answered are the GraphQL operations and file transfers that the client makes for a run that logs,
-puts artifacts and fetches them, as observed of wandb 0.31; any other operation is an error, which the client tells.
+The client (its Python part and the program that it starts) is the real one; ``WANDB_BASE_URL`` has the server's
+address. The server answers the GraphQL operations and file transfers of a run that logs, puts artifacts and fetches
+them, as observed with wandb 0.31; any other operation is an error, which the client reports.
 """
 
 import base64
@@ -18,15 +18,15 @@ KEY = "0123456789" * 4
 
 
 class FakeWandb:
-    """The server, and what it was told.
+    """The server and its data.
 
     Attributes:
-        artifacts: ``entity/project/name:version``, also with each alias as the version, to the artifact.
-        blobs: What was uploaded, by path.
-        runs: Ids of the runs that have been begun.
-        history: What runs have logged.
-        unknown: Operations that the server did not know.
-        gone: Whether it has been stopped.
+        artifacts: Artifacts by ``entity/project/name:version``, with each alias as a version too.
+        blobs: Uploaded contents by path.
+        runs: Ids of the runs that were started.
+        history: Bodies of the logging requests.
+        unknown: Operations that the server does not know.
+        gone: Whether the server was stopped.
     """
 
     def __init__(self) -> None:
@@ -43,11 +43,11 @@ class FakeWandb:
 
     @property
     def url(self) -> str:
-        """For ``WANDB_BASE_URL``."""
+        """Address for ``WANDB_BASE_URL``."""
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def stop(self) -> None:
-        """From now on nothing listens there."""
+        """Stop the server: nothing listens at its address any longer."""
         if self.gone:
             return
         self.gone = True
@@ -56,11 +56,11 @@ class FakeWandb:
         self._thread.join()
 
     def damage(self, reference: str, name: str) -> None:
-        """Flips a byte of a file of an artifact, behind the server's back."""
+        """Flip one bit of a stored file of an artifact."""
         path = self._file(self.artifacts[reference], name)
         self.blobs[path] = bytes([self.blobs[path][0] ^ 1]) + self.blobs[path][1:]
 
-    # The operations, named as the client names them; each takes the variables and gives the ``data`` of the answer.
+    # Operations, under the client's names; each takes the variables and returns the ``data`` of the answer.
 
     def Viewer(self, given: dict[str, Any]) -> dict[str, Any]:
         user = {"id": "u1", "entity": "me", "username": "me", "email": None, "flags": "{}", "teams": {"edges": []}}
@@ -218,14 +218,14 @@ class FakeWandb:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request to the server."""
+    """Handler of one request."""
 
     fake: FakeWandb
     protocol_version = "HTTP/1.1"
 
     def handle_request(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.fake.gone:  # also for those who are connected
+        if self.fake.gone:  # for open connections too
             self.close_connection = True
             return
         area, _, rest = self.path.lstrip("/").partition("/")
@@ -270,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 def _encoded(text: str) -> str:

@@ -1,6 +1,6 @@
-"""Object storage mounted as a file system, as far as a run can tell: below a folder, folders cannot be renamed.
+"""Imitation of object storage mounted as a file system: folders below a root cannot be renamed.
 
-Cloud Storage FUSE refuses so for a bucket without a hierarchical namespace.
+Cloud Storage FUSE refuses renames like this for a bucket without a hierarchical namespace.
 """
 
 import errno
@@ -14,13 +14,13 @@ RENAMES = ("rename", "replace")
 
 
 def install(root: Path, put: Callable[[object, str, object], None] = setattr) -> None:
-    """Makes ``root`` a bucket for this process; ``put`` is pytest's ``monkeypatch.setattr`` where it shall end."""
+    """Make ``root`` a bucket for this process; with pytest's ``monkeypatch.setattr`` as ``put``, for one test."""
     for name in RENAMES:
         put(os, name, _flat(root, getattr(os, name)))
 
 
 def environment(root: Path, folder: Path) -> dict[str, str]:
-    """What makes ``root`` a bucket for a new Python process, and for those that it starts; ``folder`` is for a file."""
+    """Return the environment in which ``root`` is a bucket for new Python processes; it needs a file in ``folder``."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(
         f"import sys\nfrom pathlib import Path\nsys.path.append({str(TESTS)!r})\n"

@@ -4,7 +4,7 @@ import torch
 from forgetting_gates import GradientGate
 from torch import Tensor
 
-from dylo_moe.core.router import normalised
+from dylo_moe.core.router import rms_normalize
 from dylo_moe.skills.gates import RidgeGate
 
 WIDTH, SKILLS = 24, 4
@@ -14,7 +14,7 @@ def skill(index: int, tokens: int = 200, seed: int = 0) -> Tensor:
     """Return normalized tokens scattered around a direction of the skill."""
     generator = torch.Generator().manual_seed(100 * seed + index)
     centre = torch.randn(WIDTH, generator=torch.Generator().manual_seed(index))
-    return normalised(1.5 * centre + torch.randn(tokens, WIDTH, generator=generator))
+    return rms_normalize(1.5 * centre + torch.randn(tokens, WIDTH, generator=generator))
 
 
 def accuracy(weight: Tensor) -> list[float]:

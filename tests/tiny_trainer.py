@@ -1,4 +1,4 @@
-"""The real Trainer on the model of ``tiny_folder``, in float64, with rows of unequal lengths in two domains."""
+"""The real Trainer on the model of ``tiny_folder``, in float64, with rows of different lengths in two domains."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tiny_folder import tiny_tokenizer
 
 
 def rows(count: int = 8) -> Dataset:
-    """Rows of unequal lengths with masked prompts, in two domains."""
+    """Return rows of different lengths with masked prompts, in two domains."""
     generator = torch.Generator().manual_seed(5)
     made = []
     for index in range(count):

@@ -1,4 +1,4 @@
-"""Trains the tiny model, alone or as one of several processes, and writes down what came out; started by tests.
+"""Trains the tiny model, alone or as one of several processes, and writes the results to files; started by tests.
 
 ``python training_worker.py BASE OUTPUT 'CASES'``, where CASES is a JSON object from a name to options of ``train``.
 """
@@ -19,7 +19,7 @@ from dylo_moe import DyLoRA_MoE
 from dylo_moe.data.mixing import MixingSampler
 from dylo_moe.data.packing import TokenCollator, TokenRows
 from dylo_moe.training.callbacks import BaseEvaluation
-from dylo_moe.training.processes import whole_tensors
+from dylo_moe.training.processes import full_state_dict
 from dylo_moe.training.trainer import DyLoRATrainer
 
 ROWS, BATCH = 22, 2
@@ -27,7 +27,7 @@ CAPACITY = 40
 
 
 def rows(packed: bool, count: int = ROWS) -> TokenRows:
-    """Rows of unequal lengths in two domains; neither they nor their batches are even in number."""
+    """Return rows of different lengths in two domains; they do not fill the last batch of an epoch."""
     generator = torch.Generator().manual_seed(5)
     lengths = [4 + (7 * index) % 27 for index in range(count)]
     ids = [torch.randint(3, 250, (length,), generator=generator).tolist() for length in lengths]
@@ -39,7 +39,7 @@ def rows(packed: bool, count: int = ROWS) -> TokenRows:
 
 
 def model_of(base: str, routing: str) -> DyLoRA_MoE:
-    """In float64, so that only a difference in what is summed can be seen."""
+    """Return a mixture in float64, so that only differences in the sums are visible."""
     torch.manual_seed(0)
     model = DyLoRA_MoE(
         base, 3, rank=4, routing=routing, balance_coefficient=0.5, z_loss_coefficient=0.1, dtype=torch.float64
@@ -55,7 +55,7 @@ def model_of(base: str, routing: str) -> DyLoRA_MoE:
 def trainer_of(
     base: str, output: str, *, routing: str = "prefix:1", packed: bool = False, processes: int = 1, **options: Any
 ) -> DyLoRATrainer:
-    """A trainer of four rows a step: two processes with two, or one with two times two."""
+    """Return a trainer of four rows a step: two processes with two rows, or one with two times two."""
     data = rows(packed)
     arguments = TrainingArguments(
         output_dir=output,
@@ -87,14 +87,14 @@ def trainer_of(
 
 
 def train(base: str, output: Path, *, resume: str | None = None, **options: Any) -> dict[str, Any]:
-    """Trains one case; returns its losses, what was evaluated and how many tokens were seen."""
+    """Train one case; return its losses, its evaluations and the number of tokens seen."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = trainer_of(base, str(output), processes=processes, **options)
     evaluated = BaseEvaluation(lambda: evaluate_base(trainer))
     trainer.add_callback(evaluated)
     trainer.train(resume_from_checkpoint=resume)
     log = trainer.state.log_history
-    weights = whole_tensors(trainer.model, ("lora_", "router."))
+    weights = full_state_dict(trainer.model, ("lora_", "router."))
     mixture = trainer.evaluate()
     trainer.save_model(str(output / "saved"))
     if trainer.is_world_process_zero():
@@ -128,7 +128,7 @@ def main(base: str, output: str, cases: str) -> None:
 
 if __name__ == "__main__":
     if os.environ.get("SHARD_ON_CPU"):
-        # accelerate shards on accelerators only; told that these are some, it shards over gloo just as well
+        # accelerate shards on accelerators only; taking the CPU for one, it shards over gloo
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType
 

@@ -1,6 +1,6 @@
-"""Vertex AI on this machine: takes any job, goes through some states with it, and remembers what it was sent.
+"""A local Vertex AI server: accepts any job, reports a sequence of states, and records the requests.
 
-It is Secret Manager as well, where every secret is the same.
+It also serves Secret Manager, with the same value for every secret.
 """
 
 import base64
@@ -19,9 +19,9 @@ class Vertex(ThreadingHTTPServer):
     """The server.
 
     Attributes:
-        requests: Each with ``method``, ``path``, ``body``, and the bytes of headers and body in ``raw``.
-        states: To come; a number is a status of HTTP.
-        secret_status: The status of HTTP that a secret is given with.
+        requests: Recorded requests: ``method``, ``path``, ``body``, and the bytes of headers and body in ``raw``.
+        states: States still to report; a number is an HTTP status.
+        secret_status: HTTP status of the answer to a request for a secret.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running() -> Iterator[Vertex]:
-    """The server, for a block of code."""
+    """Yield the server, running until the end of the block."""
     server = Vertex()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -84,7 +84,7 @@ def running() -> Iterator[Vertex]:
 
 
 def client_of(vertex: Vertex) -> Any:
-    """The real client, without credentials, speaking to the fake server as it would to the real one."""
+    """Return the real client, without credentials, connected to the fake server."""
     from google.auth.credentials import AnonymousCredentials
     from google.cloud.aiplatform_v1 import JobServiceClient
     from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceRestTransport

@@ -1,9 +1,9 @@
-"""Runs each RUN step of a target of the Dockerfile, in order, in a fresh root. No Docker engine is needed:
+"""Runs each RUN step of a target of the Dockerfile, in order, in a fresh root, without a Docker engine:
 
     python tests/cloud/run_steps.py cpu FOLDER
 
-as root, on Debian with debootstrap and bubblewrap. The part of the base image is played by a Debian bookworm with
-Debian's Python. At the end the entrypoint runs, as the image's user.
+as root, on Debian with debootstrap and bubblewrap. A Debian bookworm with Debian's Python replaces the base image. At
+the end the entrypoint runs as the image's user.
 
 Covered: several stages, ENV, WORKDIR, COPY from the context and from stages, RUN with secret mounts, USER, ENTRYPOINT
 and CMD in exec form. Not covered: .dockerignore, patterns in COPY, other mounts, and every other instruction.
@@ -24,12 +24,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-"""A builder gives these to every step, and keeps them out of the image."""
+"""Variables that a builder passes to every step and keeps out of the image."""
 IGNORED = ("ARG", "LABEL")
 
 
 class Step(NamedTuple):
-    """One instruction and what follows it."""
+    """One instruction and its arguments."""
 
     instruction: str
     text: str
@@ -46,10 +46,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Image:
-    """What a stage leaves to the next one.
+    """Result of a stage, on which the next one builds.
 
     Attributes:
-        root: Its files.
+        root: Folder of its files.
+        environment: Environment variables.
+        folder: Working directory.
+        user: Id of the user.
         command: ENTRYPOINT and CMD.
     """
 
@@ -61,7 +64,7 @@ class Image:
 
 
 def stages_of(text: str) -> dict[str, Stage]:
-    """The stages of a Dockerfile by name."""
+    """Return the stages of a Dockerfile by name."""
     stages: dict[str, Stage] = {}
     for line in re.sub(r"\\\n", " ", re.sub(r"(?m)^\s*#.*\n", "", text)).splitlines():
         instruction, _, rest = line.strip().partition(" ")
@@ -74,33 +77,33 @@ def stages_of(text: str) -> dict[str, Stage]:
 
 
 def needed_for(target: str, stages: Mapping[str, Stage]) -> list[Stage]:
-    """The stages that a target is made of, in the order of the file."""
+    """Return the stages that a target needs, in the order of the file."""
     found: set[str] = set()
-    wanted = [target]
-    while wanted:
-        name = wanted.pop()
+    pending = [target]
+    while pending:
+        name = pending.pop()
         if name in stages and name not in found:
             found.add(name)
             copies = (re.match(r"--from=(\S+)", step.text) for step in stages[name].steps)
-            wanted += [stages[name].base, *(match[1] for match in copies if match)]
+            pending += [stages[name].base, *(match[1] for match in copies if match)]
     return [stage for stage in stages.values() if stage.name in found]
 
 
 def runs_of(target: str, text: str) -> list[str]:
-    """The RUN steps of a target, in order."""
+    """Return the RUN steps of a target, in order."""
     needed = needed_for(target, stages_of(text))
     return [step.text for stage in needed for step in stage.steps if step.instruction == "RUN"]
 
 
 @dataclass
 class Builder:
-    """Builds targets in folders.
+    """Builder of targets in folders.
 
     Attributes:
-        folder: The roots go here, one for each stage.
-        base: What plays the base image.
-        secrets: A file for each id of a secret mount; mounts without one are left out, as a builder does.
-        binds: More options of bubblewrap.
+        folder: Parent of the roots, one for each stage.
+        base: Replacement of the base image.
+        secrets: File for each id of a secret mount; mounts without a file are left out, as builders do.
+        binds: Additional options of bubblewrap.
     """
 
     folder: Path
@@ -109,7 +112,7 @@ class Builder:
     binds: Sequence[str] = ()
 
     def build(self, target: str, text: str) -> Image:
-        """Runs the steps of a target; returns what comes of it.
+        """Run the steps of a target; return its image.
 
         Raises:
             CalledProcessError: A step failed.
@@ -125,7 +128,7 @@ class Builder:
         return images[target]
 
     def run(self, image: Image, command: Sequence[str], mounts: Sequence[str] = ()) -> None:
-        """Runs a command in an image."""
+        """Run a command in an image."""
         known = {name: os.environ[name] for name in PROXIES if name in os.environ}
         variables = [
             text for item in {**known, "HOME": "/root", **image.environment}.items() for text in ("--setenv", *item)
@@ -156,7 +159,7 @@ class Builder:
             case "RUN":
                 mounts, command = self._mounts(step.text)
                 _say(f"RUN {command}")
-                with _no_trace_of(mounts, image.root):
+                with _without_mount_points(mounts, image.root):
                     self.run(image, ["/bin/sh", "-c", command], mounts)
             case "COPY":
                 _copy(step.text, image, images)
@@ -189,7 +192,7 @@ class Builder:
 
 
 def debian(folder: Path) -> Image:
-    """A fresh Debian with Python, which plays the base image."""
+    """Return a fresh Debian with Python, as the base image."""
     include = "ca-certificates,python3,python3-venv"
     subprocess.run(["debootstrap", "--variant=minbase", f"--include={include}", "bookworm", str(folder)], check=True)
     (folder / "usr/local/bin/python").symlink_to("/usr/bin/python3")
@@ -197,8 +200,8 @@ def debian(folder: Path) -> Image:
 
 
 @contextmanager
-def _no_trace_of(mounts: Sequence[str], root: Path) -> Iterator[None]:
-    """Removes the empty files that mounting something onto files leaves in an image."""
+def _without_mount_points(mounts: Sequence[str], root: Path) -> Iterator[None]:
+    """Remove the empty files that mounts leave in an image."""
     places = [root / target.lstrip("/") for target in mounts[2::3]]
     new = [place for place in places if not place.exists()]
     yield
@@ -229,13 +232,15 @@ def _say(line: str) -> None:
 
 
 def main() -> None:
-    """Builds what the command line asks for."""
+    """Build the target that the command line names."""
     parser = argparse.ArgumentParser(description="Run the steps of the Dockerfile.")
     parser.add_argument("target")
-    parser.add_argument("folder", type=Path, help="for the roots; new")
-    parser.add_argument("--base", type=Path, help="a root to begin with, in the place of a new Debian")
-    parser.add_argument("--secret", action="append", default=[], metavar="ID=FILE", help="for secret mounts")
-    parser.add_argument("--read", action="append", default=[], metavar="PATH", help="that the steps may read as well")
+    parser.add_argument("folder", type=Path, help="new folder for the roots")
+    parser.add_argument("--base", type=Path, help="root to start from instead of a new Debian")
+    parser.add_argument("--secret", action="append", default=[], metavar="ID=FILE", help="file of a secret mount")
+    parser.add_argument(
+        "--read", action="append", default=[], metavar="PATH", help="additional path that the steps may read"
+    )
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
     base = Image(args.base) if args.base else debian(args.folder / "base")

@@ -1,4 +1,4 @@
-"""The container and its build script: what their linters say, what linters miss, and what the steps leave behind."""
+"""The container and its build script: linters, rules that linters miss, and leftovers of the build steps."""
 
 import os
 import re
@@ -19,14 +19,14 @@ LINES = [line for line in DOCKERFILE.splitlines() if line and not line.startswit
 
 
 @pytest.mark.parametrize("command", [["hadolint", "Dockerfile"], ["shellcheck", "build_and_push.sh"]])
-def test_linters_have_nothing_to_say(command: list[str]) -> None:
+def test_linters_pass(command: list[str]) -> None:
     tool = shutil.which(command[0], path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert tool is not None, "one of the developers' packages"
+    assert tool is not None, "a development dependency"
     done = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_every_base_is_pinned_and_small() -> None:
+def test_every_base_image_is_pinned_and_slim() -> None:
     (pinned,) = [line for line in LINES if line.startswith("ARG PYTHON=")]
     assert re.fullmatch(r"ARG PYTHON=python:[\w.-]+-slim-[a-z]+@sha256:[0-9a-f]{64}", pinned)
     stages = [re.fullmatch(r"FROM (\S+) AS (\S+)", line) for line in LINES if line.startswith("FROM ")]
@@ -36,7 +36,7 @@ def test_every_base_is_pinned_and_small() -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_a_target_runs_without_rights(target: str) -> None:
+def test_a_target_runs_as_an_ordinary_user(target: str) -> None:
     stage = DOCKERFILE.partition(f"FROM runtime AS {target}\n")[2].partition("\nFROM ")[0]
     assert re.findall(r"^USER (.*)$", stage, flags=re.MULTILINE)[-1:] == ["1000"]
 
@@ -46,7 +46,7 @@ def test_signals_reach_training() -> None:
     assert entrypoint == 'ENTRYPOINT ["/usr/bin/tini", "--", "python", "/app/entrypoint.py"]'
 
 
-def test_what_is_installed_is_locked_and_no_secret_is_built_in() -> None:
+def test_packages_are_locked_and_no_secret_is_built_in() -> None:
     installs = re.findall(r"pip install[^&\n]*", DOCKERFILE)
     by_name = re.compile(r"pip install --no-deps( [\w-]+==[\w.]+)+")
     pinned = [install for install in installs if by_name.fullmatch(install.strip())]
@@ -56,7 +56,7 @@ def test_what_is_installed_is_locked_and_no_secret_is_built_in() -> None:
     assert not [line for line in LINES if re.match(r"(COPY|ADD) (\.|/) ", line)]
 
 
-def test_the_context_has_what_is_copied_and_no_more() -> None:
+def test_the_context_has_only_the_files_that_are_copied() -> None:
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     kept = {line[1:] for line in ignore if line.startswith("!")}
     copied = {
@@ -69,7 +69,7 @@ def test_the_context_has_what_is_copied_and_no_more() -> None:
 def script(
     tmp_path: Path, *arguments: str, dirty: bool = False, environment: dict[str, str] | None = None
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs the build script in a repository of its own, where no gcloud is installed."""
+    """Run the build script in its own repository, without gcloud."""
     for name in ("build_and_push.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost"]
@@ -86,7 +86,7 @@ def script(
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
-def test_the_script_shows_what_it_would_do(tmp_path: Path) -> None:
+def test_a_dry_run_of_the_script_prints_its_commands(tmp_path: Path) -> None:
     secret = tmp_path.with_name("pip.conf")
     secret.write_text(TOKEN)
     places = ["--project", "my-project", "--region", "us-central1"]
@@ -100,7 +100,7 @@ def test_the_script_shows_what_it_would_do(tmp_path: Path) -> None:
     assert lines[-1].startswith("export DYLO_MOE_IMAGE=us-central1-docker.pkg.dev/my-project/")
 
 
-def test_all_of_it_can_be_said_by_the_environment(tmp_path: Path) -> None:
+def test_the_environment_can_replace_all_arguments(tmp_path: Path) -> None:
     environment = {
         "GOOGLE_CLOUD_PROJECT": "my-project",
         "GOOGLE_CLOUD_REGION": "europe-west4",
@@ -141,7 +141,7 @@ def test_the_script_refuses(tmp_path: Path, arguments: list[str], dirty: bool, m
     assert done.returncode == 2 and message in done.stderr and not done.stdout
 
 
-def test_every_step_of_the_cpu_target_is_run() -> None:
+def test_every_step_of_the_cpu_target_is_found() -> None:
     text = (ROOT / "Dockerfile").read_text()
     only_cuda = DOCKERFILE.partition("FROM build AS build-cuda\n")[2].partition("\nFROM ")[0]
     wanted = [" ".join(line.split()[1:]) for line in LINES if line.startswith("RUN ")]
@@ -153,7 +153,7 @@ def test_every_step_of_the_cpu_target_is_run() -> None:
     assert list(stages_of(text)) == ["build", "build-cpu", "build-cuda", "runtime", "cpu", "cuda"]
 
 
-# Each tool of the steps says what it was given, and whether pip's configuration was there.
+# Each tool writes down its arguments, its environment, and whether pip's configuration was mounted.
 TOOL = """#!/bin/sh
 { echo "$(basename "$0") $*"; env; [ ! -s /etc/pip.conf ] || echo "and pip.conf"; } >> /said
 [ "$*" != "-m venv /opt/venv" ] || mkdir -p /opt/venv
@@ -185,7 +185,7 @@ def test_no_token_is_left_by_the_steps_of_the_image(
     assert (image.user, image.command["ENTRYPOINT"][0]) == ("1000", "/usr/bin/tini")
     said = (tmp_path / "roots" / "build-cpu" / "said").read_text()
     assert said.startswith("python -m venv /opt/venv\n") and "PIP_NO_CACHE_DIR=1" in said
-    assert said.count("\nand pip.conf") == said.count("\npip install ") == 3, "the secret reaches what needs it"
+    assert said.count("\nand pip.conf") == said.count("\npip install ") == 3, "pip gets the secret"
     assert (tmp_path / "roots" / "runtime" / "said").read_text().count("\napt-get ") == 1
     assert not list((tmp_path / "roots").glob("*/etc/pip.conf"))
     assert files_with_it(tmp_path / "roots") == []

@@ -1,4 +1,4 @@
-"""The commands of ``docs/cloud.md`` are commands: shells read them, and our own programs take their flags."""
+"""The commands of ``docs/cloud.md`` work: shells parse them, and our own programs accept their flags."""
 
 import re
 import shlex
@@ -26,12 +26,12 @@ GROUPS = {"--train": TRAIN_GROUPS, "--benchmark": BENCHMARK_GROUPS}
 
 
 def commands(blocks: list[str]) -> Iterator[list[str]]:
-    """Each command as words, with a value for each variable."""
+    """Yield each command as words, with a value for each variable."""
     for line in "".join(blocks).replace("\\\n", " ").splitlines():
         yield shlex.split(re.sub(r"\$[A-Z]\w*", "my-value", line), comments=True)
 
 
-def test_a_shell_reads_every_block() -> None:
+def test_a_shell_parses_every_block() -> None:
     assert len(BLOCKS) >= 9
     for block in BLOCKS:
         done = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True)
@@ -45,7 +45,7 @@ def test_every_variable_is_set_before_it_is_used() -> None:
         known |= set(re.findall(r"\b([A-Z][A-Z_]+)=", line))
 
 
-def test_our_programs_take_the_flags() -> None:
+def test_our_programs_accept_the_flags() -> None:
     found = 0
     for words in commands(BLOCKS + README):
         for name, groups in GROUPS.items():
@@ -55,7 +55,7 @@ def test_our_programs_take_the_flags() -> None:
     assert found == 6, "four to train and two to benchmark"
 
 
-def test_the_job_of_the_page_can_be_sent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_of_the_page_is_valid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("DYLO_MOE_IMAGE", "us-central1-docker.pkg.dev/my-project/dylora-moe/dylora-moe:0.1.0-cuda")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     jobs = [words[2:] for words in commands(BLOCKS + README) if words[:2] == ["python", "submit_full_training.py"]]
@@ -65,7 +65,7 @@ def test_the_job_of_the_page_can_be_sent(monkeypatch: pytest.MonkeyPatch, capsys
     assert TOKEN not in capsys.readouterr().out
 
 
-def test_the_files_that_are_named_are_there() -> None:
+def test_the_scripts_that_are_named_exist() -> None:
     for words in commands(BLOCKS + README):
         scripts = [word for word in words[:2] if word.endswith((".py", ".sh"))]
         assert all((ROOT / script).is_file() for script in scripts)

@@ -1,4 +1,4 @@
-"""Each platform is told from the environment alone, and changes what it should."""
+"""Each platform is detected from the environment alone, and has the right effects."""
 
 import json
 from pathlib import Path
@@ -57,13 +57,13 @@ def test_a_cluster_of_one_machine_is_none() -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", spec("workerpool1", 2), spec("workerpool2", 0), '{"cluster": 1}'])
-def test_a_cluster_that_cannot_be_read_is_told(text: str) -> None:
+def test_a_malformed_cluster_is_refused(text: str) -> None:
     with pytest.raises(CloudError, match="CLUSTER_SPEC must be JSON"):
         detect({"CLOUD_ML_JOB_ID": "1", "CLUSTER_SPEC": text})
 
 
 @pytest.mark.parametrize("variable", ["CONTAINER_ID", "VAST_CONTAINERLABEL"])
-def test_vast_keeps_to_its_share(tmp_path: Path, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vast_uses_only_its_share_of_the_cores(tmp_path: Path, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/cpu.max").write_text("650000 100000\n")
@@ -74,7 +74,7 @@ def test_vast_keeps_to_its_share(tmp_path: Path, variable: str, monkeypatch: pyt
     assert detect({variable: "C.77", "OMP_NUM_THREADS": "2"}, tmp_path).settings == {}
 
 
-def test_little_shared_memory_is_kept_from_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_does_not_use_little_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dev/shm").mkdir(parents=True)
     monkeypatch.setattr("dylo_moe.cloud.platform.SMALL_SHARED_MEMORY", 0)
     assert "NCCL_SHM_DISABLE" not in detect({"CONTAINER_ID": "1"}, tmp_path).settings
@@ -82,7 +82,7 @@ def test_little_shared_memory_is_kept_from_nccl(tmp_path: Path, monkeypatch: pyt
     assert detect({"CONTAINER_ID": "1"}, tmp_path).settings["NCCL_SHM_DISABLE"] == "1"
 
 
-def test_a_container_and_none(tmp_path: Path) -> None:
+def test_containers_and_bare_machines_are_detected(tmp_path: Path) -> None:
     assert detect({}, tmp_path) == Platform(BARE)
     assert platform_flags(Platform(BARE), []) == []
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "pod"}
@@ -92,24 +92,24 @@ def test_a_container_and_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["s3://bucket/x", "gs://", "gs:///"])
-def test_what_is_no_folder_is_told(tmp_path: Path, value: str) -> None:
+def test_a_value_that_is_not_a_folder_is_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(CloudError, match="AIP_MODEL_DIR must be a folder or gs://"):
         local_folder("AIP_MODEL_DIR", value, tmp_path)
 
 
-def test_a_bucket_that_is_not_mounted_is_told(tmp_path: Path) -> None:
+def test_a_bucket_that_is_not_mounted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CloudError, match="gcs is not mounted"):
         local_folder("AIP_MODEL_DIR", "gs://bucket/x", tmp_path)
 
 
-def test_given_flags_win_over_the_platforms() -> None:
+def test_given_flags_override_those_of_the_platform() -> None:
     vertex = Platform(VERTEX, checkpoint_dir=Path("/c"))
     assert platform_flags(vertex, []) == ["--output_dir", "/c", "--resume_from_checkpoint", "auto"]
     assert platform_flags(vertex, ["--output-dir=/mine", "--resume-from-checkpoint"]) == []
     assert platform_flags(vertex, ["--overwrite_output_dir"]) == ["--output_dir", "/c"]
 
 
-def test_a_benchmark_scores_what_training_left_and_keeps_its_result() -> None:
+def test_a_benchmark_scores_the_trained_model_and_stores_its_result() -> None:
     vertex = Platform(VERTEX, checkpoint_dir=Path("/c"))
     output = ["--output", "/c/benchmark.json"]
     assert benchmark_flags(vertex, ["--max-samples", "20"]) == [*output, "--trained_model", "/c/best_model"]
@@ -136,18 +136,18 @@ def test_a_secret_is_fetched_by_its_reference(monkeypatch: pytest.MonkeyPatch) -
         server.secret_status = 403
         with pytest.raises(CloudError, match=r"HTTP 403.*secretAccessor"):
             load_secrets(environment)
-    with pytest.raises(CloudError, match=f"the secret {REFERENCE} for HF_TOKEN cannot be had: "):
+    with pytest.raises(CloudError, match=f"the secret {REFERENCE} for HF_TOKEN cannot be fetched: "):
         load_secrets(environment)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:google")
-def test_without_credentials_a_secret_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_credentials_no_secret_is_requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
-    with pytest.raises(CloudError, match=f"{VARIABLE} is set, and this machine has no credentials"):
+    with pytest.raises(CloudError, match=f"{VARIABLE} is set, but this machine has no credentials"):
         load_secrets({VARIABLE: f"HF_TOKEN={REFERENCE}"})
 
 
-def test_a_secret_in_the_place_of_its_reference_is_not_repeated() -> None:
+def test_a_secret_given_instead_of_its_reference_is_not_repeated() -> None:
     with pytest.raises(CloudError) as caught:
         load_secrets({VARIABLE: f"HF_TOKEN={TOKEN}"})
     assert TOKEN not in str(caught.value)

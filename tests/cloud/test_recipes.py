@@ -1,4 +1,4 @@
-"""The recipes for Kubernetes and SkyPilot: what these would refuse, and that both go on where they were stopped."""
+"""The recipes for Kubernetes and SkyPilot are valid, and both resume an interrupted run."""
 
 import json
 from pathlib import Path
@@ -24,14 +24,14 @@ def schemas_of(package: str) -> dict[str, Any]:
     return schemas
 
 
-def wrong_with(manifest: dict[str, Any]) -> list[str]:
-    """What Kubernetes would refuse."""
+def errors_of(manifest: dict[str, Any]) -> list[str]:
+    """Return the errors that Kubernetes would report."""
     schema = {"$ref": f"#/$defs/{KINDS[manifest['kind']]}", "$defs": schemas_of("kubernetes-validate")}
     return [error.message for error in Draft202012Validator(schema).iter_errors(manifest)]
 
 
-def wrong_with_task(task: dict[str, Any]) -> list[str]:
-    """What SkyPilot would refuse; it checks a task, its resources and each of its storages by themselves."""
+def errors_of_task(task: dict[str, Any]) -> list[str]:
+    """Return the errors that SkyPilot would report; it checks a task, its resources and each storage separately."""
     schemas = schemas_of("skypilot")
     parts = [("task", task), ("resources", task["resources"])]
     parts += [("storage", mount) for mount in task["file_mounts"].values()]
@@ -48,9 +48,9 @@ def sky() -> dict[str, Any]:
     return task
 
 
-def test_kubernetes_would_take_the_manifests() -> None:
+def test_the_manifests_are_valid_for_kubernetes() -> None:
     claim, job = manifests()
-    assert wrong_with(claim) == wrong_with(job) == []
+    assert errors_of(claim) == errors_of(job) == []
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,10 @@ def test_the_schema_of_kubernetes_finds_mistakes(path: tuple[str | int, ...], va
     for key in path[:-1]:
         part = part[key]
     part[path[-1]] = value
-    assert wrong_with(job)
+    assert errors_of(job)
 
 
-def test_the_kubernetes_job_goes_on_where_it_was_stopped() -> None:
+def test_the_kubernetes_job_resumes_an_interrupted_run() -> None:
     _, job = manifests()
     spec: dict[str, Any] = job["spec"]
     pod = spec["template"]["spec"]
@@ -88,8 +88,8 @@ def test_the_kubernetes_job_goes_on_where_it_was_stopped() -> None:
     assert all("value" not in entry for entry in container["env"]), "secrets come by reference"
 
 
-def test_skypilot_would_take_the_task() -> None:
-    assert wrong_with_task(sky()) == []
+def test_the_task_is_valid_for_skypilot() -> None:
+    assert errors_of_task(sky()) == []
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,10 @@ def test_the_schema_of_skypilot_finds_mistakes(path: tuple[str, ...], value: obj
     for key in path[:-1]:
         part = part[key]
     part[path[-1]] = value
-    assert wrong_with_task(task)
+    assert errors_of_task(task)
 
 
-def test_the_sky_task_goes_on_where_it_was_stopped() -> None:
+def test_the_sky_task_resumes_an_interrupted_run() -> None:
     task = sky()
     assert task["resources"]["use_spot"] is True
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_STOPPED]

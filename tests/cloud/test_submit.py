@@ -1,7 +1,7 @@
-"""What is sent to Vertex AI is exactly what the golden files say, and what is wrong is never sent.
+"""Requests to Vertex AI equal the golden files exactly, and invalid jobs are never sent.
 
-A golden file is what Google's own client put on the wire. ``PYTHONPATH=tests python tests/cloud/test_submit.py`` writes
-them, to be read before they are committed.
+A golden file is the request as Google's own client sent it. ``PYTHONPATH=tests python tests/cloud/test_submit.py``
+writes them; review them before committing.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 from dylo_moe.cli import main
 from dylo_moe.cloud.settings import Settings, gcloud_property, resolve
 from dylo_moe.cloud.vertex import connect, send, watch
-from dylo_moe.cloud_config import MACHINES, SubmitArguments
+from dylo_moe.cloud_config import MACHINES
 from dylo_moe.errors import EXIT_USER_ERROR, CloudError, ConfigError
 from fake_vertex import NAME, Vertex, client_of, running
 from planted import TOKEN
@@ -48,7 +48,7 @@ def golden(machine: str, replicas: int) -> Path:
 
 
 def sent_by(vertex: Vertex, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What submit sends, as the golden files have it."""
+    """Return the requests that submit sends, in the form of the golden files."""
     monkeypatch.setattr("dylo_moe.programs.submit.connect", lambda region: client_of(vertex))
     monkeypatch.setattr("dylo_moe.cloud.vertex.POLL_SECONDS", 0)
     assert main(arguments) == 0
@@ -56,7 +56,7 @@ def sent_by(vertex: Vertex, arguments: list[str], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("machine", "replicas"), CASES)
-def test_what_goes_over_the_wire_is_the_golden_request(
+def test_the_request_sent_equals_the_golden_file(
     vertex: Vertex, machine: str, replicas: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (sent,) = sent_by(vertex, [*command(machine, replicas), *TRAINING], monkeypatch)
@@ -66,7 +66,7 @@ def test_what_goes_over_the_wire_is_the_golden_request(
 
 
 @pytest.mark.parametrize(("machine", "replicas"), CASES)
-def test_a_dry_run_prints_the_golden_request_and_asks_nobody(
+def test_a_dry_run_prints_the_golden_request_and_sends_nothing(
     machine: str, replicas: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from google.cloud.aiplatform_v1 import CustomJob
@@ -76,7 +76,7 @@ def test_a_dry_run_prints_the_golden_request_and_asks_nobody(
     assert main([*command(machine, replicas), "--dry-run", *TRAINING]) == 0
     shown, wanted = json.loads(capsys.readouterr().out), json.loads(golden(machine, replicas).read_text())
     assert wanted["path"].startswith(f"/v1/{shown['parent']}/customJobs?")
-    # on the wire the names of machines and strategies are numbers: compare the message that both are
+    # the client sends names of machines and strategies as numbers: compare the parsed messages
     assert MessageToDict(ParseDict(wanted["body"], CustomJob.pb(CustomJob()))) == shown["customJob"]
 
 
@@ -85,22 +85,22 @@ def test_a_job_is_followed_to_its_end(
 ) -> None:
     vertex.states.insert(2, 503)
     sent = sent_by(vertex, ["submit", *PLACES, "--replicas", "4", "--watch"], monkeypatch)
-    assert [one["method"] for one in sent] == ["POST"] + ["GET"] * 5, "a server that is not there is asked again"
+    assert [one["method"] for one in sent] == ["POST"] + ["GET"] * 5, "an unavailable server is asked again"
     said = capsys.readouterr().out.splitlines()
     assert said[-4:] == ["pending", "running", "succeeded", "Took 10.00 machine-hours of a3-highgpu-1g"]
     vertex.states = ["CANCELLED"]
     assert watch(NAME, client_of(vertex), lambda line: None) == (False, 2.5)
 
 
-def test_a_refusal_of_the_cloud_is_one_line(vertex: Vertex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_cloud_is_one_line(vertex: Vertex, monkeypatch: pytest.MonkeyPatch) -> None:
     vertex.states = [403]
-    with pytest.raises(CloudError, match=r"customJobs/42 goes on, and cannot be asked for: 403 .*not now"):
+    with pytest.raises(CloudError, match=r"customJobs/42 continues, but its state cannot be read: 403 .*not now"):
         watch(NAME, client_of(vertex), lambda line: None)
     request = {"parent": "projects/my-project/locations/us-central1", "customJob": {}}
     client = client_of(vertex)
     vertex.shutdown()
     vertex.server_close()
-    with pytest.raises(CloudError, match=r"Vertex AI did not take the job: "):
+    with pytest.raises(CloudError, match=r"Vertex AI did not accept the job: "):
         send(request, client)
 
 
@@ -110,13 +110,13 @@ def test_without_credentials_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tm
         connect("us-central1")
 
 
-def test_no_token_is_in_a_request_or_in_what_submit_says(
+def test_no_token_is_in_a_request_or_in_the_output(
     vertex: Vertex, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, TOKEN)
     (sent,) = sent_by(vertex, [*command("a3-highgpu-1g", 4), *TRAINING], monkeypatch)
-    assert "HF_TOKEN" in json.dumps(sent["body"]), "the job asks for it"
+    assert "HF_TOKEN" in json.dumps(sent["body"]), "the job refers to the secret"
     assert TOKEN.encode() not in vertex.requests[0]["raw"] and TOKEN not in sent["path"]
     assert main([*command("a3-highgpu-1g", 4), "--dry_run", *TRAINING]) == 0
     said = capsys.readouterr()
@@ -144,7 +144,7 @@ def refuse(*args: object) -> None:
         (["--", "--num_epoch", "3"], "did you mean '--num_epochs'"),
     ],
 )
-def test_what_is_wrong_is_refused_before_any_call(
+def test_invalid_flags_are_refused_before_any_call(
     changed: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dylo_moe.programs.submit.connect", refuse)
@@ -156,27 +156,25 @@ def test_what_is_wrong_is_refused_before_any_call(
 @pytest.mark.parametrize("missing", ["project", "region", "bucket", "image"])
 def test_each_missing_setting_is_named(missing: str) -> None:
     given = {"project": "my-project", "region": "us-central1", "bucket": "my-bucket", "image": IMAGE}
-    args = SubmitArguments(**{name: value for name, value in given.items() if name != missing})
-    with pytest.raises(ConfigError, match=f"--{missing} is missing: give it, or set"):
-        resolve(args, {}, lambda name: None)
+    del given[missing]
+    with pytest.raises(ConfigError, match=f"`{missing}` is missing: give it, or set"):
+        resolve({}, lambda name: None, **given)
 
 
-def test_settings_come_from_the_flag_then_the_environment_then_gcloud() -> None:
+def test_settings_come_from_the_caller_then_the_environment_then_gcloud() -> None:
     environment = {
         "DYLO_MOE_BUCKET": "gs://env-bucket/",
         "DYLO_MOE_IMAGE": IMAGE,
         "GOOGLE_CLOUD_PROJECT": "env-project",
     }
     gcloud = {"core/project": "gcloud-project", "compute/region": "europe-west4"}.get
-    assert resolve(SubmitArguments(), environment, gcloud) == Settings(
-        "env-project", "europe-west4", "env-bucket", IMAGE
-    )
+    assert resolve(environment, gcloud) == Settings("env-project", "europe-west4", "env-bucket", IMAGE)
     del environment["GOOGLE_CLOUD_PROJECT"]
-    assert resolve(SubmitArguments(), environment, gcloud).project == "gcloud-project"
-    assert resolve(SubmitArguments(project="my-project"), environment, gcloud).project == "my-project"
+    assert resolve(environment, gcloud).project == "gcloud-project"
+    assert resolve(environment, gcloud, project="my-project").project == "my-project"
 
 
-def test_gcloud_is_asked_where_nothing_else_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gcloud_is_asked_for_its_properties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gcloud = tmp_path / "gcloud"
     gcloud.write_text('#!/bin/sh\n[ "$3" = core/project ] && echo gcloud-project && exit\necho "(unset)"\n')
     gcloud.chmod(0o755)
@@ -187,7 +185,7 @@ def test_gcloud_is_asked_where_nothing_else_says(tmp_path: Path, monkeypatch: py
     assert gcloud_property("core/project") is None
 
 
-def test_importing_the_script_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importing_the_script_submits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dylo_moe.programs.submit.main", refuse)
     runpy.run_path(str(GOLDEN.parents[2] / "submit_full_training.py"), run_name="imported")
 

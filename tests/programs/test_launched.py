@@ -94,13 +94,13 @@ def test_a_run_goes_on_from_an_artifact(base: Path, data: str, tmp_path: Path) -
     assert main([*common, "--num_epochs", "1", "--output_dir", str(tmp_path / "first")]) == 0
     steps = json.loads((tmp_path / "first" / "report.json").read_text())["steps"]
     whole = tmp_path / "whole" / f"checkpoint-{steps}"
-    partial = checkpoints.begin(whole)
+    partial = checkpoints.begin_write(whole)
     for path in (tmp_path / "first" / whole.name).rglob("*"):
         if path.is_file() and path.name != checkpoints.MANIFEST:
             target = partial / path.relative_to(tmp_path / "first" / whole.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-    checkpoints.finish(whole)
+    checkpoints.commit(whole)
     reference = FolderStore(tmp_path / "store").put(whole, "mine", {"step": steps})
     output = tmp_path / "second"
     flags = ["--num_epochs", "2", "--output_dir", str(output), "--wandb_checkpoint_artifact", reference]

@@ -1,10 +1,10 @@
-"""A training run that is killed again and again, for ``test_killed.py`` and for a longer trial by hand:
+"""A training run that is killed repeatedly, for ``test_killed.py`` and for longer trials that are started manually:
 
-    python tests/training/killed_run.py 40        kills a run 40 times and compares it with one that nobody disturbed
-    python tests/training/killed_run.py 40 bucket the same where folders cannot be renamed, with --save_in_place
+    python tests/training/killed_run.py 40        kills a run 40 times and compares it with an uninterrupted one
+    python tests/training/killed_run.py 40 bucket the same if folders cannot be renamed, with --save_in_place
 
-Half of the kills come at a random time, the others right before a random one of the file operations by which
-checkpoints are written, renamed and removed.
+Half of the kills come at a random time, the others right before a random file operation that writes, renames or
+removes a checkpoint.
 """
 
 import json
@@ -28,7 +28,7 @@ STEPS = 24
 
 
 def arguments(base: Path, output: Path, data: Path) -> list[str]:
-    """A short run with everything that is random in training: dropout, several experts, several epochs."""
+    """Return the flags of a short run with every source of randomness: dropout, several experts, several epochs."""
     flags = {
         "model_name": base,
         "datasets": f"one={data / 'one.jsonl'},two={data / 'two.jsonl'}",
@@ -49,14 +49,14 @@ def arguments(base: Path, output: Path, data: Path) -> list[str]:
 
 
 def write_data(folder: Path) -> None:
-    """Two small datasets."""
+    """Write two small datasets."""
     for name, count in (("one", 40), ("two", 25)):
         rows = [{"prompt": f"{name} {n}\n", "response": f"the answer {n * n} of {name}\n"} for n in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def train(flags: list[str], die_at: int | None, bucket: Path | None, done: Any) -> None:
-    """Runs the program in this process; with ``die_at`` it kills itself right before its so-manieth file operation."""
+    """Run the program in this process; with ``die_at``, kill it right before the file operation of that index."""
     import torch
 
     import flat_bucket
@@ -66,23 +66,23 @@ def train(flags: list[str], die_at: int | None, bucket: Path | None, done: Any) 
     if bucket is not None:
         flat_bucket.install(bucket)
     if die_at is not None:
-        left = [die_at]
+        remaining = [die_at]
 
         def count(event: str, values: tuple[Any, ...]) -> None:
             if event in CHANGES and any(part in str(values[0]) for part in ("checkpoint-", "best_model")):
-                left[0] -= 1
-                if left[0] < 0:
+                remaining[0] -= 1
+                if remaining[0] < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
         code = main(["train", *flags])
     done.value = code
 
 
 def started(flags: list[str], die_at: int | None = None, bucket: Path | None = None) -> tuple[BaseProcess, Any]:
-    """A new process that trains. Its server has the libraries loaded, so that it begins at once."""
+    """Start a process that trains; its fork server has the libraries loaded, so it begins at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "peft", "datasets", "dylo_moe.programs.train"])
     done = context.Value("i", -1)
@@ -92,17 +92,17 @@ def started(flags: list[str], die_at: int | None = None, bucket: Path | None = N
 
 
 def killed_run(kills: int, folder: Path, seed: int = 0, *, on_bucket: bool = False) -> dict[str, int]:
-    """Kills a run ``kills`` times, lets it end, and compares it with an undisturbed one.
+    """Kill a run ``kills`` times, let it end, and compare it with an uninterrupted one.
 
     Returns:
-        How many kills came by the clock, how many inside of file operations, and how often a run was faster.
+        Number of kills by the clock, of kills before file operations, and of runs that ended before their kill.
     """
     from tiny_folder import write_tiny_folder
 
     base = write_tiny_folder(folder / "base")
     write_data(folder)
     start = time.monotonic()
-    process, done = started(arguments(base, folder / "undisturbed", folder))
+    process, done = started(arguments(base, folder / "uninterrupted", folder))
     process.join()
     assert done.value == 0
     duration = time.monotonic() - start
@@ -122,20 +122,20 @@ def killed_run(kills: int, folder: Path, seed: int = 0, *, on_bucket: bool = Fal
         if process.exitcode == -signal.SIGKILL:
             counts["in file operations" if inside else "by the clock"] += 1
         else:
-            assert done.value == 0, "a run that goes on must not fail"
+            assert done.value == 0, "a resumed run must not fail"
             counts["the run was faster"] += 1
-            # begin again, so that every kill meets a run that has work to do
+            # start again, so that every kill hits a run with work left
             (folder / "killed").rename(folder / f"finished-{counts['the run was faster']}")
-            same(folder / "undisturbed", folder / f"finished-{counts['the run was faster']}")
+            same(folder / "uninterrupted", folder / f"finished-{counts['the run was faster']}")
     process, done = started(flags, bucket=bucket)
     process.join()
     assert done.value == 0
-    same(folder / "undisturbed", folder / "killed")
+    same(folder / "uninterrupted", folder / "killed")
     return counts
 
 
 def same(one: Path, other: Path) -> None:
-    """Makes sure that two runs ended with the same bits: the mixture, and the state of the last checkpoint."""
+    """Check that two runs ended with the same bits: the mixture, and the state of the last checkpoint."""
     import torch
 
     for folder in ("best_model", f"checkpoint-{STEPS}"):
@@ -151,7 +151,7 @@ def same(one: Path, other: Path) -> None:
 
 
 def main() -> None:
-    """Runs the trial that the command line asks for."""
+    """Run the trial that the command line asks for."""
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"

@@ -1,4 +1,4 @@
-"""Artifacts: what was put comes back as it was, what is damaged is refused, and nothing is left half fetched."""
+"""Artifacts come back unchanged, damaged ones are refused, and a failed fetch leaves nothing behind."""
 
 import json
 import shutil
@@ -17,13 +17,13 @@ from dylo_moe.training.fetching import fetched_checkpoint, fetched_mixture, stor
 
 
 def checkpoint(output: Path, step: int, weights: str = "weights") -> Path:
-    """A whole checkpoint, as training writes it."""
+    """Write a complete checkpoint as training does."""
     folder = checkpoints.folder_of(output, step)
-    partial = checkpoints.begin(folder)
+    partial = checkpoints.begin_write(folder)
     (partial / "experts").mkdir()
     (partial / "experts" / "adapter.safetensors").write_text(f"{weights} of {step}")
     (partial / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    checkpoints.finish(folder)
+    checkpoints.commit(folder)
     return folder
 
 
@@ -36,12 +36,12 @@ def stored(store: ArtifactStore, tmp_path: Path, step: int = 7) -> str:
 
 
 def leftovers(output: Path) -> list[str]:
-    """Everything in an output folder but whole checkpoints and the notes about them."""
-    notes = {"fetched.json", "wandb_run.json"}
-    return [path.name for path in output.iterdir() if path.name not in notes and checkpoints.problem(path)]
+    """Return everything in an output folder except complete checkpoints and the records about them."""
+    records = {"fetched.json", "wandb_run.json"}
+    return [path.name for path in output.iterdir() if path.name not in records and checkpoints.find_corruption(path)]
 
 
-def test_what_was_put_into_a_folder_comes_back(tmp_path: Path) -> None:
+def test_a_folder_store_returns_the_files_that_were_put(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
     folder = checkpoint(tmp_path, 3)
     assert store.put(folder, "mine", {"step": 3}) == f"folder:{tmp_path}/store/mine:v0"
@@ -51,7 +51,7 @@ def test_what_was_put_into_a_folder_comes_back(tmp_path: Path) -> None:
     assert store.describe("mine:v1").digest != store.describe("mine:v0").digest
 
 
-def test_a_version_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_version_lists_the_known_ones(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     with pytest.raises(ArtifactError, match=r"no artifact 'mine:v0' .versions of 'mine': none"):
         store.describe("mine:v0")
@@ -94,12 +94,12 @@ MALFORMED = ["nonsense", "a/b", "a:v0", "a/b/c/d:v0", "folder:x:v0", "folder:x/y
 
 
 @pytest.mark.parametrize("reference", MALFORMED)
-def test_a_malformed_reference_says_how_one_looks(reference: str) -> None:
-    with pytest.raises(ConfigError, match="--wandb_checkpoint_artifact must be like user/project/artifact:v0"):
+def test_the_error_for_a_malformed_reference_shows_the_format(reference: str) -> None:
+    with pytest.raises(ConfigError, match="`wandb_checkpoint_artifact` must be like user/project/artifact:v0"):
         store_of(reference)
 
 
-def test_a_checkpoint_is_fetched_into_its_place_and_its_run_goes_on(tmp_path: Path) -> None:
+def test_a_fetched_checkpoint_gets_its_name_and_its_run_continues(tmp_path: Path) -> None:
     reference = stored(FolderStore(tmp_path / "store"), tmp_path)
     output = tmp_path / "out"
     assert not went_on_from(reference, output)
@@ -110,11 +110,11 @@ def test_a_checkpoint_is_fetched_into_its_place_and_its_run_goes_on(tmp_path: Pa
     assert went_on_from(reference, output)
     assert not went_on_from(stored(FolderStore(tmp_path / "store"), tmp_path, step=8), output)
     (found / "trainer_state.json").unlink()
-    assert not went_on_from(reference, output), "nothing is left to go on from"
+    assert not went_on_from(reference, output), "nothing is left to resume from"
     assert leftovers(output) == ["checkpoint-7"]
 
 
-def test_the_checkpoints_of_another_run_go_only_once_the_fetched_one_is_whole(tmp_path: Path) -> None:
+def test_checkpoints_of_another_run_are_removed_only_after_the_fetched_one_is_verified(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
     damaged, whole = stored(store, tmp_path), stored(store, tmp_path)
     path = tmp_path / "store/checkpoint-r1/v0/files/experts/adapter.safetensors"
@@ -124,7 +124,7 @@ def test_the_checkpoints_of_another_run_go_only_once_the_fetched_one_is_whole(tm
     (output / "wandb_run.json").write_text('{"id": "another"}')
     with pytest.raises(ArtifactError, match="is not what was put there"):
         fetched_checkpoint(damaged, output, replacing=old)
-    assert [checkpoints.problem(folder) for folder in old] == [None, None]
+    assert [checkpoints.find_corruption(folder) for folder in old] == [None, None]
     found = fetched_checkpoint(whole, output, replacing=old)
     assert checkpoints.newest_first(output) == [found]
     assert files(found) == files(tmp_path / "before" / "checkpoint-7")
@@ -132,7 +132,7 @@ def test_the_checkpoints_of_another_run_go_only_once_the_fetched_one_is_whole(tm
     assert leftovers(output) == []
 
 
-def test_a_checkpoint_is_fetched_to_where_folders_cannot_be_renamed(
+def test_a_checkpoint_is_fetched_to_object_storage_without_renaming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference, output = stored(FolderStore(tmp_path / "store"), tmp_path), tmp_path / "out"
@@ -155,22 +155,22 @@ def test_a_damaged_checkpoint_and_a_model_are_refused_and_nothing_is_left(tmp_pa
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "dylo_moe.json").write_text("{}")
     for metadata in ({}, {"kind": "model"}):
-        with pytest.raises(ArtifactError, match=r"no training checkpoint|is a model"):
+        with pytest.raises(ArtifactError, match=r"not a training checkpoint|is a model"):
             fetched_checkpoint(store.put(tmp_path / "model", "model", metadata), tmp_path / "out")
     assert leftovers(tmp_path / "out") == []
 
 
-def test_a_mixture_is_fetched_once_for_its_digest_and_nothing_but_a_mixture(tmp_path: Path) -> None:
+def test_a_mixture_is_fetched_once_per_digest_and_other_artifacts_are_refused(tmp_path: Path) -> None:
     store, root = FolderStore(tmp_path / "store"), tmp_path / "artifacts"
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights").write_text("first")
-    with pytest.raises(ArtifactError, match=r"is no mixture: it has no dylo_moe.json"):
+    with pytest.raises(ArtifactError, match=r"is not a mixture: it has no dylo_moe.json"):
         fetched_mixture(store.put(model, "model", {}), root)
     (model / "dylo_moe.json").write_text("{}")
     first = fetched_mixture(store.put(model, "model", {}), root)
     assert files(first) == files(model)
-    # the name stays, what it stands for is another: the newest is had, and the old one stays what it was
+    # the name now means another version: the newest is fetched, and the old folder stays as it was
     reference = f"folder:{tmp_path / 'store'}/model:latest"
     assert fetched_mixture(reference, root) == first
     (model / "weights").write_text("second")
@@ -182,7 +182,7 @@ def test_a_mixture_is_fetched_once_for_its_digest_and_nothing_but_a_mixture(tmp_
     with pytest.raises(ArtifactError, match="is not what was put there"):
         fetched_mixture(damaged, root)
     assert leftovers(root) == []
-    with pytest.raises(ConfigError, match="--wandb_artifact must be like"):
+    with pytest.raises(ConfigError, match="`wandb_artifact` must be like"):
         fetched_mixture("model", root)
 
 
@@ -199,12 +199,12 @@ def test_only_the_first_process_uploads(tmp_path: Path) -> None:
         store.describe("checkpoint-r1:v1")
 
 
-def test_after_a_failure_the_store_is_left_alone_for_a_while(tmp_path: Path) -> None:
+def test_after_a_failure_uploads_pause(tmp_path: Path) -> None:
     class Failing(FolderStore):
-        tried = 0
+        attempts = 0
 
         def put(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> str:
-            self.tried += 1
+            self.attempts += 1
             raise ArtifactError("not today")
 
     now = [0.0]
@@ -215,6 +215,6 @@ def test_after_a_failure_the_store_is_left_alone_for_a_while(tmp_path: Path) -> 
         now[0] = step * RETRY_SECONDS / 2
         checkpoint(tmp_path, step)
         callback.on_save(args, TrainerState(is_world_process_zero=True, global_step=step), TrainerControl())
-    assert store.tried == 3
+    assert store.attempts == 3
     callback.finish(tmp_path / "checkpoint-4", 4)
-    assert store.tried == 4, "the best model is always tried"
+    assert store.attempts == 4, "the best model is always put"

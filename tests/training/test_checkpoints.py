@@ -1,4 +1,4 @@
-"""Whole checkpoints are told from torn ones, and only whole ones have a name."""
+"""Only complete checkpoints get their name, and incomplete or damaged ones are recognized."""
 
 import hashlib
 import json
@@ -16,23 +16,23 @@ from dylo_moe.training.checkpoints import MANIFEST, folder_of
 
 def written(output: Path, step: int, in_place: bool = False) -> Path:
     folder = folder_of(output, step)
-    place = checkpoints.begin(folder, in_place=in_place)
+    place = checkpoints.begin_write(folder, in_place=in_place)
     (place / "experts").mkdir()
     (place / "experts" / "weights").write_bytes(bytes(range(256)) * step)
     (place / "state.json").write_text(json.dumps({"step": step}))
-    checkpoints.finish(folder, in_place=in_place)
+    checkpoints.commit(folder, in_place=in_place)
     return folder
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_checkpoint_is_one_once_it_is_finished(tmp_path: Path, in_place: bool) -> None:
+def test_a_checkpoint_counts_once_it_is_finished(tmp_path: Path, in_place: bool) -> None:
     folder = folder_of(tmp_path / "new" / "run", 3)
-    place = checkpoints.begin(folder, in_place=in_place)
+    place = checkpoints.begin_write(folder, in_place=in_place)
     (place / "state.json").write_text("{}")
     assert folder.exists() == in_place and checkpoints.newest_first(folder.parent) == []
     assert checkpoints.unfinished(folder.parent) == ([folder] if in_place else [])
-    checkpoints.finish(folder, in_place=in_place)
-    assert checkpoints.problem(folder) is None and checkpoints.newest_first(folder.parent) == [folder]
+    checkpoints.commit(folder, in_place=in_place)
+    assert checkpoints.find_corruption(folder) is None and checkpoints.newest_first(folder.parent) == [folder]
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-3"]
     listed = json.loads((folder / MANIFEST).read_text())["files"]
     assert list(listed) == ["state.json"] and listed["state.json"]["bytes"] == 2
@@ -48,7 +48,7 @@ def flip(path: Path) -> None:
     ("damage", "said"),
     [
         (lambda folder: flip(folder / "experts" / "weights"), "experts/weights has other contents than were written"),
-        (lambda folder: os.truncate(folder / "state.json", 3), "state.json has 3 bytes in the place of 13"),
+        (lambda folder: os.truncate(folder / "state.json", 3), "state.json has 3 bytes instead of 13"),
         (lambda folder: (folder / "experts" / "weights").unlink(), "experts/weights is missing"),
         (lambda folder: (folder / MANIFEST).unlink(), "it has no manifest.json, so it was not finished"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json or a file of it cannot be read"),
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path: Path, damage: object,
     checkpoints.check(older)
 
 
-def test_where_all_are_damaged_there_is_none(tmp_path: Path) -> None:
+def test_if_all_are_damaged_none_is_returned(tmp_path: Path) -> None:
     for step in (1, 2):
         (written(tmp_path, step) / MANIFEST).unlink()
     whole, skipped = checkpoints.newest_whole(tmp_path)
@@ -78,7 +78,7 @@ def test_where_all_are_damaged_there_is_none(tmp_path: Path) -> None:
     assert checkpoints.newest_whole(tmp_path / "none") == (None, [])
 
 
-def test_the_oldest_go_and_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+def test_rotation_removes_the_oldest_but_not_the_newest_nor_the_best(tmp_path: Path) -> None:
     for step in (9, 10, 20, 100):
         written(tmp_path, step)
     checkpoints.rotate(tmp_path, 2, keep=folder_of(tmp_path, 9))
@@ -92,8 +92,8 @@ def test_the_oldest_go_and_the_newest_and_the_best_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("was_in_place", [False, True])
-def test_leftovers_of_a_killed_run_are_cleared_away(tmp_path: Path, was_in_place: bool, in_place: bool) -> None:
-    (checkpoints.begin(folder_of(tmp_path, 4), in_place=was_in_place) / "half").write_text("x")
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path, was_in_place: bool, in_place: bool) -> None:
+    (checkpoints.begin_write(folder_of(tmp_path, 4), in_place=was_in_place) / "half").write_text("x")
     assert checkpoints.newest_first(tmp_path) == []
     written(tmp_path, 5, in_place)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
@@ -104,15 +104,15 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, in_place: boo
     folder = written(tmp_path, 5, in_place)
     (folder / "old").write_text("x")
     written(tmp_path, 5, in_place)
-    assert checkpoints.problem(folder) is None and not (folder / "old").exists()
+    assert checkpoints.find_corruption(folder) is None and not (folder / "old").exists()
 
 
-def test_a_whole_checkpoint_whose_writer_was_killed_before_naming_it_is_found(
+def test_a_complete_checkpoint_is_recovered_if_its_writer_was_killed_before_naming_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed where the old checkpoint of the same step is gone and the new one has no name yet."""
+    """Killed after the old checkpoint of the same step is removed and before the new one has its name."""
     folder = written(tmp_path, 5)
-    (checkpoints.begin(folder_of(tmp_path, 7)) / "half").write_text("x")
+    (checkpoints.begin_write(folder_of(tmp_path, 7)) / "half").write_text("x")
     checkpoints.recover(tmp_path)
     assert not folder_of(tmp_path, 7).exists()
     with monkeypatch.context() as patch:
@@ -132,7 +132,7 @@ KILLED_WHILE = {"writing": (Path, "write_text"), "listing": (hashlib, "file_dige
 
 
 @pytest.mark.parametrize("work", KILLED_WHILE)
-def test_what_a_killed_run_left_under_a_name_counts_as_nothing(
+def test_an_unfinished_checkpoint_written_in_place_is_ignored(
     tmp_path: Path, work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older, folder = written(tmp_path, 4, in_place=True), folder_of(tmp_path, 5)
@@ -150,8 +150,8 @@ def test_what_a_killed_run_left_under_a_name_counts_as_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
-def test_a_checkpoint_that_is_whole_stays_whatever_its_mark_says(tmp_path: Path) -> None:
-    """Killed between the manifest and the end of the mark, or before anything was removed."""
+def test_a_complete_checkpoint_is_kept_even_if_it_is_marked(tmp_path: Path) -> None:
+    """Killed between writing the manifest and removing the mark, or before anything was removed."""
     folder = written(tmp_path, 5, in_place=True)
     (tmp_path / ".unfinished-checkpoint-5").touch()
     assert checkpoints.newest_whole(tmp_path) == (folder, []) and checkpoints.unfinished(tmp_path) == []
@@ -159,16 +159,16 @@ def test_a_checkpoint_that_is_whole_stays_whatever_its_mark_says(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
-def test_a_manifest_that_is_cut_off_makes_no_checkpoint(tmp_path: Path) -> None:
+def test_a_truncated_manifest_makes_the_checkpoint_unfinished(tmp_path: Path) -> None:
     folder = written(tmp_path, 5, in_place=True)
     (tmp_path / ".unfinished-checkpoint-5").touch()
     os.truncate(folder / MANIFEST, 20)
     assert checkpoints.unfinished(tmp_path) == [folder] and checkpoints.newest_whole(tmp_path) == (None, [])
 
 
-def test_where_folders_cannot_be_renamed_the_flag_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_failed_rename_names_save_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flat_bucket.install(tmp_path, monkeypatch.setattr)
-    with pytest.raises(CheckpointError, match=r"folders cannot be renamed there \(.*\); give --save_in_place"):
+    with pytest.raises(CheckpointError, match=r"folders cannot be renamed there \(.*\); give `save_in_place`"):
         written(tmp_path, 5)
     for step in (5, 6, 6, 7):
         written(tmp_path, step, in_place=True)
@@ -177,11 +177,11 @@ def test_where_folders_cannot_be_renamed_the_flag_is_named(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-7"]
 
 
-def test_what_cannot_be_finished_is_given_up_and_what_is_finished_is_not(tmp_path: Path) -> None:
+def test_rollback_removes_only_unfinished_checkpoints(tmp_path: Path) -> None:
     whole = written(tmp_path, 5, in_place=True)
-    checkpoints.abandon(whole, in_place=True)
-    assert checkpoints.problem(whole) is None
+    checkpoints.rollback(whole, in_place=True)
+    assert checkpoints.find_corruption(whole) is None
     for in_place in (False, True):
-        place = checkpoints.begin(folder_of(tmp_path, 6), in_place=in_place)
-        checkpoints.abandon(folder_of(tmp_path, 6), in_place=in_place)
+        place = checkpoints.begin_write(folder_of(tmp_path, 6), in_place=in_place)
+        checkpoints.rollback(folder_of(tmp_path, 6), in_place=in_place)
         assert not place.exists()

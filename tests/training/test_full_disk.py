@@ -1,4 +1,4 @@
-"""A disk that fills up, or goes read-only, in the middle of a run: one line, and nothing that was saved is lost."""
+"""A disk that fills up or goes away during a run causes one line of error, and no saved checkpoint is lost."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from dylo_moe.training import checkpoints
 from killed_run import arguments, same, write_data
 from tiny_folder import write_tiny_folder
 
-# Files may grow to the limit and no further from the checkpoint after the given step on: what a full disk does to them.
+# After the checkpoint of the given step, no file may grow beyond the limit: the effect of a full disk.
 FILLS_UP = """
 import resource, signal, sys
 from dylo_moe.cli import main
@@ -45,17 +45,15 @@ def run_on_a_disk_that_fills_up(flags: list[str], step: int, limit: int) -> subp
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model, data, and a finished run."""
+    """Return a folder with a base model, data, and a finished run."""
     folder = tmp_path_factory.mktemp("runs")
     write_data(folder)
     assert main(["train", *arguments(write_tiny_folder(folder / "base"), folder / "undisturbed", folder)]) == 0
     return folder
 
 
-@pytest.mark.parametrize("limit", [0, 3000, 20_000], ids=["nothing fits", "some files fit", "the optimiser does not"])
-def test_a_disk_that_fills_up_costs_the_checkpoint_that_is_written(
-    undisturbed: Path, tmp_path: Path, limit: int
-) -> None:
+@pytest.mark.parametrize("limit", [0, 3000, 20_000], ids=["nothing fits", "some files fit", "the optimizer does not"])
+def test_a_full_disk_costs_only_the_checkpoint_being_written(undisturbed: Path, tmp_path: Path, limit: int) -> None:
     flags = arguments(undisturbed / "base", tmp_path / "full", undisturbed)
     done = run_on_a_disk_that_fills_up(flags, step=4, limit=limit)
     assert done.returncode == EXIT_USER_ERROR, done.stderr
@@ -69,8 +67,8 @@ def test_a_disk_that_fills_up_costs_the_checkpoint_that_is_written(
     same(undisturbed / "undisturbed", tmp_path / "full")
 
 
-def test_a_folder_that_goes_away_in_the_middle_is_one_line(undisturbed: Path, tmp_path: Path) -> None:
-    """As root no folder is read-only for us, but none can be made below a file either."""
+def test_an_output_folder_that_disappears_is_one_line(undisturbed: Path, tmp_path: Path) -> None:
+    """Root may write to read-only folders, so a file replaces the folder instead."""
     code = FILLS_UP.replace(
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))",
         "import os; os.rename(args.output_dir, args.output_dir + '.kept'); open(args.output_dir, 'w').close()",

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves, says so by its exit code, and goes on as if nothing had been."""
+"""A run that is asked to stop saves, reports it by its exit code, and resumes with the same result."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from tiny_folder import write_tiny_folder
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model, data, and a finished run."""
+    """Return a folder with a base model, data, and a finished run."""
     folder = tmp_path_factory.mktemp("runs")
     write_tiny_folder(folder / "base")
     write_data(folder)
@@ -41,7 +41,7 @@ def flags(folder: Path, name: str) -> list[str]:
 
 
 class StopsIn(InterruptionCallback):
-    """Sends this process a signal at a step, or at the so-manieth batch of an evaluation after it."""
+    """Callback that sends this process a signal at a step, or at the first batch of an evaluation after it."""
 
     step, batch = 5, 0
 
@@ -57,7 +57,7 @@ class StopsIn(InterruptionCallback):
 
 
 @pytest.mark.parametrize(("step", "batch"), [(5, 0), (3, 1), (STEPS, 1)], ids=["step", "evaluation", "last"])
-def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
+def test_a_signal_saves_and_the_resumed_run_is_bit_equal(
     undisturbed: Path,
     tmp_path: Path,
     step: int,
@@ -80,11 +80,11 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     assert main(["train", *wanted]) == 0
     assert f"Going on from {whole}" in capsys.readouterr().out.replace("\n", "")
     report = json.loads((tmp_path / "stopped" / "report.json").read_text())
-    assert report["steps"] == STEPS, "a run that has taken all its steps takes no other one"
+    assert report["steps"] == STEPS, "a run that has taken all its steps takes no more"
     same(undisturbed / "undisturbed", tmp_path / "stopped")
 
 
-def test_handlers_are_given_back_and_a_second_signal_ends_at_once() -> None:
+def test_signal_handlers_are_restored_and_a_second_signal_ends_at_once() -> None:
     before = signal.getsignal(signal.SIGTERM)
     request = StopRequest()
     with request.listening():
@@ -102,7 +102,7 @@ def test_handlers_are_given_back_and_a_second_signal_ends_at_once() -> None:
     assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == -signal.SIGTERM
 
 
-def test_a_real_process_ends_with_the_code_for_starting_again(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_real_process_ends_with_the_code_for_a_restart(undisturbed: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -135,7 +135,7 @@ def callback(request: StopRequest, minutes: float | None = None) -> tuple[Interr
     return made, now
 
 
-def test_the_clock_saves_in_between() -> None:
+def test_checkpoints_are_saved_at_intervals_of_time() -> None:
     args, state = TrainingArguments(use_cpu=True), TrainerState()  # before the Accelerator, whose state it resets
     made, now = callback(StopRequest(), minutes=2)
     saved = []
@@ -166,7 +166,9 @@ def test_a_request_ends_steps_and_evaluations() -> None:
         made.on_prediction_step(args, state, control)
 
 
-def test_a_new_run_does_not_mix_with_an_old_one(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_run_is_refused_in_the_folder_of_an_old_one(
+    undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wanted = [flag for flag in flags(undisturbed, "undisturbed") if flag not in ("--resume_from_checkpoint", "auto")]
     assert main(["train", *wanted]) == EXIT_USER_ERROR
     said = capsys.readouterr().err
@@ -174,12 +176,12 @@ def test_a_new_run_does_not_mix_with_an_old_one(undisturbed: Path, capsys: pytes
     assert checkpoints.newest_whole(undisturbed / "undisturbed")[0] is not None
 
 
-def test_other_data_is_not_gone_on_with(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_with_other_data_is_refused(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *flags(undisturbed, "undisturbed"), "--seed", "7"]) == EXIT_USER_ERROR
     assert "was trained on other data, or in another order" in capsys.readouterr().err
 
 
-def test_data_that_is_gone_ends_before_anything_is_touched(
+def test_missing_data_is_reported_before_anything_is_changed(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = [flag.replace("one.jsonl", "gone.jsonl") for flag in flags(undisturbed, "undisturbed")]
@@ -189,24 +191,24 @@ def test_data_that_is_gone_ends_before_anything_is_touched(
     assert sorted(path for path in (undisturbed / "undisturbed").rglob("*")) == before
 
 
-def test_another_optimiser_is_not_gone_on_with(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_with_another_optimizer_is_refused(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *flags(undisturbed, "undisturbed"), "--router_learning_rate", "1e-3"]) == EXIT_USER_ERROR
     said = capsys.readouterr().err
-    assert "the optimiser of the checkpoint" in said and "--router_learning_rate of the run that wrote it" in said
+    assert "the optimizer of the checkpoint" in said and "--router_learning_rate of the run that wrote it" in said
 
 
-def test_a_best_checkpoint_that_is_gone_is_told_and_not_taken_for_one_that_is_there(
+def test_a_missing_best_checkpoint_is_reported_and_not_replaced_by_another(
     undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = checkpoints.newest_first(undisturbed / "undisturbed")[0]
     copied = checkpoints.folder_of(tmp_path / "copy", STEPS)
-    partial = checkpoints.begin(copied)
+    partial = checkpoints.begin_write(copied)
     shutil.copytree(newest, partial, dirs_exist_ok=True)
     (partial / checkpoints.MANIFEST).unlink()
     state = json.loads((partial / "trainer_state.json").read_text())
     state.update(best_global_step=7, best_metric=0.1, best_model_checkpoint="elsewhere/checkpoint-7")
     (partial / "trainer_state.json").write_text(json.dumps(state))
-    checkpoints.finish(copied)
+    checkpoints.commit(copied)
     assert main(["train", *flags(undisturbed, str(tmp_path / "copy")), "--max_steps", str(STEPS + 2)]) == 0
     assert f"{tmp_path / 'copy' / 'checkpoint-7'}, the best so far, is gone" in caplog.text
     newest = checkpoints.newest_first(tmp_path / "copy")[0]

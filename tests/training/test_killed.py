@@ -1,4 +1,4 @@
-"""A run that is killed anywhere goes on, and ends with the bits of a run that nobody disturbed."""
+"""A run that is killed anywhere can be resumed, and ends with the bits of an uninterrupted run."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def test_a_killed_run_ends_with_the_same_bits(place: list[str]) -> None:
     assert f"bit-equal after {KILLS} kills" in done.stdout
 
 
-def test_a_run_that_was_killed_in_its_first_checkpoint_begins_anew(
+def test_a_run_killed_during_its_first_checkpoint_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_data(tmp_path)
@@ -62,13 +62,13 @@ def test_a_run_that_was_killed_in_its_first_checkpoint_begins_anew(
     assert whole is not None and whole.name == "checkpoint-3" and not skipped
 
 
-def test_a_bucket_without_the_flag_is_told_in_one_line(
+def test_a_bucket_without_save_in_place_is_one_line_of_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_data(tmp_path)
     flat_bucket.install(tmp_path / "run", monkeypatch.setattr)
     flags = arguments(write_tiny_folder(tmp_path / "base"), tmp_path / "run", tmp_path)
     assert main(["train", *flags]) == EXIT_USER_ERROR
-    told = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(told) == 1 and "folders cannot be renamed there" in told[0] and "give --save_in_place" in told[0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and "folders cannot be renamed there" in errors[0] and "give --save_in_place" in errors[0]
     assert checkpoints.newest_first(tmp_path / "run") == []

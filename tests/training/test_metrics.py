@@ -1,4 +1,4 @@
-"""Evaluation sums and what is made of them, by hand-worked numbers."""
+"""Per-example sums of an evaluation and the metrics computed from them, by numbers worked out manually."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from dylo_moe.core.model import DyLoRAOutput
 from dylo_moe.training.metrics import domain_metrics, example_sums
 
 
-def test_sums_are_over_the_tokens_that_count() -> None:
+def test_sums_cover_labelled_and_real_tokens_only() -> None:
     logits = torch.randn(2, 4, 5)
     labels = torch.tensor([[-100, 1, 2, -100], [-100, -100, 3, 4]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
@@ -23,12 +23,12 @@ def test_sums_are_over_the_tokens_that_count() -> None:
     torch.testing.assert_close(sums[:, 3:], expected.double())
 
 
-def test_without_a_router_nothing_was_used() -> None:
+def test_without_a_router_usage_is_zero() -> None:
     sums = example_sums(DyLoRAOutput(logits=torch.zeros(1, 2, 3)), torch.tensor([[0, 1]]), torch.ones(1, 2), 2)
     assert sums[0, 3:].tolist() == [0, 0]
 
 
-def test_losses_are_means_over_tokens_and_domains_count_alike() -> None:
+def test_losses_are_means_over_tokens_and_domains_have_equal_weight() -> None:
     sums = np.array(
         [  # loss, labelled, real, two experts
             [6.0, 3, 4, 1.0, 3.0],

@@ -1,4 +1,4 @@
-"""What real Trainer runs log, beside a slow and obvious computation of the same; warnings; and the end before NaN."""
+"""Log entries of real Trainer runs against a slow and obvious computation; warnings; and the end at NaN."""
 
 import logging
 import math
@@ -45,7 +45,7 @@ def monitored(folder: Path, output: Path, routing: str = "prefix:1", **arguments
 
 
 def entries_of(trainer: DyLoRATrainer) -> list[dict[str, Any]]:
-    """The log entries of the training, without those of an evaluation and of the end."""
+    """Return the log entries of the training, without those of evaluations and of the end."""
     return [entry for entry in trainer.state.log_history if "learning_rate" in entry]
 
 
@@ -54,7 +54,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 class Witness:
-    """Remembers each part of a run: its inputs, what its forward was given and what came out."""
+    """Record of each part of a run: its inputs, and the arguments and output of its forward."""
 
     def __init__(self, trainer: DyLoRATrainer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts: list[tuple[int, dict[str, Any], dict[str, Any], Any]] = []
@@ -74,7 +74,7 @@ class Witness:
         trainer.model.register_forward_hook(remember, with_kwargs=True)
 
     def expected(self, steps: range, experts: list[str]) -> dict[str, float]:
-        """The entry over these steps, token by token."""
+        """Return the log entry over these steps, computed token by token."""
         parts = [part for part in self.parts if part[0] in steps]
         weights_of: dict[str | None, list[list[float]]] = defaultdict(list)
         entropies, chosen = [], []
@@ -104,7 +104,7 @@ class Witness:
 
 
 def _router_losses(parts: list[Any]) -> tuple[float, float]:
-    """Balance and z loss of one global batch, by their definitions."""
+    """Return balance and z loss of one global batch, by their definitions."""
     logits = torch.cat([output.router_logits[:, inputs["attention_mask"].bool()] for _, inputs, _, output in parts], 1)
     logits = logits.detach()
     load = parts[0][2]["expert_load"]
@@ -121,7 +121,7 @@ def test_routing_figures_are_means_over_the_tokens_since_the_last_entry(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, routing: str
 ) -> None:
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    options |= {"eval_strategy": "steps", "eval_steps": 1}  # what an evaluation routes must not be among it
+    options |= {"eval_strategy": "steps", "eval_steps": 1}  # what an evaluation routes must not count
     trainer = monitored(folder, tmp_path, routing, max_steps=4, logging_steps=2, **options)
     witness = Witness(trainer, monkeypatch)
     trainer.train()
@@ -148,7 +148,7 @@ def test_an_accumulated_batch_is_logged_as_the_whole_one(folder: Path, tmp_path:
 
 
 def packed_items() -> list[Item]:
-    """Rows of one and of two examples, and one that only fills the batch."""
+    """Return rows of one to three examples, and an empty one that only fills the batch."""
     lengths = [[5, 7], [4], [9], [3, 3, 3], []]
     generator = torch.Generator().manual_seed(1)
     return [
@@ -162,7 +162,7 @@ def packed_items() -> list[Item]:
     ]
 
 
-def test_packed_rows_count_and_filling_rows_do_not(
+def test_packed_rows_count_and_filler_rows_do_not(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = monitored(folder, tmp_path, max_steps=1, per_device_train_batch_size=5)
@@ -175,7 +175,7 @@ def test_packed_rows_count_and_filling_rows_do_not(
     assert witness.parts[0][1]["attention_mask"].sum(dim=1).tolist() == [12, 4, 9, 9, 0]
 
 
-def test_rows_behind_each_other_have_no_domain_of_their_own(folder: Path, tmp_path: Path) -> None:
+def test_concatenated_rows_of_several_domains_have_no_usage_per_domain(folder: Path, tmp_path: Path) -> None:
     trainer = monitored(folder, tmp_path, max_steps=1, per_device_train_batch_size=2)
     trainer.train_dataset, trainer.data_collator = packed_items()[:2], TokenCollator(0, flatten=True)
     trainer.train()
@@ -185,7 +185,7 @@ def test_rows_behind_each_other_have_no_domain_of_their_own(folder: Path, tmp_pa
 
 
 def recorded_gradients(trainer: DyLoRATrainer, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """The gradients of each step as they are before clipping."""
+    """Return a list that collects the gradients of each step before clipping."""
     found: list[dict[str, Tensor]] = []
     clip = trainer._clip_grad_norm
 
@@ -217,7 +217,7 @@ def test_gradient_norms_are_each_experts_own_and_unclipped(
         assert entry["grad_norm"] > 1e-2, "must have been clipped"
 
 
-def test_without_clipping_the_norms_are_there_too(folder: Path, tmp_path: Path) -> None:
+def test_norms_are_logged_without_clipping_too(folder: Path, tmp_path: Path) -> None:
     trainer = monitored(folder, tmp_path, max_steps=1, max_grad_norm=0)
     trainer.train()
     (entry,) = entries_of(trainer)
@@ -226,7 +226,7 @@ def test_without_clipping_the_norms_are_there_too(folder: Path, tmp_path: Path) 
     assert sum(value**2 for value in parts) == pytest.approx(entry["grad_norm"] ** 2)
 
 
-def test_only_what_trains_is_watched(folder: Path, tmp_path: Path) -> None:
+def test_only_trained_parameters_are_monitored(folder: Path, tmp_path: Path) -> None:
     trainer = monitored(folder, tmp_path, max_steps=1)
     trainer.model.experts.freeze("expert_1")
     assert list(parameter_groups(trainer.model)) == ["expert_0", "expert_2", "router"]
@@ -238,7 +238,7 @@ def test_only_what_trains_is_watched(folder: Path, tmp_path: Path) -> None:
     assert entry["expert_usage/expert_2"] == 1 and "router/normalised_entropy" not in entry
 
 
-def test_watching_changes_no_bit_of_the_training(folder: Path, tmp_path: Path) -> None:
+def test_monitoring_changes_no_bit_of_the_training(folder: Path, tmp_path: Path) -> None:
     options = {"max_steps": 3, "gradient_accumulation_steps": 2}
     watched, alone = monitored(folder, tmp_path, **options), trainer_of(folder, tmp_path, **options)
     for trainer in (watched, alone):
@@ -249,7 +249,7 @@ def test_watching_changes_no_bit_of_the_training(folder: Path, tmp_path: Path) -
     assert not any("expert_usage" in key for entry in alone.state.log_history for key in entry)
 
 
-def test_an_entry_is_the_trainers_own_and_the_page_lists_every_name(folder: Path, tmp_path: Path) -> None:
+def test_figures_are_in_the_trainers_entries_and_the_docs_list_every_name(folder: Path, tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 1, "include_num_input_tokens_seen": "non_padding"}
     trainer = monitored(folder, tmp_path, max_steps=2, **options)
     trainer.train()
@@ -266,7 +266,7 @@ def test_an_entry_is_the_trainers_own_and_the_page_lists_every_name(folder: Path
         assert f"`{general}`" in page, general
 
 
-def test_maturity_and_memory_are_what_they_are(folder: Path, tmp_path: Path) -> None:
+def test_maturity_and_memory_are_logged(folder: Path, tmp_path: Path) -> None:
     trainer = monitored(folder, tmp_path, max_steps=1)
     trainer.model.set_maturity(1, ["expert_1"])
     trainer.train()
@@ -277,7 +277,7 @@ def test_maturity_and_memory_are_what_they_are(folder: Path, tmp_path: Path) -> 
 
 
 class Clock(TrainerCallback):
-    """Two seconds a step, and a hundred for an evaluation."""
+    """Clock that counts two seconds a step, and a hundred an evaluation batch."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -289,7 +289,7 @@ class Clock(TrainerCallback):
         self.now += 100
 
 
-def test_speed_leaves_evaluations_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_excludes_evaluations(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("dylo_moe.training.monitoring.time", SimpleNamespace(monotonic=lambda: clock.now))
     evaluation = {"eval_strategy": "steps", "eval_steps": 1}
@@ -307,14 +307,14 @@ def one_token_rows() -> Dataset:
 
 
 def point_router(model: DyLoRA_MoE, logit: float) -> None:
-    """Gives expert_0 this logit at every token 7, and the others none; for routing ``prefix:0``."""
+    """Give expert_0 this logit at every token 7, and the others 0; for routing ``prefix:0``."""
     hidden = model.experts.base_model.get_input_embeddings().weight[7].detach().double()
     gate = model.router.gates[0]
     gate.data.zero_()
     gate.data[0] = logit * hidden / hidden.norm() / math.sqrt(len(hidden))
 
 
-def test_a_collapse_is_told_once_with_its_remedy(
+def test_a_collapse_is_warned_of_once_with_its_remedy(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = monitored(folder, tmp_path, "prefix:0", max_steps=6, logging_steps=2, learning_rate=1e-6)
@@ -325,10 +325,10 @@ def test_a_collapse_is_told_once_with_its_remedy(
     assert [entry["expert_usage/expert_0"] for entry in entries_of(trainer)] == pytest.approx([share] * 3, rel=1e-3)
     (said,) = warnings_of(caplog)
     assert "collapsed: expert_0 got 96%" in said and "up to step 2" in said
-    assert "raise --balance_coefficient (now 0.5)" in said
+    assert "raise `balance_coefficient` (now 0.5)" in said
 
 
-def test_a_warning_stands_above_the_bars(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_is_printed_above_the_bars(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = monitored(folder, tmp_path, "prefix:0", max_steps=2, learning_rate=1e-6)
     trainer.train_dataset = one_token_rows()
     point_router(trainer.model, 4.0)
@@ -342,14 +342,14 @@ def test_a_warning_stands_above_the_bars(folder: Path, tmp_path: Path, capsys: p
     assert "warning: afterwards" not in capsys.readouterr().err
 
 
-def test_a_collapse_at_one_layer_is_told_though_the_mean_is_even(
+def test_a_collapse_at_one_layer_is_warned_of_even_if_the_mean_is_balanced(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = monitored(folder, tmp_path, "per_layer", max_steps=2, logging_steps=2, learning_rate=1e-6)
     gates = trainer.model.router.gates
     for gate in gates:
         gate.data.zero_()
-    # the first layer reads the embeddings, which are made to have a component that the gate is led by
+    # the first layer reads the embeddings: give them a component that the gate reacts to
     trainer.model.experts.base_model.get_input_embeddings().weight.data[:, 0] = 1
     gates[0].data[1, 0] = 50.0
     trainer.train()
@@ -378,7 +378,7 @@ def test_layers_with_one_expert_have_not_collapsed(
     assert all(0.5 < entry["router/normalised_entropy"] <= 1 for entry in entries_of(trainer))
 
 
-def test_without_a_balance_loss_the_remedy_is_to_have_one(
+def test_without_a_balance_loss_the_remedy_is_to_add_one(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = monitored(folder, tmp_path, "prefix:0", max_steps=1, learning_rate=1e-6)
@@ -387,10 +387,10 @@ def test_without_a_balance_loss_the_remedy_is_to_have_one(
     point_router(trainer.model, 4.0)
     trainer.train()
     (said,) = warnings_of(caplog)
-    assert said.endswith("up to step 1: give --balance switch")
+    assert said.endswith("up to step 1: set `balance` to switch")
 
 
-def test_a_balanced_run_says_nothing(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_balanced_run_warns_of_nothing(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = monitored(folder, tmp_path, "prefix:0", max_steps=6, logging_steps=2, learning_rate=1e-6)
     trainer.train_dataset = one_token_rows()
     point_router(trainer.model, 2.0)  # 0.79 for expert_0: uneven, but no collapse
@@ -404,7 +404,7 @@ def zero_the_gradient(trainer: DyLoRATrainer, parameters: Any, steps: range = ra
 
 
 @pytest.mark.parametrize(("steps", "times"), [(49, 0), (50, 1), (51, 1)])
-def test_a_gradient_of_zero_is_told_after_fifty_steps(
+def test_a_zero_gradient_is_warned_of_after_fifty_steps(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, times: int
 ) -> None:
     parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -414,12 +414,12 @@ def test_a_gradient_of_zero_is_told_after_fifty_steps(
     said = warnings_of(caplog)
     assert len(said) == times
     assert all("the gradient of expert_1 was exactly zero for 50 steps" in one for one in said)
-    assert all("raise --balance_coefficient (now 0.5)" in one for one in said)
+    assert all("raise `balance_coefficient` (now 0.5)" in one for one in said)
     assert entries_of(trainer)[-1]["grad_norm/expert_1"] == 0
 
 
 @pytest.mark.parametrize(("zero", "times"), [(range(0, 4), 0), (range(1, 6), 1), (range(0, 12), 1)])
-def test_the_steps_of_a_zero_gradient_follow_each_other(
+def test_only_consecutive_zero_gradients_count(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, zero: range, times: int
 ) -> None:
     trainer = trainer_of(folder, tmp_path, max_steps=12, logging_steps=4)
@@ -431,11 +431,11 @@ def test_the_steps_of_a_zero_gradient_follow_each_other(
     trainer.train()
     said = warnings_of(caplog)
     assert len(said) == times
-    assert all("gradient of router" in one and "raise --router_temperature (now 1)" in one for one in said)
+    assert all("gradient of router" in one and "raise `router_temperature` (now 1)" in one for one in said)
 
 
 def spoil(trainer: DyLoRATrainer, what: str, step: int) -> None:
-    """Lets the first part of a step's batch come out as NaN or infinite, or one expert's gradient as NaN."""
+    """Make the first part of a step's batch NaN or infinite, or one expert's gradient NaN."""
     if what == "gradient":
         parameter = next(trainer.model.experts.parameters("expert_1"))
         parameter.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == step else grad)
@@ -461,7 +461,7 @@ def spoil(trainer: DyLoRATrainer, what: str, step: int) -> None:
     ],
 )
 @pytest.mark.parametrize("logging_steps", [1, 2, 500])
-def test_a_loss_of_nan_ends_the_run_with_the_last_good_checkpoint(
+def test_a_loss_of_nan_ends_the_run_and_names_the_last_good_checkpoint(
     folder: Path, tmp_path: Path, what: str, message: str, logging_steps: int
 ) -> None:
     parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": logging_steps}
@@ -472,8 +472,8 @@ def test_a_loss_of_nan_ends_the_run_with_the_last_good_checkpoint(
         trainer.train()
     checkpoint = tmp_path / "bad" / "checkpoint-2"
     said = str(raised.value)
-    assert message in said and f"--resume_from_checkpoint {checkpoint}," in said
-    assert "--learning_rate (now 0.01)" in said and "--max_grad_norm (now 1)" in said and "\n" not in said
+    assert message in said and f"resume with `resume_from_checkpoint` {checkpoint}," in said
+    assert "`learning_rate` (now 0.01)" in said and "`max_grad_norm` (now 1)" in said and "\n" not in said
     assert [path.name for path in (tmp_path / "bad").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not any(math.isnan(value) for entry in trainer.state.log_history for value in entry.values())
 
@@ -486,7 +486,7 @@ def test_a_loss_of_nan_ends_the_run_with_the_last_good_checkpoint(
 
 
 class Breaks(TrainerCallback):
-    """Leaves a weight that is infinite after a step whose loss and gradients were finite."""
+    """Callback that makes a weight infinite after a step with finite loss and gradients."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -502,24 +502,26 @@ def test_weights_that_are_not_finite_are_neither_evaluated_nor_saved(folder: Pat
     trainer.add_callback(Breaks(2))
     with pytest.raises(TrainingError, match="step 2 has left weights that are not finite") as raised:
         trainer.train()
-    assert f"--resume_from_checkpoint {tmp_path}/checkpoint-1" in str(raised.value)
+    assert f"`resume_from_checkpoint` {tmp_path}/checkpoint-1" in str(raised.value)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1]
 
 
-def test_nan_without_a_checkpoint_says_so(folder: Path, tmp_path: Path) -> None:
+def test_nan_before_the_first_checkpoint_advises_to_start_again(folder: Path, tmp_path: Path) -> None:
     trainer = monitored(folder, tmp_path, max_steps=2)
     spoil(trainer, "nan", 0)
-    with pytest.raises(TrainingError, match=r"in step 1; there is no checkpoint of this run yet, so begin anew"):
+    with pytest.raises(TrainingError, match=r"in step 1; there is no checkpoint of this run yet, so start again"):
         trainer.train()
 
 
-def test_tensorboard_has_what_the_history_has(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_has_the_same_figures_as_the_history(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = monitored(folder, tmp_path, max_steps=4, logging_steps=2, report_to=["tensorboard"])
-    monkeypatch.chdir(tmp_path)  # where a writer that nobody gave a folder would write
+    monkeypatch.chdir(tmp_path)  # where a writer without a folder would write
     trainer.evaluate()
     trainer.train()
     trainer.evaluate()
@@ -534,7 +536,7 @@ def test_tensorboard_has_what_the_history_has(folder: Path, tmp_path: Path, monk
         assert scalars == pytest.approx({entry["step"]: entry[name] for entry in found}, rel=1e-6)
 
 
-def test_the_callbacks_are_two() -> None:
+def test_there_are_two_monitoring_callbacks() -> None:
     gradients, router = monitoring_callbacks(DOMAINS)
     assert isinstance(gradients, GradientMonitoringCallback) and gradients.zero_gradient_steps == 50
     assert isinstance(router, DyLoRAMonitoringCallback) and router.collapsed_above == 0.9

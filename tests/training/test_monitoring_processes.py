@@ -1,4 +1,4 @@
-"""Two processes log what one logs of the same global batches, and end together."""
+"""Two processes log the same figures as one does for the same global batches, and end together."""
 
 import json
 import os
@@ -28,7 +28,7 @@ trainer = trainer_of(folder, output, max_steps=4, **options)
 for callback in monitoring_callbacks(["even", "odd"]):
     trainer.add_callback(callback)
 rank = trainer.args.process_index
-if spoilt and rank == 1:  # an infinite loss whose gradient is finite: the other process cannot know it by itself
+if spoilt and rank == 1:  # an infinite loss whose gradient is finite: the other process has no sign of it
     compute_loss = trainer.compute_loss
     trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) + float("inf")
 try:
@@ -37,7 +37,7 @@ except TrainingError as error:
     (output / f"ended-{rank}.txt").write_text(str(error))
 if rank == 0:
     (output / "history.json").write_text(json.dumps(trainer.state.log_history))
-trainer.accelerator.wait_for_everyone()  # a process that leaves early can make the other's connection end it
+trainer.accelerator.wait_for_everyone()  # an early exit can end the other process through its connection
 trainer.accelerator.end_training()
 """
 
@@ -46,7 +46,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from dylo_moe.training.gradients import gradient_norm, largest
+from dylo_moe.training.gradients import gradient_norm, max_abs
 
 torch.distributed.init_process_group("gloo")
 torch.manual_seed(0)
@@ -56,7 +56,7 @@ fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
 rows = torch.randn(4, 6)
 for module in (whole, sharded):
     module(rows).square().sum().backward()
-norms = [torch.stack([gradient_norm(m.parameters()), largest(m.parameters())]) for m in (whole, sharded)]
+norms = [torch.stack([gradient_norm(m.parameters()), max_abs(m.parameters())]) for m in (whole, sharded)]
 torch.testing.assert_close(norms[1], norms[0])
 torch.distributed.destroy_process_group()
 """
@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_folder(tmp_path_factory.mktemp("base"))
 
 
-def test_two_processes_log_what_one_does(folder: Path, tmp_path: Path) -> None:
+def test_two_processes_log_the_same_as_one(folder: Path, tmp_path: Path) -> None:
     one, two = (run(folder, tmp_path / str(count), count) for count in (1, 2))
     assert [entry["step"] for entry in two] == [2, 4]
     for alone, together in zip(one, two, strict=True):

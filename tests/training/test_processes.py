@@ -1,4 +1,4 @@
-"""Two processes train as one does with the same global batch: losses, weights, evaluation, checkpoints."""
+"""Two processes give the same losses, weights, evaluation and checkpoints as one with the same global batch."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from dylo_moe.training.processes import check_sharding
 from tiny_folder import write_tiny_folder
 
 TESTS = Path(__file__).parents[1]
-STEPS = 8  # one epoch has six, so that the filled-up end of an epoch is among them
+STEPS = 8  # an epoch has six: the padded end of an epoch is included
 CASES: dict[str, dict[str, Any]] = {
     "unpacked": {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 3},
     "packed": {"max_steps": STEPS, "packed": True},
@@ -29,7 +29,7 @@ SECOND_EPOCH = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 7}
 
 
 def launch(processes: int, base: Path, output: Path, cases: dict[str, Any], **environment: str) -> None:
-    """Runs the worker, and ends the test with what it said where it failed."""
+    """Run the worker; if it fails, fail the test with its output."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
         [sys.executable, *launcher, str(TESTS / "training_worker.py"), str(base), str(output), json.dumps(cases)],
@@ -54,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The cases by one process and by two."""
+    """Return the output folders of all cases, run by one process and by two."""
     found = {count: tmp_path_factory.mktemp(f"of_{count}") for count in (1, 2)}
     for count, output in found.items():
         launch(count, base, output, CASES)
@@ -107,8 +107,8 @@ def test_two_processes_resume_in_their_second_epoch(runs: dict[int, Path], base:
     assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
 
 
-def test_a_sharded_model_trains_as_a_whole_one(runs: dict[int, Path], base: Path, tmp_path: Path) -> None:
-    """FSDP2 over gloo: the code that runs on accelerators, by telling accelerate that the CPU is one."""
+def test_a_sharded_model_trains_like_an_unsharded_one(runs: dict[int, Path], base: Path, tmp_path: Path) -> None:
+    """FSDP2 over gloo: the code for accelerators, with accelerate made to take the CPU for one."""
     sharded = {"use_cpu": False, "fsdp": True, "fsdp_config": {"version": 2}}
     cases = {name: options | sharded for name, options in CASES.items() if name != "per_layer"}
     cases["resumed"] = cases["unpacked"] | {"resume": f"{tmp_path}/unpacked/checkpoint-3"}
@@ -122,7 +122,9 @@ def test_a_sharded_model_trains_as_a_whole_one(runs: dict[int, Path], base: Path
         assert two["mixture"] == pytest.approx(one["mixture"], rel=1e-6)
         assert_same_weights(runs[1] / name, tmp_path / case)
     names = {path.name for path in (tmp_path / "unpacked" / "checkpoint-3").iterdir()}
-    assert "optimizer.bin" in names and not any(name.startswith("pytorch_model") for name in names), "the base is in it"
+    assert "optimizer.bin" in names and not any(name.startswith("pytorch_model") for name in names), (
+        "the base model must not be in a checkpoint"
+    )
     loaded = DyLoRA_MoE.from_pretrained(tmp_path / "unpacked" / "saved").state_dict()
     for name, value in load_file(runs[1] / "unpacked" / "weights.safetensors").items():
         torch.testing.assert_close(loaded[name].double(), value, rtol=1e-6, atol=1e-8, msg=name)
@@ -142,7 +144,7 @@ class _Plugin:
         (_Plugin(), None),
     ],
 )
-def test_sharding_that_would_not_be_any_is_refused(
+def test_sharding_that_would_not_work_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: _Plugin | None, message: str | None
 ) -> None:
     from transformers import TrainingArguments
@@ -158,7 +160,7 @@ def test_sharding_that_would_not_be_any_is_refused(
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_accelerate_reads_the_recipes(name: str) -> None:
+def test_accelerate_parses_the_recipes(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(TESTS.parent / "recipes" / "accelerate" / f"{name}.yaml"))

@@ -1,4 +1,4 @@
-"""The learning-rate schedules, by hand."""
+"""The learning-rate schedule, by numbers worked out manually."""
 
 import math
 from operator import sub
@@ -19,7 +19,7 @@ def test_each_of_two_cycles_warms_up_and_decays() -> None:
     wanted = {0: 0, 1: 0.5, 2: 1, 4: 0.5 + math.sqrt(2) / 4, 6: 0.5, 9: 0.5 * (1 + math.cos(7 / 8 * math.pi))}
     for step, share in wanted.items():
         assert factor(step) == pytest.approx(share, abs=1e-12)
-        assert factor(step + 10) == pytest.approx(share, abs=1e-12), "the second cycle is as the first"
+        assert factor(step + 10) == pytest.approx(share, abs=1e-12), "the second cycle must repeat the first"
     assert factor(20) == factor(25) == 0
 
 
@@ -33,7 +33,7 @@ def test_short_runs_have_rates_from_0_to_the_peak(total: int) -> None:
 
 
 def test_transformers_own_restarts_do_not_warm_up_again() -> None:
-    """Why there is a schedule of ours; should this fail, theirs can take its place."""
+    """The reason for a schedule of our own; if this fails, theirs can replace it."""
 
     def second_cycle(schedule: torch.optim.lr_scheduler.LambdaLR) -> list[float]:
         rates = []

@@ -1,4 +1,4 @@
-"""Routing sums and the log entries that are made of them, by hand-worked numbers."""
+"""Routing sums and the log entries computed from them, by numbers worked out manually."""
 
 import math
 
@@ -29,7 +29,7 @@ def output_of(weights: list[list[list[list[float]]]], balance: float = 1.0, z: f
 
 
 def one_gate() -> DyLoRAOutput:
-    """Two rows of three tokens; what stands at padding must not count."""
+    """Return weights of two rows of three tokens; those at padding must not count."""
     return output_of([[[[1.0, 0.0], EVEN, [0.0, 1.0]], [[0.25, 0.75], [1.0, 0.0], [1.0, 0.0]]]])
 
 
@@ -37,7 +37,7 @@ def sums_of(output: DyLoRAOutput, mask: Tensor, domain: Tensor | None, num_domai
     return routing_sums(output, mask, domain, torch.tensor([[2.0, 1.0]]), num_domains)
 
 
-def test_padding_does_not_count_and_rows_go_to_their_domain() -> None:
+def test_padding_does_not_count_and_rows_count_for_their_domain() -> None:
     sums = sums_of(one_gate(), MASK, torch.tensor([1, 0]))
     assert sums.tokens.tolist() == [1, 2, 0]
     assert sums.usage.tolist() == [[[0.25, 0.75]], [[1.5, 0.5]], [[0, 0]]]
@@ -63,7 +63,7 @@ def test_a_row_without_tokens_changes_nothing() -> None:
     assert "expert_usage/b/x" in entries and "expert_usage/a/x" not in entries
 
 
-def test_rows_behind_each_other_keep_their_domain_if_it_is_one() -> None:
+def test_concatenated_rows_keep_their_domain_if_they_share_one() -> None:
     flat = output_of([[[[1.0, 0.0], EVEN]]])
     mask = torch.ones(1, 2)
     together = sums_of(flat, mask, torch.tensor([1, 1, 1]))
@@ -84,7 +84,7 @@ def test_entries_are_means_over_tokens_and_losses_over_steps() -> None:
         entropy=torch.tensor(2.0),
         balance_loss=torch.tensor(6.0),
         z_loss=torch.tensor(1.0),
-        carried=torch.ones(2, 2),
+        mask_count=torch.ones(2, 2),
     )
     entries = routing_entries(sums, 4, ["a", "b"], ["x", "y"])
     expected = {
@@ -103,7 +103,7 @@ def test_entries_are_means_over_tokens_and_losses_over_steps() -> None:
     assert entries == pytest.approx(expected, rel=1e-6)
 
 
-def test_one_expert_has_no_share_of_an_entropy_of_zero() -> None:
+def test_normalized_entropy_is_left_out_for_one_expert() -> None:
     output = DyLoRAOutput(
         routing_weights=torch.ones(1, 1, 2, 1),
         router_logits=torch.zeros(1, 1, 2, 1),
@@ -116,21 +116,21 @@ def test_one_expert_has_no_share_of_an_entropy_of_zero() -> None:
     assert "router/normalised_entropy" not in entries
 
 
-def test_dead_is_less_than_a_tenth_of_an_even_share() -> None:
+def test_an_expert_is_dead_below_a_tenth_of_an_even_share() -> None:
     all_four = torch.ones(1, 4, dtype=torch.bool)
     assert float(dead_share(torch.tensor([[9.9, 90.1, 150.0, 150.0]]), all_four)) == 0.25
     assert float(dead_share(torch.tensor([[10.0, 90.0, 150.0, 150.0]]), all_four)) == 0
     assert float(dead_share(torch.zeros(2, 4), all_four.expand(2, 4))) == 1
 
 
-def test_an_expert_that_a_gate_does_not_have_is_not_dead() -> None:
-    among = torch.tensor([[True, True, False, False], [True, True, True, True]])
+def test_an_expert_missing_at_a_gate_is_not_dead() -> None:
+    expert_mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
     load = torch.tensor([[5.1, 94.9, 0.0, 0.0], [1.0, 33.0, 33.0, 33.0]])
-    assert float(dead_share(load, among)) == pytest.approx(1 / 6)
-    assert float(dead_share(torch.tensor([[4.9, 95.1, 0.0, 0.0]]), among[:1])) == 0.5
+    assert float(dead_share(load, expert_mask)) == pytest.approx(1 / 6)
+    assert float(dead_share(torch.tensor([[4.9, 95.1, 0.0, 0.0]]), expert_mask[:1])) == 0.5
 
 
-def test_the_greatest_entropy_is_that_of_the_experts_which_the_gates_have() -> None:
+def test_entropy_is_normalized_by_the_experts_that_each_gate_has() -> None:
     logits = torch.tensor([[[[0.0, -torch.inf, -torch.inf]]], [[[0.0, 0.0, -torch.inf]]], [[[0.0, 0.0, 0.0]]]])
     output = DyLoRAOutput(
         routing_weights=logits.softmax(dim=-1),
@@ -139,13 +139,13 @@ def test_the_greatest_entropy_is_that_of_the_experts_which_the_gates_have() -> N
         z_loss=torch.tensor(0.0),
     )
     sums = routing_sums(output, torch.ones(1, 1), torch.tensor([0]), torch.ones(3, 3), 1)
-    assert sums.among.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert sums.expert_mask.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
     entries = routing_entries(sums, 1, ["a"], ["x", "y", "z"])
     assert entries["router/normalised_entropy"] == pytest.approx(1, rel=1e-6)
     assert entries["expert_usage/x"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
 
 
-def test_taking_sums_over_parts_and_processes_and_begins_anew() -> None:
+def test_take_sums_over_parts_and_processes_and_resets() -> None:
     statistics = RoutingStatistics(2)
     assert statistics.take(torch.clone) is None
     for domain in ([1, 0], [0, 0]):

@@ -1,4 +1,4 @@
-"""Names of trackers, and what is said of one that is not installed."""
+"""Resolving the names of trackers, and the error for one that is not installed."""
 
 import pytest
 
@@ -12,23 +12,23 @@ def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         monkeypatch.setitem(INSTALLED, name, lambda name=name: name in names)
 
 
-def test_auto_is_tensorboard_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_tensorboard_if_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "tensorboard", "wandb")
-    assert resolve_trackers("auto") == ["tensorboard"]
+    assert resolve_trackers(["auto"]) == ["tensorboard"]
     install(monkeypatch, "wandb")
-    assert resolve_trackers("auto") == []
+    assert resolve_trackers(["auto"]) == []
 
 
 def test_several_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, *TRACKERS)
-    assert resolve_trackers("wandb, mlflow,trackio") == ["wandb", "mlflow", "trackio"]
-    assert resolve_trackers("none") == []
+    assert resolve_trackers(["wandb", "mlflow", "trackio"]) == ["wandb", "mlflow", "trackio"]
+    assert resolve_trackers(["none"]) == []
 
 
-def test_what_is_missing_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_tracker_has_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "wandb")
-    with pytest.raises(ConfigError, match=r"--report_to wandb,mlflow,trackio: .* pip install mlflow trackio$"):
-        resolve_trackers("wandb,mlflow,trackio")
+    with pytest.raises(ConfigError, match=r"`report_to` wandb,mlflow,trackio: .* pip install mlflow trackio$"):
+        resolve_trackers(["wandb", "mlflow", "trackio"])
 
 
 def test_every_tracker_of_the_flag_is_known_here() -> None:

@@ -1,4 +1,4 @@
-"""The real HF Trainer on a tiny model: what is summed, what moves, what is saved."""
+"""The real HF Trainer on a tiny model: sums of losses, parameters that train, and checkpoints."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_evaluation_counts_tokens_and_not_batches(folder: Path, tmp_path: Path) 
     assert sum(value for key, value in one.items() if key.startswith("eval_usage/odd/")) == pytest.approx(1)
 
 
-def test_the_base_is_evaluated_as_the_base(folder: Path, tmp_path: Path) -> None:
+def test_base_only_evaluates_the_base_model(folder: Path, tmp_path: Path) -> None:
     trainer = trainer_of(folder, tmp_path)
     with trainer.model.base_only():
         base = trainer.evaluate()
@@ -130,7 +130,7 @@ def test_a_training_step_makes_no_logits(folder: Path, tmp_path: Path) -> None:
     assert made == [0]
 
 
-def test_the_given_order_is_the_order_of_training(folder: Path, tmp_path: Path) -> None:
+def test_a_given_sampler_sets_the_order_of_training(folder: Path, tmp_path: Path) -> None:
     order = [5, 0, 3, 1, 7, 2]
     trainer = trainer_of(folder, tmp_path, per_device_train_batch_size=2)
     trainer.train_sampler = order  # type: ignore[assignment]
@@ -140,24 +140,24 @@ def test_the_given_order_is_the_order_of_training(folder: Path, tmp_path: Path) 
 
 
 class Epochs(list[int]):
-    """A sampler that notes the epoch in which it is asked."""
+    """Sampler that records its epoch each time it is iterated."""
 
     def __init__(self) -> None:
         super().__init__(range(8))
-        self.epoch, self.asked = 0, list[int]()
+        self.epoch, self.iterated = 0, list[int]()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.asked.append(self.epoch)
+        self.iterated.append(self.epoch)
         return super().__iter__()
 
 
-def test_the_sampler_is_told_the_epoch_also_when_a_run_goes_on(
+def test_the_sampler_gets_the_epoch_in_a_resumed_run_too(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # as it is with several processes, whose loader of a resumed run does not pass it on
+    # like the loader of a resumed run with several processes, which does not pass the epoch on
     monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda self, epoch: None)
     options = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
     seen = []
@@ -165,11 +165,11 @@ def test_the_sampler_is_told_the_epoch_also_when_a_run_goes_on(
         trainer = trainer_of(folder, tmp_path, **options)
         trainer.train_sampler = Epochs()  # type: ignore[assignment]
         trainer.train(resume_from_checkpoint=resumed)
-        seen.append(trainer.train_sampler.asked)
-    assert seen == [[0, 1, 2], [1, 2]], "step 3 of 2 a epoch is in the middle of the second one"
+        seen.append(trainer.train_sampler.iterated)
+    assert seen == [[0, 1, 2], [1, 2]], "with two steps an epoch, step 3 is in the middle of the second one"
 
 
-def test_the_router_has_its_own_rate_in_the_optimiser(folder: Path, tmp_path: Path) -> None:
+def test_the_router_has_its_own_rate_in_the_optimizer(folder: Path, tmp_path: Path) -> None:
     trainer = trainer_of(folder, tmp_path, max_steps=1, learning_rate=1e-3, ours={"router_learning_rate": 0.25})
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
@@ -180,13 +180,13 @@ def test_the_router_has_its_own_rate_in_the_optimiser(folder: Path, tmp_path: Pa
         if parameter.requires_grad:
             wanted = 0.25 if name.startswith("router.") else 1e-3
             assert rates.pop(id(parameter)) == wanted
-            # Adam's first step is the rate, whatever the gradient
+            # Adam's first step equals the rate for any gradient
             step = (parameter.detach() - before[name]).abs().max().item()
             assert step == pytest.approx(wanted, rel=1e-3)
     assert not rates, "each parameter trains once"
 
 
-def test_without_its_own_rate_the_router_trains_as_the_experts(folder: Path, tmp_path: Path) -> None:
+def test_without_its_own_rate_the_router_has_the_rate_of_the_experts(folder: Path, tmp_path: Path) -> None:
     trainer = trainer_of(folder, tmp_path, learning_rate=1e-3)
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {1e-3}
 
@@ -205,11 +205,11 @@ def test_warm_restarts_are_the_schedule_of_both_rates(folder: Path, tmp_path: Pa
 
 
 def biased(folder: Path, output: Path, routing: str = "per_layer", **arguments: Any) -> DyLoRATrainer:
-    """A trainer that moves the bias, and experts and gates that stand still."""
+    """Return a trainer that moves the bias, while experts and gates stand still."""
     trainer = trainer_of(folder, output, routing, learning_rate=0.0, ours={"balance_update_rate": 0.25}, **arguments)
     with torch.no_grad():
         for gate in trainer.model.router.gates:
-            gate[0] = gate[0] * 0.1 + gate[1]  # near the second, so that the choice is unequal
+            gate[0] = gate[0] * 0.1 + gate[1]  # close to the second gate: an uneven choice
     return trainer
 
 

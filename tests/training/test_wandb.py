@@ -1,4 +1,4 @@
-"""Weights & Biases, by the real client and a server of this machine: what it keeps, and what happens without it."""
+"""Weights & Biases, with the real client and a local server: stored artifacts, runs, and failures."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ REFERENCE = "me/code/checkpoint-r1:step-7"
 
 @pytest.fixture
 def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
-    """A server of this machine, which the real client talks to."""
+    """Yield a local server, with the real client set up to use it."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     fake = FakeWandb()
@@ -44,7 +44,7 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb
         client.run.finish()
     client.teardown()
     fake.stop()
-    assert not fake.unknown, "the client asks for something that the server does not know"
+    assert not fake.unknown, "the client sends operations that the fake server does not know"
 
 
 def wandb_run(tmp_path: Path) -> WandbStore:
@@ -60,7 +60,7 @@ def test_a_checkpoint_comes_back_from_wandb(wandb: FakeWandb, tmp_path: Path) ->
     assert files(found) == files(tmp_path / "before" / "checkpoint-7")
     entry = json.loads((tmp_path / "out" / "wandb_run.json").read_text())
     assert entry == {"id": "r1", "project": "code", "entity": "me"}
-    with pytest.raises(ArtifactError, match="no such thing, or this key may not see it: the artifact 'me/code/x:v0'"):
+    with pytest.raises(ArtifactError, match="did not find the artifact 'me/code/x:v0', or this key may not see it"):
         fetched_checkpoint("me/code/x:v0", tmp_path / "out")
 
 
@@ -78,7 +78,7 @@ def test_a_wrong_digest_is_refused_and_nothing_is_left(wandb: FakeWandb, tmp_pat
     ("key", "message"),
     [(KEY[::-1], "set WANDB_API_KEY to a key of your account"), ("short", "set WANDB_API_KEY"), (KEY, None)],
 )
-def test_a_wrong_key_is_one_line(
+def test_a_wrong_key_is_one_line_of_error(
     wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, message: str | None
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", key)
@@ -92,7 +92,7 @@ def test_a_wrong_key_is_one_line(
         assert "\n" not in str(raised.value)
 
 
-def test_a_server_that_is_not_there_is_one_line(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_one_line_of_error(wandb: FakeWandb, tmp_path: Path) -> None:
     wandb.stop()
     for use in (wandb_store.check_access, lambda: fetched_checkpoint(REFERENCE, tmp_path / "out")):
         with pytest.raises(ArtifactError, match=r"cannot be reached for .*WANDB_MODE=offline") as raised:
@@ -100,11 +100,13 @@ def test_a_server_that_is_not_there_is_one_line(wandb: FakeWandb, tmp_path: Path
         assert "\n" not in str(raised.value)
 
 
-def test_offline_says_what_needs_the_network(wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_offline_names_what_needs_the_network(
+    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with pytest.raises(ArtifactError, match=r"needs the network, and WANDB_MODE=offline.*--resume_from_checkpoint"):
+    with pytest.raises(ArtifactError, match=r"needs the network, and WANDB_MODE=offline.*`resume_from_checkpoint`"):
         fetched_checkpoint(REFERENCE, tmp_path / "out")
-    wandb_store.check_access()  # a run needs none
+    wandb_store.check_access()  # an offline run needs no network
     store = wandb_run(tmp_path)
     stored(store, tmp_path)
     store.wait()
@@ -112,14 +114,16 @@ def test_offline_says_what_needs_the_network(wandb: FakeWandb, tmp_path: Path, m
     assert list((tmp_path / "before" / "wandb").glob("offline-run-*"))
 
 
-def test_without_the_client_its_name_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_client_the_error_has_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     for use in (wandb_store.check_access, lambda: fetched_checkpoint(REFERENCE, tmp_path)):
         with pytest.raises(ConfigError, match=r"pip install 'dylora-moe\[wandb\]'"):
             use()
 
 
-def test_a_run_that_goes_on_keeps_its_id_and_a_new_one_has_another(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_another(wandb: FakeWandb, tmp_path: Path) -> None:
     def start(continues: bool, project: str | None = None) -> Any:
         run = wandb_store.start_run(tmp_path, project=project, entity=None, name=None, continues=continues)
         run.finish()
@@ -131,7 +135,7 @@ def test_a_run_that_goes_on_keeps_its_id_and_a_new_one_has_another(wandb: FakeWa
     assert wandb.runs == {first.id, other.id}
 
 
-def test_training_goes_on_without_wandb_with_one_warning(
+def test_training_continues_without_wandb_after_one_warning(
     wandb: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "out"
@@ -151,8 +155,8 @@ def test_training_goes_on_without_wandb_with_one_warning(
         save(2)
         save(3)
         callback.finish(output / "checkpoint-3", 3)
-    told = [record.getMessage() for record in caplog.records if record.name.startswith("dylo_moe")]
-    assert len(told) == 1 and "cannot be reached" in told[0]
-    assert "the run goes on" in told[0] and str(output) in told[0]
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("dylo_moe")]
+    assert len(warnings) == 1 and "cannot be reached" in warnings[0]
+    assert "the run continues" in warnings[0] and str(output) in warnings[0]
     assert [name for name in wandb.artifacts if "step-" in name] == ["me/code/checkpoint-r1:step-1"]
-    assert all(checkpoints.problem(output / f"checkpoint-{step}") is None for step in (1, 2, 3))
+    assert all(checkpoints.find_corruption(output / f"checkpoint-{step}") is None for step in (1, 2, 3))

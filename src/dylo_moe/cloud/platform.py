@@ -1,8 +1,8 @@
-"""What this process runs on, read from the environment alone, and what that changes.
+"""Detection of the platform that this process runs on, from the environment, and what to change there.
 
-Vertex AI says where to write (``AIP_...``), who the other workers are (``CLUSTER_SPEC``), and mounts Cloud Storage
-below ``/gcs``. Vast.ai rents out a share of a machine, but its containers see all cores and little shared memory.
-Nothing here imports torch: the settings have to stand in the environment before that reads them.
+Vertex AI says where to write (``AIP_...``), lists the other workers (``CLUSTER_SPEC``), and mounts Cloud Storage below
+``/gcs``. Vast.ai rents out a share of a machine, but its containers see all cores and little shared memory.
+Nothing here imports torch, which reads the environment variables that are set here when it is imported.
 """
 
 import json
@@ -16,18 +16,18 @@ from dylo_moe.errors import CloudError
 
 VERTEX, VAST, DOCKER, BARE = "Vertex AI", "Vast.ai", "a container", "this machine"
 SMALL_SHARED_MEMORY = 1 << 30
-"""Bytes of ``/dev/shm`` below which NCCL is kept from it: eight ranks want some hundred MiB, Docker gives 64."""
+"""Size of ``/dev/shm`` in bytes below which NCCL must not use it: eight ranks need a few hundred MiB, Docker has 64."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines of one job.
+    """Machines of one job.
 
     Attributes:
-        machines: How many there are.
-        rank: Which one this is, from 0.
-        address: Host name of the first one.
-        port: Where the first one listens.
+        machines: Number of machines.
+        rank: Index of this machine, from 0.
+        address: Host name of the first machine.
+        port: Port of the first machine.
     """
 
     machines: int
@@ -36,7 +36,7 @@ class Cluster:
     port: int
 
     def launch_arguments(self, processes: int) -> list[str]:
-        """The arguments of ``torchrun`` on this machine, for so many processes on each one."""
+        """Return the arguments of ``torchrun`` on this machine, for this number of processes on each machine."""
         return [
             f"--nnodes={self.machines}",
             f"--node-rank={self.rank}",
@@ -48,18 +48,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Platform:
-    """Where a process runs.
+    """Platform that a process runs on.
 
     Attributes:
         name: ``VERTEX``, ``VAST``, ``DOCKER`` or ``BARE``.
-        job: What the platform calls the job or the machine; None where it has no name for it.
-        checkpoint_dir: Where checkpoints go and come from; None for where the flags say.
-        model_dir: Where the finished mixture is put as well.
-        tensorboard_dir: Where TensorBoard's events go; None for the output folder.
-        cluster: The machines of the job; None for one machine.
-        settings: Environment variables to set, where they are not set yet.
-        cores: Cores that are ours, where the operating system shows more; None where it shows the truth.
-        buckets: Where object storage is mounted; folders below cannot be renamed.
+        job: The platform's name for the job or machine; None if it has none.
+        checkpoint_dir: Folder of checkpoints; None for the one in the flags.
+        model_dir: Folder for a copy of the finished mixture; None for no copy.
+        tensorboard_dir: Folder of TensorBoard's events; None for the output folder.
+        cluster: Machines of the job; None if there is only one.
+        settings: Environment variables to set; none of them is set already.
+        cores: Number of cores that may be used, if the operating system shows more; otherwise None.
+        buckets: Mount points of object storage; folders below them cannot be renamed.
     """
 
     name: str
@@ -73,14 +73,14 @@ class Platform:
     buckets: tuple[Path, ...] = ()
 
     def is_bucket(self, folder: Path) -> bool:
-        """Whether a folder is on object storage."""
+        """Return whether a folder is on object storage."""
         return any(folder.is_relative_to(bucket) for bucket in self.buckets)
 
     def describe(self) -> list[str]:
-        """What was found and what it changes, in lines."""
+        """Return lines of text that describe the platform and its effects."""
         lines = [f"Running on {self.name}" + (f", {self.job}" if self.job else "")]
-        places = {"Checkpoints": self.checkpoint_dir, "Model": self.model_dir, "TensorBoard": self.tensorboard_dir}
-        lines += [f"{what}: {folder}" for what, folder in places.items() if folder is not None]
+        folders = {"Checkpoints": self.checkpoint_dir, "Model": self.model_dir, "TensorBoard": self.tensorboard_dir}
+        lines += [f"{label}: {folder}" for label, folder in folders.items() if folder is not None]
         if self.cluster is not None:
             lines.append(
                 f"Machine {self.cluster.rank + 1} of {self.cluster.machines}; the first: {self.cluster.address}"
@@ -89,14 +89,14 @@ class Platform:
 
 
 def detect(environment: Mapping[str, str], root: Path = Path("/")) -> Platform:
-    """Tells the platform.
+    """Return the platform that this process runs on.
 
     Args:
-        environment: The process's.
-        root: The file system's root; tests have another one.
+        environment: Environment variables of the process.
+        root: Root of the file system; tests pass another one.
 
     Raises:
-        CloudError: A variable of the platform's cannot be understood.
+        CloudError: A variable set by the platform is malformed.
     """
     if environment.get("CLOUD_ML_JOB_ID"):
         checkpoint_dir = _folder(environment, "AIP_CHECKPOINT_DIR", root)
@@ -109,21 +109,27 @@ def detect(environment: Mapping[str, str], root: Path = Path("/")) -> Platform:
             cluster=_cluster(environment.get("CLUSTER_SPEC", "")),
             buckets=(root / "gcs", *([checkpoint_dir] if checkpoint_dir else [])),
         )
-    vast = environment.get("VAST_CONTAINERLABEL") or environment.get("CONTAINER_ID")
-    if vast:
-        cores = _own_cores(root)
-        return Platform(VAST, job=f"instance {vast}", settings=_on_a_share(environment, root, cores), cores=cores)
-    marked = any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv"))
-    if marked or environment.get("KUBERNETES_SERVICE_HOST"):
+    vast_instance = environment.get("VAST_CONTAINERLABEL") or environment.get("CONTAINER_ID")
+    if vast_instance:
+        cores = _usable_cores(root)
+        settings = _shared_machine_settings(environment, root, cores)
+        return Platform(VAST, job=f"instance {vast_instance}", settings=settings, cores=cores)
+    is_container = any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv"))
+    if is_container or environment.get("KUBERNETES_SERVICE_HOST"):
         return Platform(DOCKER, job=environment.get("HOSTNAME"))
     return Platform(BARE)
 
 
 def local_folder(name: str, value: str, root: Path = Path("/")) -> Path:
-    """A folder that a variable names, as a path: ``gs://bucket/x`` is mounted at ``/gcs/bucket/x``.
+    """Return the path of a folder; ``gs://bucket/x`` is mounted at ``/gcs/bucket/x``.
+
+    Args:
+        name: Name of the environment variable, for the error message.
+        value: A folder or ``gs://BUCKET/FOLDER``.
+        root: Root of the file system; tests pass another one.
 
     Raises:
-        CloudError: It is no such name, or the bucket is not mounted.
+        CloudError: The value is neither, or the bucket is not mounted.
     """
     scheme, separator, rest = value.partition("://")
     if not separator:
@@ -132,7 +138,7 @@ def local_folder(name: str, value: str, root: Path = Path("/")) -> Path:
         raise CloudError(f"{name} must be a folder or gs://BUCKET/FOLDER, got {value!r}")
     if not (root / "gcs").is_dir():
         raise CloudError(
-            f"{name} is {value}, and {root / 'gcs'} is not mounted; mount the bucket with Cloud Storage FUSE"
+            f"{name} is {value}, but {root / 'gcs'} is not mounted; mount the bucket with Cloud Storage FUSE"
         )
     return root / "gcs" / rest.strip("/")
 
@@ -143,19 +149,19 @@ def _folder(environment: Mapping[str, str], name: str, root: Path) -> Path | Non
 
 
 def _cluster(spec: str) -> Cluster | None:
-    """The machines in ``CLUSTER_SPEC``: those of ``workerpool0``, then ``workerpool1``, and so on.
+    """Return the machines in ``CLUSTER_SPEC``, by worker pool; None if there is only one.
 
-    Its form: https://cloud.google.com/vertex-ai/docs/training/distributed-training#cluster-variables
+    Its format: https://cloud.google.com/vertex-ai/docs/training/distributed-training#cluster-variables
     """
     if not spec:
         return None
     try:
-        read = json.loads(spec)
-        pools, task = read["cluster"], read["task"]
+        parsed = json.loads(spec)
+        pools, task = parsed["cluster"], parsed["task"]
         machines = [(pool, index) for pool in sorted(pools) for index in range(len(pools[pool]))]
         rank = machines.index((task["type"], int(task["index"])))
-        first = machines[0]
-        address, _, port = pools[first[0]][first[1]].rpartition(":")
+        first_pool, first_index = machines[0]
+        address, _, port = pools[first_pool][first_index].rpartition(":")
         cluster = Cluster(len(machines), rank, address, int(port))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CloudError(
@@ -164,20 +170,20 @@ def _cluster(spec: str) -> Cluster | None:
     return cluster if cluster.machines > 1 else None
 
 
-def _own_cores(root: Path) -> int:
-    """The cores that the control group grants; all that are visible where it grants as much as there is."""
+def _usable_cores(root: Path) -> int:
+    """Return the number of cores that the control group grants, or of visible cores if it sets no limit."""
     visible = len(os.sched_getaffinity(0))
     file = root / "sys/fs/cgroup/cpu.max"  # "QUOTA PERIOD" in microseconds, or "max PERIOD"
     quota, _, period = file.read_text().strip().partition(" ") if file.is_file() else ("max", "", "")
     return visible if quota == "max" else max(1, min(visible, math.floor(int(quota) / int(period))))
 
 
-def _on_a_share(environment: Mapping[str, str], root: Path, cores: int) -> dict[str, str]:
-    """Threads for the cores that are ours, and NCCL without shared memory where there is too little of it."""
+def _shared_machine_settings(environment: Mapping[str, str], root: Path, cores: int) -> dict[str, str]:
+    """Return variables that limit threads to the usable cores, and keep NCCL off shared memory if there is little."""
     settings = {"OMP_NUM_THREADS": str(cores)}
-    shared = root / "dev/shm"
-    if shared.is_dir():
-        status = os.statvfs(shared)
+    shared_memory = root / "dev/shm"
+    if shared_memory.is_dir():
+        status = os.statvfs(shared_memory)
         if status.f_frsize * status.f_blocks < SMALL_SHARED_MEMORY:
             settings["NCCL_SHM_DISABLE"] = "1"
     return {name: value for name, value in settings.items() if name not in environment}

@@ -1,4 +1,4 @@
-"""Project, region, bucket and image of a job: from a flag, the environment, or gcloud's configuration."""
+"""Project, region, bucket and image of a job: given, or from the environment, or from gcloud's configuration."""
 
 import re
 import shutil
@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dylo_moe.cloud_config import SubmitArguments
 from dylo_moe.errors import ConfigError, did_you_mean
 
 _EUROPE, _ASIA = "europe-", "asia-"
@@ -19,7 +18,7 @@ REGIONS = frozenset(
     + [_ASIA + part for part in ("east1", "east2", "northeast1", "northeast2", "northeast3", "south1")]
     + [_ASIA + part for part in ("southeast1", "southeast2")]
 )
-"""Where Vertex AI trains: https://cloud.google.com/vertex-ai/docs/general/locations"""
+"""Regions in which Vertex AI trains: https://cloud.google.com/vertex-ai/docs/general/locations"""
 
 _PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
@@ -31,7 +30,14 @@ _GCLOUD_SECONDS = 30
 
 @dataclass(frozen=True)
 class Settings:
-    """What every job needs."""
+    """Settings that every job needs.
+
+    Attributes:
+        project: Id of the Google Cloud project.
+        region: Region in which Vertex AI trains.
+        bucket: Name of the Cloud Storage bucket, without ``gs://``.
+        image: Container image, ``REGISTRY/NAME:TAG``.
+    """
 
     project: str
     region: str
@@ -40,35 +46,46 @@ class Settings:
 
 
 def resolve(
-    args: SubmitArguments, environment: Mapping[str, str], ask_gcloud: Callable[[str], str | None] | None = None
+    environment: Mapping[str, str],
+    ask_gcloud: Callable[[str], str | None] | None = None,
+    *,
+    project: str | None = None,
+    region: str | None = None,
+    bucket: str | None = None,
+    image: str | None = None,
 ) -> Settings:
-    """Finds each setting; asks nothing of the cloud.
+    """Find and check each setting that is not given, without asking the cloud.
 
     Args:
-        args: The flags.
-        environment: The process's.
-        ask_gcloud: Gives a property of gcloud's configuration, or None; by running gcloud if not given.
+        environment: Environment variables of the process.
+        ask_gcloud: Function that returns a property of gcloud's configuration, or None; by default it runs gcloud.
+        project: Id of the Google Cloud project.
+        region: Region in which Vertex AI trains.
+        bucket: Name of the Cloud Storage bucket, with or without ``gs://``.
+        image: Container image, ``REGISTRY/NAME:TAG``.
 
     Raises:
-        ConfigError: One is found nowhere, or cannot be right.
+        ConfigError: A setting is missing or malformed.
     """
     ask = ask_gcloud or gcloud_property
-    project = (
-        args.project or _first(environment, "GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT") or ask("core/project")
-    )
-    region = args.region or _first(environment, "GOOGLE_CLOUD_REGION", "CLOUDSDK_AI_REGION", "CLOUDSDK_COMPUTE_REGION")
+    project = project or _first(environment, "GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT") or ask("core/project")
+    region = region or _first(environment, "GOOGLE_CLOUD_REGION", "CLOUDSDK_AI_REGION", "CLOUDSDK_COMPUTE_REGION")
     region = region or ask("ai/region") or ask("compute/region")
-    bucket = args.bucket or _first(environment, "DYLO_MOE_BUCKET")
-    image = args.image or _first(environment, "DYLO_MOE_IMAGE")
+    bucket = bucket or _first(environment, "DYLO_MOE_BUCKET")
+    image = image or _first(environment, "DYLO_MOE_IMAGE")
     project = _checked("project", project, _PROJECT, "GOOGLE_CLOUD_PROJECT, or gcloud config set project PROJECT")
-    region = _known_region(region)
+    region = _checked_region(region)
     bucket = _checked("bucket", (bucket or "").removeprefix("gs://").rstrip("/"), _BUCKET, "DYLO_MOE_BUCKET")
     image = _checked("image", image, _IMAGE, "DYLO_MOE_IMAGE to what build_and_push.sh printed")
     return Settings(project, region, bucket, image)
 
 
 def gcloud_property(name: str) -> str | None:
-    """A property of gcloud's active configuration; None where it is not set, or gcloud is not installed."""
+    """Return a property of gcloud's active configuration; None if it is not set or gcloud is not installed.
+
+    Raises:
+        ConfigError: gcloud did not answer in time.
+    """
     gcloud = shutil.which("gcloud")
     if gcloud is None:
         return None
@@ -79,7 +96,7 @@ def gcloud_property(name: str) -> str | None:
         )
     except subprocess.TimeoutExpired as error:
         raise ConfigError(
-            f"gcloud did not tell {name} within {_GCLOUD_SECONDS} seconds; give it by its flag"
+            f"gcloud did not answer for {name} within {_GCLOUD_SECONDS} seconds; set `{name.rpartition('/')[2]}`"
         ) from error
     value = done.stdout.strip()
     return value if done.returncode == 0 and value not in ("", "(unset)") else None
@@ -89,22 +106,22 @@ def _first(environment: Mapping[str, str], *names: str) -> str | None:
     return next((environment[name] for name in names if environment.get(name)), None)
 
 
-def _checked(flag: str, value: str | None, form: re.Pattern[str], elsewhere: str) -> str:
+def _checked(parameter: str, value: str | None, form: re.Pattern[str], elsewhere: str) -> str:
     if not value:
-        raise ConfigError(f"--{flag} is missing: give it, or set {elsewhere}")
+        raise ConfigError(f"`{parameter}` is missing: give it, or set {elsewhere}")
     if not form.fullmatch(value):
-        wanted = "REGISTRY/NAME:TAG" if flag == "image" else f"the name of a {flag}"
-        raise ConfigError(f"--{flag} must be {wanted}, got {value!r}")
+        expected = "REGISTRY/NAME:TAG" if parameter == "image" else f"the name of a {parameter}"
+        raise ConfigError(f"`{parameter}` must be {expected}, got {value!r}")
     return value
 
 
-def _known_region(region: str | None) -> str:
+def _checked_region(region: str | None) -> str:
     if not region:
         raise ConfigError(
-            "--region is missing: give it, or set GOOGLE_CLOUD_REGION, or gcloud config set compute/region REGION"
+            "`region` is missing: give it, or set GOOGLE_CLOUD_REGION, or gcloud config set compute/region REGION"
         )
     if region not in REGIONS:
         raise ConfigError(
-            f"--region must be one that Vertex AI trains in, got {region!r}{did_you_mean(region, REGIONS)}"
+            f"`region` must be one that Vertex AI trains in, got {region!r}{did_you_mean(region, REGIONS)}"
         )
     return region

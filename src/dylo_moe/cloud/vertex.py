@@ -1,63 +1,91 @@
-"""A custom job on Vertex AI: the request, sending it, and following it.
+"""A custom job on Vertex AI: building the request, sending it, and following the job.
 
-The request is made as the JSON of the REST interface, which is what ``--dry-run`` shows; Google's client sends it.
+The request is the JSON of the REST interface, which a dry run shows; Google's client sends it.
 https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.customJobs
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from dylo_moe.cloud.secrets import VARIABLE
 from dylo_moe.cloud.settings import Settings
-from dylo_moe.cloud_config import SubmitArguments
 from dylo_moe.errors import CloudError, first_line
+
+if TYPE_CHECKING:
+    from google.cloud.aiplatform_v1 import JobServiceClient
 
 POLL_SECONDS = 30
 PATIENCE_SECONDS = 600
-"""How long a network that is gone is waited for, while a job is followed."""
+"""Time in seconds to wait for the network to come back while a job is followed."""
 ENDED = ("JOB_STATE_SUCCEEDED", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED")
 _SUCCEEDED = ENDED[0]
 
 
-def create_request(args: SubmitArguments, settings: Settings, training: Sequence[str]) -> dict[str, Any]:
-    """The CreateCustomJob request.
+@dataclass(frozen=True)
+class JobSpec:
+    """Description of a training job.
+
+    Attributes:
+        name: Name of the job, and of its folder in the bucket.
+        machine_type: Vertex AI's machine type, such as ``a3-highgpu-1g``.
+        accelerator_type: Vertex AI's name of the GPU; each machine has one.
+        replicas: Number of machines.
+        spot: Whether to use spot machines, which can be taken back at any time.
+        timeout_hours: Time in hours after which the job is ended.
+        disk_gb: Size of each machine's boot disk in GB.
+        service_account: Account that the job acts as; None for the project's default.
+        labels: Labels of the job.
+        env: Environment variables of the container, which everybody with access to the job can read.
+        secrets: ``SECRET`` or ``SECRET:VERSION`` of Secret Manager for each environment variable that is a secret.
+    """
+
+    name: str
+    machine_type: str
+    accelerator_type: str
+    replicas: int = 1
+    spot: bool = True
+    timeout_hours: float = 24.0
+    disk_gb: int = 200
+    service_account: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def machine_hours(self) -> float:
+        """The most machine-hours that the job can use."""
+        return self.replicas * self.timeout_hours
+
+
+def create_request(job: JobSpec, settings: Settings, training: Sequence[str]) -> dict[str, Any]:
+    """Return the CreateCustomJob request: ``parent`` and ``customJob``, ready for JSON.
 
     Args:
-        args: The flags of the job.
+        job: The job.
         settings: Project, region, bucket and image.
-        training: The flags of ``train``.
-
-    Returns:
-        ``parent`` and ``customJob``, as JSON writes them.
+        training: Arguments of the container's training program.
     """
     scheduling: dict[str, Any] = {
-        "timeout": f"{round(args.timeout_hours * 3600)}s",
+        "timeout": f"{round(job.timeout_hours * 3600)}s",
         "restartJobOnWorkerRestart": True,
-        "strategy": "SPOT" if args.spot else "STANDARD",
+        "strategy": "SPOT" if job.spot else "STANDARD",
     }
     spec: dict[str, Any] = {
-        # the first pool is the one machine that leads, the second one all others
-        "workerPoolSpecs": [
-            _pool(args, settings, training, replicas) for replicas in (1, args.replicas - 1) if replicas
-        ],
+        # the leading machine has a pool of its own
+        "workerPoolSpecs": [_pool(job, settings, training, replicas) for replicas in (1, job.replicas - 1) if replicas],
         "scheduling": scheduling,
-        "baseOutputDirectory": {"outputUriPrefix": f"gs://{settings.bucket}/{args.job_name}"},
+        "baseOutputDirectory": {"outputUriPrefix": f"gs://{settings.bucket}/{job.name}"},
     }
-    if args.service_account is not None:
-        spec["serviceAccount"] = args.service_account
-    labels = dict(label.split("=", 1) for label in args.labels or [])
-    job = {"displayName": args.job_name, "labels": {"program": "dylora-moe", **labels}, "jobSpec": spec}
-    return {"parent": f"projects/{settings.project}/locations/{settings.region}", "customJob": job}
+    if job.service_account is not None:
+        spec["serviceAccount"] = job.service_account
+    custom_job = {"displayName": job.name, "labels": {"program": "dylora-moe", **job.labels}, "jobSpec": spec}
+    return {"parent": f"projects/{settings.project}/locations/{settings.region}", "customJob": custom_job}
 
 
-def machine_hours(args: SubmitArguments) -> float:
-    """The most that a job can cost, in hours of one of its machines."""
-    return args.replicas * args.timeout_hours
-
-
-def connect(region: str) -> Any:
-    """Google's client for a region, with the machine's credentials.
+def connect(region: str) -> "JobServiceClient":
+    """Return Google's client for a region, with this machine's credentials.
 
     Raises:
         CloudError: The client is not installed, or there are no credentials.
@@ -72,15 +100,15 @@ def connect(region: str) -> Any:
         return JobServiceClient(transport="rest", client_options={"api_endpoint": endpoint})
     except DefaultCredentialsError as error:
         raise CloudError(
-            "there are no credentials for Google Cloud; run: gcloud auth application-default login"
+            "this machine has no credentials for Google Cloud; run: gcloud auth application-default login"
         ) from error
 
 
-def send(request: dict[str, Any], client: Any) -> str:
-    """Creates the job; returns its resource name.
+def send(request: dict[str, Any], client: "JobServiceClient") -> str:
+    """Create a job from a request of ``create_request``; return its resource name.
 
     Raises:
-        CloudError: Vertex AI refused, or cannot be reached.
+        CloudError: Vertex AI refused the request or cannot be reached.
     """
     from google.cloud.aiplatform_v1 import CustomJob
     from google.protobuf.json_format import ParseDict
@@ -89,48 +117,53 @@ def send(request: dict[str, Any], client: Any) -> str:
     ParseDict(request["customJob"], CustomJob.pb(job))
     try:
         name: str = client.create_custom_job(parent=request["parent"], custom_job=job).name
-    except _refusals() as error:
-        raise CloudError(f"Vertex AI did not take the job: {first_line(error)}") from error
+    except _api_errors() as error:
+        raise CloudError(f"Vertex AI did not accept the job: {first_line(error)}") from error
     return name
 
 
 def watch(
-    name: str, client: Any, tell: Callable[[str], None], sleep: Callable[[float], None] = time.sleep
+    name: str,
+    client: "JobServiceClient",
+    report: Callable[[str], None],
+    sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[bool, float]:
-    """Follows a job to its end.
+    """Follow a job to its end.
 
     Args:
-        name: Its resource name.
-        client: Google's.
-        tell: Gets a line for each new state.
-        sleep: Waits for so many seconds.
+        name: Resource name of the job.
+        client: Google's client.
+        report: Function that gets a line for each new state.
+        sleep: Function that waits for a number of seconds.
 
     Returns:
-        Whether it succeeded, and the hours from its start to its end; 0 where it never started.
+        Whether the job succeeded, and the hours from its start to its end; 0 if it never started.
 
     Raises:
-        CloudError: Vertex AI cannot be asked any more.
+        CloudError: Vertex AI cannot be asked any longer; the job itself is not affected.
     """
     from google.api_core.retry import Retry
 
-    before = None
+    previous = None
     while True:
         try:
             job = client.get_custom_job(name=name, retry=Retry(timeout=PATIENCE_SECONDS))
-        except _refusals() as error:
-            raise CloudError(f"the job {name} goes on, and cannot be asked for: {first_line(error)}") from error
+        except _api_errors() as error:
+            raise CloudError(
+                f"the job {name} continues, but its state cannot be read: {first_line(error)}; see Google's console"
+            ) from error
         state = job.state.name
-        if state != before:
-            why = f": {first_line(Exception(job.error.message))}" if job.error.message else ""
-            tell(f"{state.removeprefix('JOB_STATE_').lower()}{why}")
-            before = state
+        if state != previous:
+            reason = f": {first_line(Exception(job.error.message))}" if job.error.message else ""
+            report(f"{state.removeprefix('JOB_STATE_').lower()}{reason}")
+            previous = state
         if state in ENDED:
             hours = (job.end_time - job.start_time).total_seconds() / 3600 if job.start_time and job.end_time else 0.0
             return state == _SUCCEEDED, hours
         sleep(POLL_SECONDS)
 
 
-def _refusals() -> tuple[type[Exception], ...]:
+def _api_errors() -> tuple[type[Exception], ...]:
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
     from requests import RequestException
@@ -138,22 +171,24 @@ def _refusals() -> tuple[type[Exception], ...]:
     return GoogleAPIError, GoogleAuthError, RequestException
 
 
-def _pool(args: SubmitArguments, settings: Settings, training: Sequence[str], replicas: int) -> dict[str, Any]:
+def _pool(job: JobSpec, settings: Settings, training: Sequence[str], replicas: int) -> dict[str, Any]:
     container: dict[str, Any] = {"imageUri": settings.image, "args": ["--train", *training]}
-    variables = dict(entry.split("=", 1) for entry in args.env or [])
-    if args.secrets:
-        variables[VARIABLE] = ",".join(_reference(entry, settings.project) for entry in args.secrets)
+    variables = dict(job.env)
+    if job.secrets:
+        references = []
+        for name, reference in job.secrets.items():
+            secret, _, version = reference.partition(":")
+            references.append(f"{name}=projects/{settings.project}/secrets/{secret}/versions/{version or 'latest'}")
+        variables[VARIABLE] = ",".join(references)
     if variables:
         container["env"] = [{"name": name, "value": value} for name, value in variables.items()]
     return {
-        "machineSpec": {"machineType": args.machine_type, "acceleratorType": args.gpu, "acceleratorCount": 1},
+        "machineSpec": {
+            "machineType": job.machine_type,
+            "acceleratorType": job.accelerator_type,
+            "acceleratorCount": 1,
+        },
         "replicaCount": str(replicas),  # 64-bit numbers are text in JSON
-        "diskSpec": {"bootDiskType": "pd-ssd", "bootDiskSizeGb": args.disk_gb},
+        "diskSpec": {"bootDiskType": "pd-ssd", "bootDiskSizeGb": job.disk_gb},
         "containerSpec": container,
     }
-
-
-def _reference(entry: str, project: str) -> str:
-    name, _, secret = entry.partition("=")
-    secret, _, version = secret.partition(":")
-    return f"{name}=projects/{project}/secrets/{secret}/versions/{version or 'latest'}"

@@ -20,6 +20,7 @@ from dylo_moe.data.prepare_data import PreparedData, prepare_data
 from dylo_moe.data.registry import refuse_for_training, resolve
 from dylo_moe.data.templates import template_of
 from dylo_moe.errors import ConfigError, ModelError, first_line
+from dylo_moe.flags import split_names
 from dylo_moe.training.fetching import store_of
 from dylo_moe.training.monitoring import monitoring_callbacks
 from dylo_moe.training.trackers import resolve_trackers
@@ -35,7 +36,7 @@ def check_inputs(flags: TrainFlags) -> None:
     Raises:
         DyLoRAError: It will.
     """
-    resolve_trackers(flags.training.report_to)
+    resolve_trackers(split_names(flags.training.report_to))
     if flags.experts.init == "pissa" and flags.training.weight_decay:
         raise ConfigError(
             "--weight_decay must be 0 with --init pissa, got "

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from dylo_moe.cloud.settings import resolve
-from dylo_moe.cloud.vertex import connect, create_request, machine_hours, send, watch
+from dylo_moe.cloud.vertex import JobSpec, connect, create_request, send, watch
 from dylo_moe.cloud_config import SubmitArguments
 from dylo_moe.config import SUBMIT_GROUPS, TRAIN_GROUPS, TrainFlags
 from dylo_moe.flags import parse
@@ -32,8 +32,9 @@ def main(arguments: Sequence[str], program: str = "dylora-moe submit") -> int:
     (args,) = parse(SUBMIT_GROUPS, program, description, given)
     assert isinstance(args, SubmitArguments)
     TrainFlags(*parse(TRAIN_GROUPS, f"{program} --", "", training))  # a mistake costs seconds here, and an hour there
-    settings = resolve(args, os.environ)
-    request = create_request(args, settings, training)
+    settings = resolve(os.environ, project=args.project, region=args.region, bucket=args.bucket, image=args.image)
+    job = _job_spec(args)
+    request = create_request(job, settings, training)
     if args.dry_run:
         sys.stdout.write(json.dumps(request, indent=2) + "\n")
         return 0
@@ -46,13 +47,35 @@ def main(arguments: Sequence[str], program: str = "dylora-moe submit") -> int:
     )
     _say(
         f"{args.replicas} x {args.machine_type} for at most {args.timeout_hours:g} hours: "
-        f"at most {machine_hours(args):g} machine-hours"
+        f"at most {job.machine_hours:g} machine-hours"
     )
     if not args.watch:
         return 0
     succeeded, hours = watch(name, client, _say)
     _say(f"Took {args.replicas * hours:.2f} machine-hours of {args.machine_type}")
     return 0 if succeeded else 1
+
+
+def _job_spec(args: SubmitArguments) -> JobSpec:
+    """Return the description of the job that the flags ask for."""
+    return JobSpec(
+        name=args.job_name,
+        machine_type=args.machine_type,
+        accelerator_type=args.gpu,
+        replicas=args.replicas,
+        spot=args.spot,
+        timeout_hours=args.timeout_hours,
+        disk_gb=args.disk_gb,
+        service_account=args.service_account,
+        labels=_pairs(args.labels),
+        env=_pairs(args.env),
+        secrets=_pairs(args.secrets),
+    )
+
+
+def _pairs(entries: Sequence[str] | None) -> dict[str, str]:
+    """Return the names and values of ``NAME=VALUE`` entries."""
+    return {name: value for name, _, value in (entry.partition("=") for entry in entries or [])}
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from dylo_moe.config import TrainFlags, TrainingArgumentsGroup
 from dylo_moe.errors import ConfigError, first_line
+from dylo_moe.flags import split_names
 from dylo_moe.training.trackers import resolve_trackers
 
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")
@@ -84,7 +85,7 @@ def _ours(args: TrainingArgumentsGroup) -> dict[str, Any]:
 
 
 def _trackers(flags: TrainFlags) -> list[str]:
-    trackers = resolve_trackers(flags.training.report_to)
+    trackers = resolve_trackers(split_names(flags.training.report_to))
     return [*trackers, *(["wandb"] if flags.uses_wandb and "wandb" not in trackers else [])]
 
 

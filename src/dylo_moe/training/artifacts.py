@@ -1,7 +1,7 @@
-"""Checkpoints kept elsewhere: what a store of artifacts has to do, one that is a folder, and uploads while training.
+"""Stores of artifacts: their interface, a store in a folder, and the upload of checkpoints while training.
 
-An artifact is a folder of files under a name, with versions and a little metadata. Weights & Biases is the other
-store (``wandb_store``); how a run goes on from an artifact is in ``fetching``.
+An artifact is a named folder of files, with versions and a little metadata. ``wandb_store`` is the store at Weights &
+Biases; ``fetching`` resumes a run from an artifact.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
@@ -25,42 +25,42 @@ from dylo_moe.training import checkpoints
 
 _LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 600
-"""How long no checkpoint is put after one could not be: each try may have to wait for a server that is not there."""
+"""Pause after a failed upload, in seconds: each attempt may have to wait for a server that does not answer."""
 _ENTRY_FILE = "artifact.json"
 _VERSION = re.compile(r"v(\d+)")
 
 
 @dataclass(frozen=True)
 class ArtifactEntry:
-    """What a store knows of one version of an artifact, without its files.
+    """Description of one version of an artifact, without its files.
 
     Attributes:
-        digest: Of all files; another artifact has another one.
-        metadata: As it was put.
+        digest: Digest of all files; it differs between artifacts of different content.
+        metadata: Metadata that was stored with it.
     """
 
     digest: str
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, object] = field(default_factory=dict)
 
 
 class ArtifactStore(Protocol):
-    """Where artifacts are kept. Every method raises ``ArtifactError`` where the store cannot do it."""
+    """Store of artifacts; every method raises ``ArtifactError`` if the store fails."""
 
     def describe(self, reference: str) -> ArtifactEntry:
-        """Finds a version of an artifact; fetches nothing."""
+        """Return the description of a version, ``name:version``, without fetching it."""
 
     def fetch(self, reference: str, folder: Path) -> Path:
-        """Makes ``folder``, which must not exist, from an artifact whose digest is right; leaves nothing otherwise."""
+        """Fetch an artifact into ``folder``, which must not exist, and verify its digest; on failure leave nothing."""
 
-    def put(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> str:
-        """Keeps a folder as a new version of an artifact; returns its reference. It may go on in the background."""
+    def put(self, folder: Path, name: str, metadata: Mapping[str, object]) -> str:
+        """Store a folder as a new version of an artifact, perhaps in the background; return its reference."""
 
     def wait(self) -> None:
-        """Waits until all that was put is kept."""
+        """Wait until everything that was put is stored."""
 
 
 @contextmanager
-def beside(folder: Path) -> Iterator[Path]:
+def artifact_directory(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes ``folder``, which must not exist, at the end of the block.
 
     Raises:
@@ -74,17 +74,17 @@ def beside(folder: Path) -> Iterator[Path]:
 
 
 class FolderStore:
-    """Artifacts in a folder: ``ROOT/name/v0/files`` and what is known of it in ``ROOT/name/v0/artifact.json``.
+    """Store in a folder: files in ``ROOT/name/v0/files``, digest and metadata in ``ROOT/name/v0/artifact.json``.
 
     Args:
-        root: Made by the first ``put``.
+        root: The folder; the first ``put`` makes it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def describe(self, reference: str) -> ArtifactEntry:
-        """Reads what is known of a version; ``name:v0``, or ``name:latest`` for the newest."""
+        """Return the description of a version, ``name:v0``, or of the newest, ``name:latest``."""
         version = self._version(reference)
         try:
             entry = json.loads((version / _ENTRY_FILE).read_text())
@@ -93,30 +93,30 @@ class FolderStore:
             raise ArtifactError(f"{version / _ENTRY_FILE} cannot be read ({first_line(error)})") from error
 
     def fetch(self, reference: str, folder: Path) -> Path:
-        """Copies the files of a version."""
+        """Copy the files of a version into a new folder, and verify their digest."""
         entry, files = self.describe(reference), self._version(reference) / "files"
-        with beside(folder) as target:
+        with artifact_directory(folder) as target:
             shutil.copytree(files, target, dirs_exist_ok=True)
             got = digest_of(target)
             if got != entry.digest:
                 raise ArtifactError(
-                    f"{files} is not what was put there: its digest is {got[:12]} in the place of "
-                    f"{entry.digest[:12]}; use another version"
+                    f"{files} is not what was put there: its digest is {got[:12]} instead of {entry.digest[:12]}; "
+                    "use another version"
                 )
         return folder
 
-    def put(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> str:
-        """Copies a folder as the next version."""
+    def put(self, folder: Path, name: str, metadata: Mapping[str, object]) -> str:
+        """Copy a folder as the next version; return ``folder:ROOT/name:version``."""
         artifact = self.root / name
         version = artifact / f"v{max(self._numbers(artifact), default=-1) + 1}"
-        with beside(version) as target:
+        with artifact_directory(version) as target:
             shutil.copytree(folder, target / "files")
             entry = {"digest": digest_of(target / "files"), "metadata": dict(metadata)}
             (target / _ENTRY_FILE).write_text(json.dumps(entry, indent=2) + "\n")
         return f"folder:{artifact}:{version.name}"
 
     def wait(self) -> None:
-        """Nothing: a folder is kept once ``put`` returns."""
+        """Do nothing: a folder is stored when ``put`` returns."""
 
     def _version(self, reference: str) -> Path:
         name, _, version = reference.rpartition(":")
@@ -125,8 +125,8 @@ class FolderStore:
         if version == "latest" and numbers:
             version = f"v{max(numbers)}"
         if version not in {f"v{number}" for number in numbers}:
-            have = ", ".join(f"v{number}" for number in sorted(numbers)) or "none"
-            raise ArtifactError(f"{self.root} has no artifact {reference!r} (versions of {name!r}: {have})")
+            known = ", ".join(f"v{number}" for number in sorted(numbers)) or "none"
+            raise ArtifactError(f"{self.root} has no artifact {reference!r} (versions of {name!r}: {known})")
         return artifact / version
 
     @staticmethod
@@ -144,40 +144,43 @@ def digest_of(folder: Path) -> str:
 
 
 class ArtifactCallback(TrainerCallback):
-    """Puts each checkpoint into a store, and at the end the best model. A store that fails never ends the training.
+    """Callback that stores each checkpoint, and at the end the best model, as artifacts.
+
+    A store that fails causes one warning and never ends the training.
 
     Args:
-        store: Where to.
-        run_id: Ends the artifacts' names, and lets a run that goes on from one know whose it was.
+        store: The store.
+        run_id: Id of the run; the artifacts' names end with it, and a run resumed from one of them continues under it.
+        clock: Function that returns the time in seconds.
     """
 
     def __init__(self, store: ArtifactStore, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.store = store
         self.run_id = run_id
         self._clock = clock
-        self._failed: float | None = None
+        self._failed_at: float | None = None
         self._warned = False
 
     @override
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if not state.is_world_process_zero:
             return
-        if self._failed is not None and self._clock() < self._failed + RETRY_SECONDS:
+        if self._failed_at is not None and self._clock() < self._failed_at + RETRY_SECONDS:
             return
         folder = checkpoints.folder_of(Path(args.output_dir or "."), state.global_step)
         best = state.best_model_checkpoint
         is_best = best is not None and Path(best).name == folder.name
-        self._keep(folder, "checkpoint", {"step": state.global_step, "best": is_best})
+        self._put(folder, "checkpoint", {"step": state.global_step, "best": is_best})
 
     def finish(self, best_model: Path, step: int) -> None:
-        """Puts the best model, and waits until everything is kept."""
-        self._keep(best_model, "model", {"step": step})
+        """Store the best model, and wait until everything is stored."""
+        self._put(best_model, "model", {"step": step})
         try:
             self.store.wait()
         except ArtifactError as error:
             self._warn(error, best_model.parent)
 
-    def _keep(self, folder: Path, kind: str, metadata: dict[str, Any]) -> None:
+    def _put(self, folder: Path, kind: str, metadata: dict[str, object]) -> None:
         try:
             if kind == "checkpoint":
                 checkpoints.check(folder)
@@ -186,7 +189,7 @@ class ArtifactCallback(TrainerCallback):
             self._warn(error, folder.parent)
 
     def _warn(self, error: Exception, folder: Path) -> None:
-        self._failed = self._clock()
+        self._failed_at = self._clock()
         if not self._warned:
-            _LOG.warning("%s; the run goes on, and its checkpoints stay in %s", first_line(error), folder)
+            _LOG.warning("%s; the run continues, and its checkpoints stay in %s", first_line(error), folder)
         self._warned = True

@@ -1,11 +1,10 @@
-"""What the Trainer shows while it runs."""
+"""Callbacks that show progress, and evaluate the base model first."""
 
 import logging
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,7 +15,7 @@ from dylo_moe.training.interruption import EvaluationInterrupted
 
 
 class _AboveBars(logging.Handler):
-    """Writes messages above the progress bars, in the place of into them."""
+    """Log handler that writes messages above the progress bars instead of into them."""
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
@@ -28,11 +27,11 @@ _PACKAGE_LOGGER = logging.getLogger("dylo_moe")
 
 
 class TokenProgressCallback(ProgressCallback):
-    """The Trainer's progress bars, with loss and real tokens per second beside the steps."""
+    """The Trainer's progress bars, which also show loss and real tokens per second."""
 
     @override
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
@@ -42,7 +41,9 @@ class TokenProgressCallback(ProgressCallback):
         self._shown: dict[str, str] = {}
 
     @override
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         rate = (state.num_input_tokens_seen - self._tokens_before) / (time.monotonic() - self._started)
         self._show({"tokens/s": f"{rate:.0f}"})
@@ -53,8 +54,8 @@ class TokenProgressCallback(ProgressCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        eval_dataloader: object = None,
+        **kwargs: object,
     ) -> None:
         super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
         if self.prediction_bar is not None:
@@ -66,16 +67,16 @@ class TokenProgressCallback(ProgressCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
-        # in the bar, where the Trainer's own callback would write a line for each entry
+        # the Trainer's own callback would write a line for each entry
         logs = logs or {}
         names = {"loss": "loss", "eval_mean_domain_loss": "held-out loss"}
         self._show({title: f"{logs[key]:.3f}" for key, title in names.items() if key in logs})
 
     def close(self) -> None:
-        """Ends the bars where they are, so that what is written next has a line of its own."""
+        """Close the bars where they are, so that later output starts on a new line."""
         _PACKAGE_LOGGER.removeHandler(_ABOVE_BARS)
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
@@ -88,17 +89,17 @@ class TokenProgressCallback(ProgressCallback):
 
 
 class BaseEvaluation(TrainerCallback):
-    """Evaluates the base model alone, once the Trainer has prepared the model and before the first step.
+    """Callback that evaluates the base model alone, after the Trainer has prepared the model and before the first step.
 
-    Not earlier: accelerate would take a model that it has only evaluated for one that it has prepared, and several
-    processes would then train several models; and a sharded model can be evaluated once it is sharded.
+    Not earlier: accelerate would take a model that it has only evaluated as prepared, and several processes would then
+    train separate models; and a model has to be sharded before it can be evaluated with FSDP.
 
     Args:
-        evaluate: Evaluates the base model.
+        evaluate: Function that evaluates the base model and returns its metrics.
 
     Attributes:
-        metrics: What it returned; empty before.
-        ended: When it did, by ``time.monotonic``.
+        metrics: Metrics of the base model; empty until they are known.
+        ended: Time at which the evaluation ended, by ``time.monotonic``.
     """
 
     def __init__(self, evaluate: Callable[[], dict[str, float]]) -> None:
@@ -108,8 +109,8 @@ class BaseEvaluation(TrainerCallback):
 
     @override
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        with suppress(EvaluationInterrupted):  # what interrupts it also ends training, after the first step
+        with suppress(EvaluationInterrupted):  # training itself then ends after the first step
             self.metrics = self._evaluate()
         self.ended = time.monotonic()

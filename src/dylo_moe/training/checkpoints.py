@@ -1,10 +1,10 @@
-"""Training checkpoints that cannot be lost: written, listed with digests, and only then given their name.
+"""Atomic training checkpoints: written, listed in a manifest with digests, and only then given their name.
 
-A checkpoint is whole if it has a manifest and every file of it has the size and the SHA-256 that the manifest says.
-The manifest is written last. So a reader tells a whole checkpoint from a torn one wherever a run was killed.
+A checkpoint is complete if it has a manifest and every file has the size and the SHA-256 that the manifest lists. The
+manifest is written last, so a reader recognizes an incomplete checkpoint wherever a run was killed.
 
-Checkpoints are written beside and renamed. On object storage a folder cannot be renamed in one step, or at all: there
-they are written in place, and a mark beside says that what stands under the name is not finished.
+A checkpoint is written under another name and renamed. Object storage cannot rename a folder in one step, or at all:
+there it is written in place, and an empty mark file next to it says that it is not finished.
 """
 
 import json
@@ -21,26 +21,26 @@ MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
 _NAME = re.compile(rf"{PREFIX}(\d+)")
 _PARTIAL = ".partial-"
-"""Begins the name of a folder that is being written; no reader looks at it."""
+"""Prefix of a folder that is being written; readers ignore it."""
 
 
 def folder_of(output_dir: Path, step: int) -> Path:
-    """The checkpoint of a step."""
+    """Return the folder of the checkpoint of a step."""
     return output_dir / f"{PREFIX}{step}"
 
 
-def place_of(folder: Path, *, in_place: bool = False) -> Path:
-    """Where a checkpoint is written, the same for every process."""
+def staging_path(folder: Path, *, in_place: bool = False) -> Path:
+    """Return the folder in which a checkpoint is written, the same for every process."""
     return folder if in_place else folder.with_name(f"{_PARTIAL}{folder.name}")
 
 
-def begin(folder: Path, *, in_place: bool = False) -> Path:
-    """An empty folder to write a checkpoint into; leftovers of runs that were killed are removed.
+def begin_write(folder: Path, *, in_place: bool = False) -> Path:
+    """Return an empty folder to write a checkpoint into, after removing the leftovers of killed runs.
 
     Args:
         folder: The checkpoint.
-        in_place: Write it under its own name. One of the same step, saved before its evaluation, is then gone while the
-            new one is written: killed here, the run goes on from the one before.
+        in_place: Whether to write it under its own name. A checkpoint of the same step, saved before its evaluation, is
+            then removed first: a run killed while it is rewritten resumes from the one before.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f"{_PARTIAL}*"):
@@ -50,50 +50,50 @@ def begin(folder: Path, *, in_place: bool = False) -> Path:
         if folder.exists():
             remove(folder)
         _mark(folder)
-    place = place_of(folder, in_place=in_place)
-    place.mkdir()
-    return place
+    staging = staging_path(folder, in_place=in_place)
+    staging.mkdir()
+    return staging
 
 
-def finish(folder: Path, *, in_place: bool = False) -> None:
-    """Makes what was written into the checkpoint: synced, listed, synced again, and given its name.
+def commit(folder: Path, *, in_place: bool = False) -> None:
+    """Complete a checkpoint: sync its files, write the manifest, and give the folder its name.
 
     Raises:
-        OSError: The disk is full, or protected.
-        CheckpointError: Folders cannot be renamed there.
+        OSError: The disk is full or read-only.
+        CheckpointError: The file system cannot rename folders.
     """
-    place = place_of(folder, in_place=in_place)
-    files = {str(path.relative_to(place)): _entry(path) for path in _files(place)}
-    for inner in [path for path in place.rglob("*") if path.is_dir()]:
+    staging = staging_path(folder, in_place=in_place)
+    files = {str(path.relative_to(staging)): _entry(path) for path in _files(staging)}
+    for inner in [path for path in staging.rglob("*") if path.is_dir()]:
         sync(inner)
-    manifest = place / MANIFEST
+    manifest = staging / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
     sync(manifest)
-    sync(place)
+    sync(staging)
     if in_place:
         unfinished_mark(folder).unlink()
     else:
-        _rename(place, folder)
+        _rename(staging, folder)
     sync(folder.parent)
 
 
-def abandon(folder: Path, *, in_place: bool = False) -> None:
-    """Removes what was written of a checkpoint that cannot be finished, as far as the file system lets it."""
+def rollback(folder: Path, *, in_place: bool = False) -> None:
+    """Remove what was written of an unfinished checkpoint, as far as the file system allows."""
     if not in_place or unfinished_mark(folder).exists():
-        shutil.rmtree(place_of(folder, in_place=in_place), ignore_errors=True)
+        shutil.rmtree(staging_path(folder, in_place=in_place), ignore_errors=True)
 
 
 def recover(output_dir: Path, *, in_place: bool = False) -> None:
-    """Removes what is not finished; gives checkpoints their name that are whole, but whose writer was killed before."""
+    """Remove unfinished checkpoints, and name complete ones whose writer was killed just before it did so."""
     clear_unfinished(output_dir)
     for partial in () if in_place else output_dir.glob(f"{_PARTIAL}{PREFIX}*"):
         folder = output_dir / partial.name.removeprefix(_PARTIAL)
-        if not folder.exists() and problem(partial) is None:
+        if not folder.exists() and find_corruption(partial) is None:
             partial.rename(folder)
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint; killed in between, what is left of it is marked, and counts as nothing."""
+    """Remove a checkpoint; if the process is killed meanwhile, the rest of it is marked as unfinished."""
     _mark(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
@@ -101,12 +101,12 @@ def remove(folder: Path) -> None:
 
 
 def unfinished(output_dir: Path) -> list[Path]:
-    """Checkpoints that were being written in place, or removed, when the run was killed."""
-    return [folder for folder in _marked(output_dir) if folder.exists() and problem(folder) is not None]
+    """Return the checkpoints that were being written in place, or removed, when the run was killed."""
+    return [folder for folder in _marked(output_dir) if folder.exists() and find_corruption(folder) is not None]
 
 
 def clear_unfinished(output_dir: Path) -> None:
-    """Removes unfinished checkpoints, and the marks."""
+    """Remove unfinished checkpoints, and all marks."""
     for folder in unfinished(output_dir):
         shutil.rmtree(folder)
     for folder in _marked(output_dir):
@@ -114,7 +114,7 @@ def clear_unfinished(output_dir: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
-    """Removes the oldest checkpoints until ``limit`` are left; never the newest one, nor ``keep``."""
+    """Remove the oldest checkpoints until ``limit`` are left, but never the newest one nor ``keep``."""
     checkpoints = newest_first(output_dir)
     spare = [folder for folder in checkpoints[1:] if keep is None or folder.name != keep.name]
     too_many = len(checkpoints) - max(1, limit or len(checkpoints))
@@ -123,38 +123,38 @@ def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
 
 
 def newest_first(output_dir: Path) -> list[Path]:
-    """All checkpoint folders by step, whole or damaged, but for unfinished ones."""
+    """Return all checkpoint folders, highest step first: complete and damaged ones, but no unfinished ones."""
     if not output_dir.is_dir():
         return []
     found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
-    not_yet = unfinished(output_dir)
-    return [path for _, path in sorted(found, reverse=True) if path.is_dir() and path not in not_yet]
+    skipped = unfinished(output_dir)
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir() and path not in skipped]
 
 
 def newest_whole(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint that is whole, and the newer ones that are not, with what is wrong with each."""
+    """Return the newest complete checkpoint or None, and the newer damaged ones, each with its fault."""
     skipped: list[tuple[Path, str]] = []
     for folder in newest_first(output_dir):
-        wrong = problem(folder)
-        if wrong is None:
+        fault = find_corruption(folder)
+        if fault is None:
             return folder, skipped
-        skipped.append((folder, wrong))
+        skipped.append((folder, fault))
     return None, skipped
 
 
 def check(folder: Path) -> None:
-    """Makes sure that a checkpoint is whole.
+    """Check that a checkpoint is complete.
 
     Raises:
-        CheckpointError: It is not; the message says which file is at fault.
+        CheckpointError: It is not; the message names the file at fault.
     """
-    wrong = problem(folder)
-    if wrong is not None:
-        raise CheckpointError(f"the checkpoint {folder} cannot be resumed from: {wrong}; name an earlier one")
+    fault = find_corruption(folder)
+    if fault is not None:
+        raise CheckpointError(f"the checkpoint {folder} cannot be resumed from: {fault}; name an earlier one")
 
 
-def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or nothing."""
+def find_corruption(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, in words; None if it is complete."""
     try:
         listed = json.loads((folder / MANIFEST).read_text())["files"]
         for name, entry in listed.items():
@@ -163,7 +163,7 @@ def problem(folder: Path) -> str | None:
                 return f"{name} is missing"
             size = path.stat().st_size
             if size != entry["bytes"]:
-                return f"{name} has {size:,} bytes in the place of {entry['bytes']:,}"
+                return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
             if sha256_of(path) != entry["sha256"]:
                 return f"{name} has other contents than were written"
     except FileNotFoundError:
@@ -182,15 +182,15 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _rename(place: Path, folder: Path) -> None:
+def _rename(staging: Path, folder: Path) -> None:
     if folder.exists():  # of the same step, before its evaluation; killed here, `recover` finds the new one
         remove(folder)
     try:
-        place.rename(folder)
+        staging.rename(folder)
     except OSError as error:
         if error.errno in DISK_REFUSED:
             raise
-        raise CheckpointError(f"folders cannot be renamed there ({first_line(error)}); give --save_in_place") from error
+        raise CheckpointError(f"folders cannot be renamed there ({first_line(error)}); give `save_in_place`") from error
 
 
 def _mark(folder: Path) -> None:

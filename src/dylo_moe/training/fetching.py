@@ -1,4 +1,4 @@
-"""Going on from a checkpoint that is kept as an artifact: fetched beside, verified, and only then in its place."""
+"""Fetching checkpoints and mixtures that are kept as artifacts; only verified ones get their final name."""
 
 import hashlib
 import json
@@ -22,15 +22,15 @@ _WANDB_REFERENCE = re.compile(r"([\w.-]+/){1,2}[\w.-]+:[\w.-]+")
 _FOLDER_REFERENCE = re.compile(r"(?P<root>.+)/(?P<artifact>[\w.-]+:(v\d+|latest))")
 
 
-def store_of(reference: str, flag: str = "--wandb_checkpoint_artifact") -> tuple[ArtifactStore, str]:
-    """The store that a reference is of, and the reference as that store takes it.
+def store_of(reference: str, parameter: str = "wandb_checkpoint_artifact") -> tuple[ArtifactStore, str]:
+    """Return the store that a reference points to, and the reference in the form which that store takes.
 
     Args:
         reference: ``entity/project/artifact:version`` of Weights & Biases, or ``folder:PATH/artifact:version``.
-        flag: What it was given by.
+        parameter: Name of the parameter, for the error message.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: The reference is malformed.
     """
     if reference.startswith(FOLDER):
         match = _FOLDER_REFERENCE.fullmatch(reference.removeprefix(FOLDER))
@@ -38,30 +38,34 @@ def store_of(reference: str, flag: str = "--wandb_checkpoint_artifact") -> tuple
             return FolderStore(Path(match["root"])), match["artifact"]
     elif _WANDB_REFERENCE.fullmatch(reference):
         return wandb_store.WandbStore(), reference
-    raise ConfigError(f"{flag} must be like user/project/artifact:v0, or {FOLDER}PATH/artifact:v0, got {reference!r}")
+    raise ConfigError(
+        f"`{parameter}` must be like user/project/artifact:v0, or {FOLDER}PATH/artifact:v0, got {reference!r}"
+    )
 
 
 def went_on_from(reference: str, output: Path) -> bool:
-    """Whether the checkpoints of a folder are of a run that began with this artifact.
+    """Return whether a folder holds complete checkpoints of a run that began with this artifact.
 
-    The same command, started again after an interruption, then goes on from the newest of them and loses nothing.
+    The same command, started again after an interruption, then resumes from the newest of them and loses nothing.
     """
     return _record(output) == reference and checkpoints.newest_whole(output)[0] is not None
 
 
 def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] = (), *, in_place: bool = False) -> Path:
-    """The checkpoint of an artifact, as ``checkpoint-STEP`` of a folder; the run there goes on under its run's id.
+    """Fetch the checkpoint of an artifact as ``checkpoint-STEP`` of a folder; return that path.
+
+    The next run in the folder continues under the id of the run that wrote the checkpoint.
 
     Args:
         reference: As for ``store_of``.
         output: The run's folder.
-        replacing: Checkpoints of an earlier run, to be removed once this one is known to be whole.
-        in_place: Rename no folder, as object storage cannot.
+        replacing: Checkpoints of an earlier run, removed once the fetched one is verified.
+        in_place: Whether to rename no folder, for object storage that cannot.
 
     Raises:
         ConfigError: The reference is malformed.
-        ArtifactError: The artifact cannot be had, is no checkpoint, or is not what was put there.
-        CheckpointError: The checkpoint's own manifest does not hold.
+        ArtifactError: The artifact cannot be fetched, is not a checkpoint, or is not what was put there.
+        CheckpointError: The files do not match the checkpoint's own manifest.
     """
     store, name = store_of(reference)
     entry = store.describe(name)
@@ -78,9 +82,9 @@ def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] =
         with atomic_file(output / _RECORD) as record:
             record.write(json.dumps({"reference": reference}) + "\n")
         if in_place:
-            (folder / checkpoints.MANIFEST).unlink()  # it is verified, and gets a new one
-            shutil.copytree(folder, checkpoints.begin(target, in_place=True), dirs_exist_ok=True)
-            checkpoints.finish(target, in_place=True)
+            (folder / checkpoints.MANIFEST).unlink()  # verified above; `commit` writes a new one
+            shutil.copytree(folder, checkpoints.begin_write(target, in_place=True), dirs_exist_ok=True)
+            checkpoints.commit(target, in_place=True)
         else:
             folder.rename(target)
     sync(output)
@@ -88,31 +92,35 @@ def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] =
 
 
 def fetched_mixture(reference: str, root: Path) -> Path:
-    """The folder of an artifact that is a mixture, a model's or a checkpoint's; fetched once for each digest.
+    """Return the folder of a mixture that is an artifact: a model or a checkpoint; fetch it once for each digest.
 
     Args:
         reference: As for ``store_of``.
-        root: Where fetched artifacts are kept.
+        root: Folder of fetched artifacts.
 
     Raises:
         ConfigError: The reference is malformed.
-        ArtifactError: The artifact cannot be had, is no mixture, or is not what was put there.
+        ArtifactError: The artifact cannot be fetched, is not a mixture, or is not what was put there.
     """
-    store, name = store_of(reference, "--wandb_artifact")
+    store, name = store_of(reference, "wandb_artifact")
     folder = root / hashlib.sha256(store.describe(name).digest.encode()).hexdigest()[:16]
     if not folder.exists():
         store.fetch(name, folder)
     if not (folder / DESCRIPTION_FILE).is_file():
-        raise ArtifactError(f"the artifact {reference!r} is no mixture: it has no {DESCRIPTION_FILE}; name a model's")
+        raise ArtifactError(
+            f"the artifact {reference!r} is not a mixture: it has no {DESCRIPTION_FILE}; name a model's"
+        )
     return folder
 
 
 def _check(folder: Path, reference: str) -> None:
     if not (folder / checkpoints.MANIFEST).is_file() or not (folder / TRAINER_STATE_NAME).is_file():
-        raise ArtifactError(f"the artifact {reference!r} is no training checkpoint; name one that training put there")
-    wrong = checkpoints.problem(folder)
-    if wrong is not None:
-        raise CheckpointError(f"the checkpoint of the artifact {reference!r} is damaged: {wrong}; use another version")
+        raise ArtifactError(
+            f"the artifact {reference!r} is not a training checkpoint; name one that training put there"
+        )
+    fault = checkpoints.find_corruption(folder)
+    if fault is not None:
+        raise CheckpointError(f"the checkpoint of the artifact {reference!r} is damaged: {fault}; use another version")
 
 
 def _step(folder: Path) -> int:
@@ -123,7 +131,7 @@ def _step(folder: Path) -> int:
 
 
 def _record(output: Path) -> str | None:
-    """The artifact that the run of a folder began with; None where there is none, or that cannot be read."""
+    """Return the artifact that the run of a folder began with; None if there is none or it cannot be read."""
     try:
         reference: str = json.loads((output / _RECORD).read_text())["reference"]
     except (OSError, ValueError, KeyError, TypeError):

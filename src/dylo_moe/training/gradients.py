@@ -1,4 +1,4 @@
-"""Which parameters train, by who learns them, and the norms of their gradients."""
+"""The parameters that train, grouped by expert and router, and norms over them."""
 
 from collections.abc import Iterable
 
@@ -13,9 +13,9 @@ ROUTER = "router"
 
 
 def parameter_groups(model: DyLoRA_MoE) -> dict[str, list[nn.Parameter]]:
-    """What trains: each active expert's parameters, and the router's under ``router``.
+    """Return the trained parameters of each active expert by its name, and the router's under ``router``.
 
-    A router that has one expert to choose from is left out: nothing depends on what it says.
+    A router with a single active expert is left out: its output changes nothing.
     """
     groups = {name: list(model.experts.parameters(name)) for name in model.experts.active}
     if len(model.experts.active) > 1:
@@ -24,12 +24,12 @@ def parameter_groups(model: DyLoRA_MoE) -> dict[str, list[nn.Parameter]]:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients of some parameters together, a scalar; 0 where there is none."""
+    """Return the 2-norm over all gradients of some parameters, a scalar; 0 if they have none."""
     return _norm([parameter.grad for parameter in parameters if parameter.grad is not None], 2.0)
 
 
-def largest(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The largest magnitude among the values of some parameters, a scalar; NaN if one of them is."""
+def max_abs(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the largest absolute value in some parameters, a scalar; NaN if one of them is NaN."""
     return _norm([parameter.detach() for parameter in parameters], torch.inf)
 
 

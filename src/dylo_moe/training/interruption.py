@@ -1,8 +1,8 @@
-"""Stopping in good order: a signal ends training after the step that runs, with a checkpoint.
+"""Graceful interruption: a signal ends training after the current step, with a checkpoint.
 
-Clouds announce that they take a machine back with SIGTERM, people press Ctrl-C. The first signal lets the step end,
-saves and leaves; a second one stops at once. A run that was stopped exits with ``EXIT_STOPPED``: the one code
-that means "start me again with --resume_from_checkpoint".
+Clouds announce with SIGTERM that they take a machine back; people press Ctrl-C. The first signal lets the step end,
+saves and stops; a second one stops at once. An interrupted run exits with ``EXIT_STOPPED``, the one exit code that
+means "start me again with --resume_from_checkpoint".
 """
 
 import signal
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,20 +18,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from typing_extensions import override
 
 EXIT_STOPPED = 75
-"""``EX_TEMPFAIL`` of sysexits.h: a temporary failure, to be tried again."""
+"""``EX_TEMPFAIL`` of sysexits.h: a temporary failure, worth another try."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EvaluationInterrupted(Exception):
-    """An evaluation was given up; training saves and ends. Never leaves the trainer."""
+    """Interruption of an evaluation; training saves and ends. Never leaves the trainer."""
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop.
+    """Request to stop this process, made by a signal.
 
     Attributes:
-        signal: The first signal that came; None before.
+        signal: The first signal that arrived; None before that.
     """
 
     def __init__(self) -> None:
@@ -40,31 +39,32 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGTERM and SIGINT for requests to stop, for a block of code; a second one ends the process."""
-        before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
+        """Take SIGTERM and SIGINT as requests to stop during the block; a second signal ends the process."""
+        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.signal = signal.Signals(number)
-        sys.stderr.write(f"\n{self.signal.name}: saving after this step, then ending; once more ends at once\n")
+        sys.stderr.write(f"\n{self.signal.name}: saving after this step, then stopping; a second one stops at once\n")
 
 
 class InterruptionCallback(TrainerCallback):
-    """Saves and ends training where it was asked to, and saves in between by the clock.
+    """Callback that saves and ends training on request, and saves at intervals of time.
 
-    Several processes get a signal at different steps, and their clocks differ: what they do is agreed upon.
+    Processes get a signal at different steps and their clocks differ, so they agree on what to do at each step.
 
     Args:
-        request: Tells whether to stop.
-        accelerator: The Trainer's.
-        save_minutes: Minutes from one checkpoint to the next; None for no clock.
+        request: Request to stop, set by a signal.
+        accelerator: The Trainer's accelerator.
+        save_minutes: Minutes between checkpoints; None to save at no interval.
+        clock: Function that returns the time in seconds.
     """
 
     def __init__(
@@ -83,14 +83,16 @@ class InterruptionCallback(TrainerCallback):
 
     @override
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._saved = self._clock()
 
     @override
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         due = self.save_minutes is not None and self._clock() - self._saved >= 60 * self.save_minutes
-        stop, save = self._agreed(self.request.signal is not None, due)
+        stop, save = self._any_process(self.request.signal is not None, due)
         if stop or save:
             control.should_save = True
         if stop:
@@ -100,29 +102,28 @@ class InterruptionCallback(TrainerCallback):
 
     @override
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        # the step's own end has saved, and evaluating is for a run that has the time; as agreed, and not as heard:
-        # a process that heard nothing would evaluate alone
+        # on_step_end saved already; use the agreed flag: a rank that got no signal would evaluate alone and hang
         if self._stopping:
             control.should_evaluate = control.should_save = False
 
     @override
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self._saved = self._clock()
 
     @override
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        (stop,) = self._agreed(self.request.signal is not None)
+        (stop,) = self._any_process(self.request.signal is not None)
         if stop:
             self._stopping = True
             raise EvaluationInterrupted
 
-    def _agreed(self, *wishes: bool) -> list[bool]:
-        """Each wish, true where any process has it."""
+    def _any_process(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set in any process; every process has to call this."""
         if self.accelerator.num_processes == 1:
-            return list(wishes)
-        wished = torch.tensor([float(wish) for wish in wishes], device=self.accelerator.device)
-        return [count > 0 for count in self.accelerator.reduce(wished, "sum").tolist()]
+            return list(flags)
+        values = torch.tensor([float(flag) for flag in flags], device=self.accelerator.device)
+        return [count > 0 for count in self.accelerator.reduce(values, "sum").tolist()]

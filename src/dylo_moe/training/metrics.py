@@ -1,6 +1,6 @@
-"""What an evaluation found, as pure functions over per-example sums.
+"""Metrics of an evaluation, as pure functions over per-example sums.
 
-Losses are means over labelled tokens and usage is a mean over real tokens, whatever the batches were.
+Losses are means over labelled tokens and usage is a mean over real tokens, however the examples were batched.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from dylo_moe.core.losses import IGNORE_INDEX, token_cross_entropy
 from dylo_moe.core.model import DyLoRAOutput
 
 LOSS_SUM, LABELLED, REAL, FIRST_EXPERT = 0, 1, 2, 3
-"""Columns of ``example_sums``; the experts' come last."""
+"""Columns of ``example_sums``; those of the experts come last."""
 
 
 def example_sums(output: DyLoRAOutput, labels: Tensor, mask: Tensor, num_experts: int) -> Tensor:
-    """Sums over the tokens of each example.
+    """Return sums over the tokens of each example.
 
     Args:
-        output: Of a forward without labels.
+        output: Output of a forward without labels.
         labels: ``(batch, seq)``, -100 where there is no loss.
         mask: ``(batch, seq)``, nonzero for real tokens.
-        num_experts: Columns to give to the experts; they are 0 where the router did not run.
+        num_experts: Number of columns for the experts; they are 0 if the router did not run.
 
     Returns:
-        ``(batch, 3 + num_experts)`` float64: cross-entropy in nats, labelled tokens, real tokens, and the routing
-        weight that each expert got, averaged over the gates.
+        ``(batch, 3 + num_experts)`` float64: cross-entropy in nats, number of labelled tokens, number of real tokens,
+        and each expert's routing weight, averaged over the gates.
     """
     assert output.logits is not None
     loss = token_cross_entropy(output.logits, labels).sum(dim=1)
@@ -42,17 +42,17 @@ def example_sums(output: DyLoRAOutput, labels: Tensor, mask: Tensor, num_experts
 def domain_metrics(
     sums: NDArray[np.float64], domain_of: NDArray[np.int64], domains: Sequence[str], experts: Sequence[str]
 ) -> dict[str, float]:
-    """Loss per domain, its mean over the domains, the loss over all tokens, and router usage per domain.
+    """Return the loss per domain, over all tokens and averaged over the domains, and router usage per domain.
 
     Args:
         sums: Rows of ``example_sums``.
-        domain_of: The domain of each row, an index into ``domains``.
-        domains: Names of the domains.
-        experts: Names of the experts, as the columns stand.
+        domain_of: Domain of each row, an index into ``domains``.
+        domains: Names of the domains; one without rows is left out.
+        experts: Names of the experts, in column order.
 
     Returns:
-        ``loss``, ``mean_domain_loss``, ``loss/<domain>`` in nats per labelled token, and ``usage/<domain>/<expert>``,
-        fractions that sum to 1 over the experts (left out where the router did not run).
+        ``loss``, ``mean_domain_loss`` and ``loss/<domain>`` in nats per labelled token, and
+        ``usage/<domain>/<expert>``, fractions that sum to 1 over the experts (left out if the router did not run).
     """
     metrics = {"loss": float(sums[:, LOSS_SUM].sum() / max(1.0, sums[:, LABELLED].sum()))}
     for index, domain in enumerate(domains):

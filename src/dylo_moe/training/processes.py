@@ -1,16 +1,16 @@
-"""Several processes that train one model: what they agree on, who speaks, and weights that are held in parts.
+"""Training one model with several processes: common decisions, error reports, and sharded weights.
 
-Starting them, sharing out the data, reducing gradients and sharding are torch's, accelerate's and the Trainer's.
+Launching processes, splitting the data, reducing gradients and sharding are left to torch, accelerate and the Trainer.
 """
 
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
@@ -26,58 +26,58 @@ _STORE_SECONDS = 10
 
 
 def decided_by_first(decide: Callable[[], T]) -> T:
-    """What the first process decides; the others wait for it, and decide the same."""
+    """Return the main process's decision in every process; the other processes wait for it."""
     decision = [decide() if PartialState().is_main_process else None]
     broadcast_object_list(decision)
     return decision[0]  # type: ignore[return-value]
 
 
 def found_by_any(value: T | None) -> T | None:
-    """The value of the first process that has one; every process has to ask."""
+    """Return the first value over all processes that is not None, or None; every process has to call this."""
     found: list[T | None] = gather_object([value])
     return next((each for each in found if each is not None), None)
 
 
 def first_to_fail() -> bool:
-    """Whether no other process of this launch has told of an error before; asked once, by a process that ends."""
-    store = _launchers_store()
-    # without a common place to look at, each tells: an error that nobody tells is worse than one told twice
-    return store is None or bool(store.add(_key(), 1) == 1)
+    """Return whether this process is the first of its launch to report an error; call it once, before it ends."""
+    store = _launcher_store()
+    # no shared store: let every rank report; a duplicate is better than silence
+    return store is None or bool(store.add(_failure_key(), 1) == 1)
 
 
 def another_failed() -> bool:
-    """Whether another process of this launch has told of an error, which this one then follows from."""
-    store = _launchers_store()
-    return store is not None and store.check([_key()])
+    """Return whether another process of this launch has reported an error, of which this one's is an echo."""
+    store = _launcher_store()
+    return store is not None and store.check([_failure_key()])
 
 
-def _key() -> str:
+def _failure_key() -> str:
     return f"{_FAILED}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def _launchers_store() -> TCPStore | None:
-    """The key-value store that torchrun keeps for its processes, which outlives each of them; None under others."""
+def _launcher_store() -> TCPStore | None:
+    """Return torchrun's key-value store, which outlives each of its processes; None under other launchers."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
     except (DistNetworkError, DistStoreError):
-        return None  # the launcher is gone, and with it whoever would have told
+        return None  # the launcher has ended, and the other processes with it
 
 
-def check_sharding(args: TrainingArguments, plugin: Any) -> None:
-    """Refuses FSDP where accelerate would quietly train without it, or write what one process cannot load.
+def check_sharding(args: TrainingArguments, plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Refuse FSDP if accelerate would silently train without it, or write what a single process cannot load.
 
     Args:
-        args: The Trainer's, which may ask for FSDP.
-        plugin: What accelerate made of that, or of the environment that ``accelerate launch`` sets; None without FSDP.
+        args: Arguments of the Trainer, which may request FSDP; so may the environment that ``accelerate launch`` sets.
+        plugin: accelerate's FSDP plugin; None if it did not make one.
 
     Raises:
-        ConfigError: FSDP cannot be had, or is set up in a way that does not fit.
+        ConfigError: FSDP is not available here, or its version or state format does not fit.
     """
-    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not asked:
+    requested = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not requested:
         return
     if plugin is None:
         raise ConfigError(
@@ -90,17 +90,17 @@ def check_sharding(args: TrainingArguments, plugin: Any) -> None:
         raise ConfigError(f"fsdp_state_dict_type must be FULL_STATE_DICT, got {plugin.state_dict_type}")
 
 
-def whole_tensors(model: nn.Module, parts: tuple[str, ...]) -> dict[str, Tensor]:
-    """State of a sharded model, each tensor in one piece on the CPU; all processes have to call it.
+def full_state_dict(model: nn.Module, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the unsharded state of a model on the CPU; all processes have to call this.
 
     Args:
-        model: Its parameters may be sharded.
-        parts: What a name has to contain to be among them.
+        model: The model, whose parameters may be sharded.
+        parts: Substrings; a parameter is included if its name contains one of them.
     """
     state = {name: value for name, value in model.state_dict().items() if any(part in name for part in parts)}
     return {name: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for name, v in state.items()}
 
 
-def taking_whole_tensors() -> AbstractContextManager[None]:
-    """Lets a sharded model take tensors in one piece, which each process has read; each keeps its own part."""
+def loading_full_tensors() -> AbstractContextManager[None]:
+    """Return a context in which unsharded tensors, read by every process, can be loaded into a sharded model."""
     return implicit_replication()

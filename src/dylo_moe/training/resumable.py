@@ -1,7 +1,7 @@
-"""The part of the Trainer that saves, goes on, and is stopped: nothing that was saved is lost, or taken for another.
+"""The part of the Trainer that saves, stops and resumes.
 
-Covered: whole checkpoints in the project's own format, of one process or of several that hold parts of the model; runs
-that go on as if they had never been stopped. What is trained, and how, is in ``trainer``.
+Covered: atomic checkpoints in the project's own format, from one process or from several that hold shards of the
+model; resumed runs that end as if they had never been stopped. What is trained, and how, is in ``trainer``.
 """
 
 import json
@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
@@ -31,20 +24,22 @@ from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.errors import CheckpointError, first_line
 from dylo_moe.training import checkpoints
 from dylo_moe.training.interruption import EvaluationInterrupted
-from dylo_moe.training.processes import taking_whole_tensors, whole_tensors
+from dylo_moe.training.processes import full_state_dict, loading_full_tensors
 
 _LOG = logging.getLogger(__name__)
 
 DATA_FILE = "data.json"
-"""In a checkpoint: what it was trained on."""
+"""File of a checkpoint that holds the fingerprint of its training data."""
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer of a ``DyLoRA_MoE`` with checkpoints that are whole or not there.
+    """Trainer of a ``DyLoRA_MoE`` whose checkpoints are complete or do not exist.
+
+    A subclass has to call ``evaluate_if_due`` when training begins.
 
     Args:
-        data_identity: Tells the training data and its order from others; a checkpoint is resumed on the same only.
-        save_in_place: Rename no folder, as object storage cannot.
+        data_identity: Fingerprint of the training data and its order; a checkpoint resumes on the same data only.
+        save_in_place: Whether to rename no folder, for object storage that cannot.
         **kwargs: As for ``transformers.Trainer``.
     """
 
@@ -54,20 +49,19 @@ class ResumableTrainer(Trainer):
         super().__init__(**kwargs)
         self.data_identity = data_identity
         self.save_in_place = save_in_place
-        self.add_callback(_EvaluateIfDue(self))
 
     @override
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's; the random numbers of training are the same with and without it."""
-        with self._own_random_numbers():
+        """Evaluate as the Trainer does, without drawing any of the random numbers of training."""
+        with self._preserve_rng():
             return super().evaluate(*args, **kwargs)
 
     def evaluate_apart(self, prefix: str) -> dict[str, float]:
-        """Metrics on the held-out rows, named ``<prefix>_<metric>``; training, its log and its patience ignore them."""
-        with self._own_random_numbers():
+        """Return metrics on the held-out rows, named ``<prefix>_<metric>``, without logging or early stopping."""
+        with self._preserve_rng():
             return self.predict(self.eval_dataset, metric_key_prefix=prefix).metrics or {}  # type: ignore[arg-type]
 
-    def _own_random_numbers(self) -> AbstractContextManager[Any]:
+    def _preserve_rng(self) -> AbstractContextManager[None]:
         devices = [self.args.device.index or 0] if self.args.device.type == "cuda" else []
         return torch.random.fork_rng(devices=devices)
 
@@ -81,7 +75,7 @@ class ResumableTrainer(Trainer):
 
     @override
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        if not metrics:  # the evaluation was given up, and is done when the run goes on
+        if not metrics:  # interrupted; the resumed run repeats the evaluation
             return False
         best: bool = super()._determine_best_metric(metrics, trial)
         if best:
@@ -90,14 +84,14 @@ class ResumableTrainer(Trainer):
         return best
 
     def evaluate_if_due(self) -> None:
-        """Makes up for an evaluation that an interruption has cut off or come before."""
+        """Run the evaluation that an interruption cut off or came before; called when training begins."""
         step = self.state.global_step
         done = any("eval_loss" in entry for entry in self.state.log_history if entry.get("step") == step)
-        if step and not done and self._ends_a_stretch():
+        if step and not done and self._evaluation_is_due():
             self._determine_best_metric(self._evaluate(None, None), None)
 
-    def _ends_a_stretch(self) -> bool:
-        """Whether the step that was taken last is one after which the Trainer evaluates."""
+    def _evaluation_is_due(self) -> bool:
+        """Return whether the Trainer evaluates after the last step that was taken."""
         step, epoch = self.state.global_step, self.state.epoch or 0.0
         if self.args.eval_strategy == IntervalStrategy.STEPS:
             return step % self.state.eval_steps == 0
@@ -105,44 +99,44 @@ class ResumableTrainer(Trainer):
 
     @override
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, which takes one step too many where a run that has taken all of them is resumed."""
+        """Run an epoch, unless all steps are done: the Trainer would take one more when such a run is resumed."""
         if self._is_finished():
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _is_finished(self) -> bool:
-        """Whether all steps are done, or a resumed run had been stopped early before it could say so."""
+        """Return whether all steps are done, or early stopping had ended the run before it was interrupted."""
         patience = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
         stopped = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in patience)
         return stopped or self.state.global_step >= self.state.max_steps
 
     @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint, which is one once all of it is on the disk."""
+        """Write a checkpoint that gets its name only once all of it is on the disk."""
         folder = checkpoints.folder_of(Path(self._get_output_dir(trial)), self.state.global_step)
-        place = checkpoints.place_of(folder, in_place=self.save_in_place)
+        staging = checkpoints.staging_path(folder, in_place=self.save_in_place)
         try:
             if self.args.should_save:
-                checkpoints.begin(folder, in_place=self.save_in_place)
+                checkpoints.begin_write(folder, in_place=self.save_in_place)
             self.accelerator.wait_for_everyone()
-            self._write_checkpoint(place)
+            self._write_checkpoint(staging)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                checkpoints.finish(folder, in_place=self.save_in_place)
+                checkpoints.commit(folder, in_place=self.save_in_place)
                 best = self.state.best_model_checkpoint
                 checkpoints.rotate(folder.parent, self.args.save_total_limit, Path(best) if best else None)
         except (OSError, RuntimeError, CheckpointError) as error:
             # torch reports a full disk as a RuntimeError
             free = shutil.disk_usage(folder.parent).free / 2**20
-            checkpoints.abandon(folder, in_place=self.save_in_place)
+            checkpoints.rollback(folder, in_place=self.save_in_place)
             raise CheckpointError(
                 f"cannot write {folder}, with {free:.1f} MiB free: {first_line(error)}; free space or choose another "
-                "--output_dir, then go on with --resume_from_checkpoint; earlier checkpoints are intact"
+                "`output_dir`, then resume with `resume_from_checkpoint`; earlier checkpoints are intact"
             ) from error
 
     def _write_checkpoint(self, folder: Path) -> None:
-        """The files of a checkpoint, as the Trainer's own method writes them."""
+        """Write the files of a checkpoint, the same ones as the Trainer's own method."""
         self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
@@ -157,12 +151,12 @@ class ResumableTrainer(Trainer):
 
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the mixture, once; processes that hold parts of it give them to the one that writes."""
-        state = whole_tensors(self.model, ("lora_", "router.")) if self.is_fsdp_enabled else None
+        """Write the mixture from the main process; with FSDP, all processes take part in gathering it."""
+        state = full_state_dict(self.model, ("lora_", "router.")) if self.is_fsdp_enabled else None
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir or ".")
-        if _internal_call:  # a part of a checkpoint, which is made whole as one
+        if _internal_call:  # the checkpoint around it is what becomes atomic
             self.model.write_files(folder, state)
         else:
             self.model.save_pretrained(folder, state_dict=state, in_place=self.save_in_place)
@@ -172,7 +166,7 @@ class ResumableTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # the Trainer would also write the whole base model, which never changes, into each checkpoint
+        # the Trainer would also write the frozen base model into each checkpoint
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
@@ -183,34 +177,34 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         checkpoints.check(folder)
-        theirs = json.loads((folder / DATA_FILE).read_text())["data"]
-        if theirs != self.data_identity:
+        saved_identity = json.loads((folder / DATA_FILE).read_text())["data"]
+        if saved_identity != self.data_identity:
             raise CheckpointError(
                 f"the checkpoint {folder} was trained on other data, or in another order, than this run has; give the "
-                "--datasets, --seed, batch size and other data flags of the run that wrote it"
+                "`datasets`, `seed`, batch size and other data flags of the run that wrote it"
             )
-        with taking_whole_tensors():
+        with loading_full_tensors():
             self.model.load_weights(folder)
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:  # torch's word for other groups of parameters
+        except ValueError as error:  # torch: the parameter groups differ
             raise CheckpointError(
-                f"the optimiser of the checkpoint {checkpoint} is not this run's ({first_line(error)}); give the "
-                "--optim, --weight_decay and --router_learning_rate of the run that wrote it"
+                f"the optimizer of the checkpoint {checkpoint} is not this run's ({first_line(error)}); give the "
+                "`optim`, `weight_decay` and `router_learning_rate` of the run that wrote it"
             ) from error
 
     @override
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """As the Trainer's; the best checkpoint so far is found by its step, wherever the folder of the run is now."""
+        """Restore the Trainer's progress, and find the best checkpoint by its step: the folder may have moved."""
         progress: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if self.state.best_global_step:
             best = checkpoints.folder_of(Path(self._get_output_dir(None)), self.state.best_global_step)
-            self.state.best_model_checkpoint = str(best) if checkpoints.problem(best) is None else None
+            self.state.best_model_checkpoint = str(best) if checkpoints.find_corruption(best) is None else None
             if self.state.best_model_checkpoint is None:
-                _LOG.warning("%s, the best so far, is gone: the best is chosen among the checkpoints to come", best)
+                _LOG.warning("%s, the best so far, is gone: the best is chosen among later checkpoints", best)
                 self.state.best_metric = self.state.best_global_step = None
         return progress
 
@@ -218,18 +212,5 @@ class ResumableTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         checkpoints.check(Path(self.state.best_model_checkpoint))
-        with taking_whole_tensors():
+        with loading_full_tensors():
             self.model.load_weights(self.state.best_model_checkpoint)
-
-
-class _EvaluateIfDue(TrainerCallback):
-    """Lets a run that goes on begin with the evaluation that it was stopped in."""
-
-    def __init__(self, trainer: ResumableTrainer) -> None:
-        self._trainer = trainer
-
-    @override
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.evaluate_if_due()

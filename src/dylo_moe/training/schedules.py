@@ -1,7 +1,7 @@
-"""The learning-rate schedule that transformers lacks: cosine cycles that warm up again.
+"""A learning-rate schedule that transformers lacks: cosine cycles that each warm up.
 
-transformers' ``cosine_with_restarts`` warms up once, and then jumps to the peak at every restart. A warm restart
-after a jump disturbs what the optimiser's averages hold, so here each cycle begins as the first does.
+transformers' ``cosine_with_restarts`` warms up once, then jumps to the peak at every restart. Such a jump disturbs the
+optimizer's running averages, so here every cycle begins like the first one.
 """
 
 import math
@@ -14,12 +14,12 @@ CYCLES = 2
 
 
 def warm_restarts(optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
-    """Cosine annealing with restarts (SGDR, Loshchilov and Hutter 2016, arXiv 1608.03983), ``CYCLES`` of equal length.
+    """Return a schedule of ``CYCLES`` equal cosine cycles (SGDR, Loshchilov and Hutter 2016, arXiv 1608.03983).
 
     Args:
-        optimizer: Each of its groups has its own peak.
-        num_warmup_steps: Of all cycles together.
-        num_training_steps: Of all cycles together.
+        optimizer: The optimizer; each of its groups has its own peak.
+        num_warmup_steps: Number of warm-up steps, all cycles together.
+        num_training_steps: Number of steps, all cycles together.
     """
     factor = partial(
         restarted_cosine, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps, cycles=CYCLES
@@ -28,11 +28,11 @@ def warm_restarts(optimizer: Optimizer, num_warmup_steps: int, num_training_step
 
 
 def restarted_cosine(step: int, *, num_warmup_steps: int, num_training_steps: int, cycles: int) -> float:
-    """The share of the peak at a step, 0 to 1: in each cycle up along a line, and down along half a cosine."""
+    """Return the share of the peak rate at a step, 0 to 1: each cycle rises linearly, then falls as half a cosine."""
     if step >= num_training_steps:
         return 0.0
     length, warmup = num_training_steps / cycles, num_warmup_steps / cycles
-    place = step % length
-    if place < warmup:
-        return place / warmup
-    return 0.5 * (1 + math.cos(math.pi * (place - warmup) / (length - warmup)))
+    position = step % length
+    if position < warmup:
+        return position / warmup
+    return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (length - warmup)))

@@ -1,6 +1,6 @@
-"""Which experiment trackers a run writes to; the writing is transformers' own."""
+"""The experiment trackers that a run writes to; transformers does the writing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from transformers.integrations.integration_utils import (
     is_mlflow_available,
@@ -10,7 +10,6 @@ from transformers.integrations.integration_utils import (
 )
 
 from dylo_moe.errors import ConfigError
-from dylo_moe.flags import split_names
 
 INSTALLED: dict[str, Callable[[], bool]] = {
     "tensorboard": is_tensorboard_available,
@@ -19,25 +18,25 @@ INSTALLED: dict[str, Callable[[], bool]] = {
     "trackio": is_trackio_available,
 }
 _TO_INSTALL = {"tensorboard": "'dylora-moe[tensorboard]'", "wandb": "'dylora-moe[wandb]'"}
-"""What pip is told, where it is not the tracker's own name."""
+"""Argument of ``pip install``, if it is not the tracker's own name."""
 
 
-def resolve_trackers(report_to: str) -> list[str]:
-    """The trackers of ``--report_to``, as ``TrainingArguments`` takes them.
+def resolve_trackers(report_to: Sequence[str]) -> list[str]:
+    """Return the trackers to use, as ``TrainingArguments`` takes them.
 
     Args:
-        report_to: Names, comma-separated; ``none``; or ``auto``, which is TensorBoard where it is installed.
+        report_to: Names of trackers; or only ``none``; or only ``auto``, which is TensorBoard if it is installed.
 
     Raises:
-        ConfigError: One is not installed.
+        ConfigError: One of them is not installed.
     """
-    if report_to == "none":
+    names = list(report_to)
+    if names == ["none"]:
         return []
-    if report_to == "auto":
+    if names == ["auto"]:
         return ["tensorboard"] if INSTALLED["tensorboard"]() else []
-    names = split_names(report_to)
     missing = [name for name in names if not INSTALLED[name]()]
     if missing:
         packages = " ".join(_TO_INSTALL.get(name, name) for name in missing)
-        raise ConfigError(f"--report_to {report_to}: not installed; run: pip install {packages}")
+        raise ConfigError(f"`report_to` {','.join(names)}: not installed; run: pip install {packages}")
     return names

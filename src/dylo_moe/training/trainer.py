@@ -1,7 +1,7 @@
-"""A thin HF Trainer: the model sums the losses, and evaluation counts tokens, per domain.
+"""The Trainer of a mixture: routing statistics while training, losses per domain when evaluating.
 
-Covered: label smoothing, gradient accumulation and data parallelism leave the sum of the losses as it is. Checkpoints
-and going on from them are in ``resumable``; everything else is the Trainer's.
+The model sums its losses itself. Label smoothing, gradient accumulation and data parallelism leave that sum as it is.
+Saving and resuming are in ``resumable``; everything else is ``transformers.Trainer``.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
@@ -23,17 +23,17 @@ from dylo_moe.training.schedules import warm_restarts
 
 
 class DyLoRATrainer(ResumableTrainer):
-    """Trains the experts and the router of a ``DyLoRA_MoE``.
+    """Trainer of the experts and the router of a ``DyLoRA_MoE``.
 
     Args:
         model: The mixture.
-        domains: Names of the domains that the column ``domain`` of the datasets counts.
-        train_sampler: The order to train in; the Trainer's own by default.
-        data_identity: Tells the training data and its order from others; a checkpoint is resumed on the same only.
+        domains: Names of the domains that the datasets' column ``domain`` indexes.
+        train_sampler: Order of the training examples; the Trainer's own by default.
+        data_identity: Fingerprint of the training data and its order; a checkpoint resumes on the same data only.
         router_learning_rate: Peak learning rate of the router; that of the experts by default.
-        warm_restarts: Two cosine cycles that each warm up, in the place of the schedule in the arguments.
-        balance_update_rate: After each optimiser step, the router's ``selection_bias`` moves by this much towards even
-            load; None leaves it alone. See ``settle_load``.
+        warm_restarts: Whether to train in two cosine cycles that each warm up, instead of the arguments' schedule.
+        balance_update_rate: How far the router's ``selection_bias`` moves towards even load after each optimizer step;
+            None leaves it alone. See ``update_expert_load``.
         **kwargs: As for ``transformers.Trainer``.
     """
 
@@ -57,23 +57,32 @@ class DyLoRATrainer(ResumableTrainer):
         self.balance_update_rate = balance_update_rate
         # The Trainer's smoother would take the labels away from the model, and the router's losses with them.
         self.label_smoother = None
-        self._chosen: Tensor | None = None
-        self._among: Tensor | None = None
-        self.add_callback(_SettleLoad(self))
-        self.add_callback(_EpochOfSampler(self))
+        self._batch_load: Tensor | None = None
+        self._expert_mask: Tensor | None = None
+        self.add_callback(_TrainerEvents(self))
 
     @override
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         if self.train_sampler is not None:
             return self.train_sampler
         return super()._get_train_sampler(train_dataset)
 
+    def set_sampler_epoch(self, epoch: int) -> None:
+        """Pass the epoch that begins to the training sampler, if it takes one.
+
+        accelerate does so as well, but does not reach the sampler of a resumed run with several processes: the rest of
+        a later epoch would then repeat the order of the first one.
+        """
+        set_epoch = getattr(self.train_sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+
     @override
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimiser, with the router in groups of its own where it has a rate of its own."""
-        fresh = self.optimizer is None
+        """Return the Trainer's optimizer, with separate groups for the router if it has its own learning rate."""
+        is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if fresh and self.router_learning_rate is not None:
+        if is_new and self.router_learning_rate is not None:
             router = {id(parameter) for parameter in self.model.router.parameters()}
             for group in list(optimizer.param_groups):
                 own = [parameter for parameter in group["params"] if id(parameter) in router]
@@ -98,10 +107,11 @@ class DyLoRATrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Gives each part of a global batch the counts that make the parts' losses add up to the whole's.
+        """Return the parts of a global batch, each with the counts that make their losses add up to the whole's.
 
-        ``f`` of the balance loss is what the global batch before this one chose: known before the first part runs,
-        and the same for every part and every process.
+        ``num_tokens_in_batch`` is the number of real tokens over all parts and processes. ``expert_load``, the
+        fraction ``f`` of the balance loss, is that of the previous global batch: known before the first part runs,
+        and the same for every part and process.
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
@@ -112,25 +122,25 @@ class DyLoRATrainer(ResumableTrainer):
                 batch.update(num_tokens_in_batch=tokens, expert_load=load)
         return batches, num_items
 
-    def settle_load(self) -> None:
-        """Makes what the last global batch chose, over all processes, the router's ``expert_load``.
+    def update_expert_load(self) -> None:
+        """Store the choices of the last global batch, summed over all processes, as the router's ``expert_load``.
 
-        Called after each optimiser step. With a ``balance_update_rate`` the router's bias
-        then moves by it (DeepSeek-V3, 2024, section 2.1.2): up for an expert that was chosen less than its fair share,
-        down for one that was chosen more. Training mixes all experts, so that "chosen" means what it will mean once
-        routing is sparse: to be among the ``top_k`` of logits and bias. The bias is in no weight and has no gradient.
+        Called after each optimizer step. With a ``balance_update_rate``, the router's ``selection_bias`` moves by that
+        much (DeepSeek-V3, 2024, section 2.1.2): up for an expert chosen less than its fair share, down for one chosen
+        more. Training mixes all experts, so a choice here is what sparse routing would choose: an expert among the
+        ``top_k`` of logits plus bias. The bias changes no routing weight and has no gradient.
         """
-        if self._chosen is None:
+        if self._batch_load is None:
             return
         router, active = self.model.router, self.model.experts.active_indices()
-        chosen = self.accelerator.reduce(self._chosen, "sum").to(router.expert_load)
-        router.expert_load[:, active] = chosen
+        load = self.accelerator.reduce(self._batch_load, "sum").to(router.expert_load)
+        router.expert_load[:, active] = load
         if self.balance_update_rate is not None:
             bias = router.selection_bias[:, active]
             router.selection_bias[:, active] = updated_selection_bias(
-                bias, chosen, self.balance_update_rate, self._among
+                bias, load, self.balance_update_rate, self._expert_mask
             )
-        self._chosen = None
+        self._batch_load = None
 
     @override
     def compute_loss(
@@ -139,20 +149,20 @@ class DyLoRATrainer(ResumableTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, DyLoRAOutput]:
         part, inputs = inputs, {key: value for key, value in inputs.items() if key not in ("domain", "length")}
         inputs["label_smoothing"] = self.args.label_smoothing_factor
         inputs["return_logits"] = return_outputs
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             logits, router = outputs["router_logits"], self.model.router
-            self._among = expert_mask(logits)
-            # added where routing adds it: to the choice alone
+            self._expert_mask = expert_mask(logits)
+            # as routing does, only the choice takes the bias
             biased = logits + router.selection_bias[:, None, None, self.model.experts.active_indices()]
-            chosen = expert_load(biased, inputs["attention_mask"], router.top_k)
-            self._chosen = chosen if self._chosen is None else self._chosen + chosen
+            load = expert_load(biased, inputs["attention_mask"], router.top_k)
+            self._batch_load = load if self._batch_load is None else self._batch_load + load
             for monitor in self._monitors():
-                monitor.on_forward(self, part, outputs, chosen)
+                monitor.on_forward(self, part, outputs, load)
         return (loss, outputs) if return_outputs else loss
 
     @override
@@ -166,10 +176,10 @@ class DyLoRATrainer(ResumableTrainer):
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Lets the monitors add to an entry of the training, before the history and the trackers get it.
+        """Log an entry of the training, with the monitors' figures added.
 
-        What is evaluated before or after a training is its caller's alone: TensorBoard would have no folder for it yet,
-        and trackers that have ended their run would open another one.
+        An evaluation before or after the training is not logged, only returned: TensorBoard would have no folder for
+        it yet, and trackers that have ended their run would start another one.
         """
         if not self.is_in_train:
             return
@@ -180,10 +190,10 @@ class DyLoRATrainer(ResumableTrainer):
 
     @override
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Lets the monitors end the run before anything is made of a step that went wrong."""
+        """Log, evaluate and save where due, after the monitors have checked the step and may have ended the run."""
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             for monitor in self._monitors():
-                monitor.on_milestone(self)
+                monitor.before_log_eval_save(self)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _monitors(self) -> list[MonitoringCallback]:
@@ -197,7 +207,10 @@ class DyLoRATrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Sums per example in the place of logits: small to gather, and exact whatever the batches were."""
+        """Return no loss, sums per example instead of logits, and each example's domain.
+
+        The sums, ``(batch, 3 + num_experts)``, are small to gather and do not depend on how examples were batched.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output: DyLoRAOutput = model(
@@ -215,31 +228,26 @@ class DyLoRATrainer(ResumableTrainer):
         )
 
 
-class _SettleLoad(TrainerCallback):
-    """Lets the router know what a global batch chose, before anything is saved or evaluated."""
+class _TrainerEvents(TrainerCallback):
+    """Callback that passes the events of the training loop to the trainer's own methods."""
 
     def __init__(self, trainer: DyLoRATrainer) -> None:
         self._trainer = trainer
 
     @override
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._trainer.settle_load()
-
-
-class _EpochOfSampler(TrainerCallback):
-    """Tells the sampler which epoch begins.
-
-    accelerate does so too, but does not reach a sampler in the loader of a resumed run with several processes: the rest
-    of a later epoch would then be that of the first one.
-    """
-
-    def __init__(self, trainer: DyLoRATrainer) -> None:
-        self._trainer = trainer
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._trainer.evaluate_if_due()
 
     @override
     def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        set_epoch = getattr(self._trainer.train_sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(int(state.epoch or 0))
+        self._trainer.set_sampler_epoch(int(state.epoch or 0))
+
+    @override
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._trainer.update_expert_load()  # before anything is saved or evaluated

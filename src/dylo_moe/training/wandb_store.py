@@ -1,6 +1,6 @@
-"""Weights & Biases: the store of artifacts, and the run that a training continues under its id after it was stopped.
+"""Weights & Biases: its store of artifacts, and runs that continue under the same id when training is resumed.
 
-This is the one place that knows the client. It is imported when it is asked for: the package does without it.
+The one module that uses the client, which is optional and imported on use.
 """
 
 import importlib
@@ -11,44 +11,70 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import DISK_REFUSED, ArtifactError, ConfigError, causes_of, first_line
-from dylo_moe.training.artifacts import ArtifactEntry, beside
+from dylo_moe.training.artifacts import ArtifactEntry, artifact_directory
 
 RUN_FILE = "wandb_run.json"
 PROJECT = "dylora-moe"
-"""Where runs go if neither a flag nor ``WANDB_PROJECT`` says."""
+"""Project of a run if neither the caller nor ``WANDB_PROJECT`` names one."""
 
 API_SECONDS = 30
 UPLOAD_SECONDS = 600
-"""How long the end of a run waits for its artifacts."""
+"""Longest wait for the upload of one artifact at the end of a run."""
 FINISH_SECONDS = 60
-"""How long the process waits for the rest when it ends; the client would wait for a lost server for ever."""
+"""Longest wait for other uploads at exit; the client would wait forever for a lost server."""
+
+
+class _Artifact(Protocol):
+    """The part of the client's artifact that is used here."""
+
+    entity: str
+    project: str
+    digest: str
+    metadata: Mapping[str, object] | None
+
+    def download(self, *, root: str, skip_cache: bool) -> str: ...
+
+    def verify(self, *, root: str) -> None: ...
+
+    def wait(self, *, timeout: int) -> object: ...
+
+
+class WandbRun(Protocol):
+    """The part of the client's run that is used here and by callers of ``start_run``."""
+
+    id: str
+    entity: str
+    project: str
+
+    def log_artifact(self, artifact: object, *, aliases: list[str]) -> _Artifact:
+        """Upload an artifact in the background."""
 
 
 class WandbStore:
-    """Artifacts of Weights & Biases.
+    """Store of artifacts at Weights & Biases.
 
     Args:
-        run: Puts artifacts; without one they can only be fetched.
+        run: The client's run, which uploads artifacts; without one they can only be fetched.
     """
 
-    def __init__(self, run: Any = None) -> None:
+    def __init__(self, run: WandbRun | None = None) -> None:
         self._run = run
-        self._sent: list[Any] = []
+        self._uploads: list[_Artifact] = []
 
     def describe(self, reference: str) -> ArtifactEntry:
-        """Asks the server."""
+        """Return the server's description of a version, with its entity and project."""
         artifact = self._artifact(reference)
-        place = {"entity": artifact.entity, "project": artifact.project}
-        return ArtifactEntry(digest=artifact.digest, metadata={**(artifact.metadata or {}), **place})
+        owner = {"entity": artifact.entity, "project": artifact.project}
+        return ArtifactEntry(digest=artifact.digest, metadata={**(artifact.metadata or {}), **owner})
 
     def fetch(self, reference: str, folder: Path) -> Path:
-        """Downloads an artifact; its files have to be those of its manifest, each by its digest."""
+        """Download an artifact into a new folder, and verify each file against the artifact's manifest."""
         artifact = self._artifact(reference)
-        with beside(folder) as target:
+        with artifact_directory(folder) as target:
             with _readable_errors(f"the artifact {reference!r}"):
                 artifact.download(root=str(target), skip_cache=True)
             try:
@@ -59,8 +85,8 @@ class WandbStore:
                 ) from error
         return folder
 
-    def put(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> str:
-        """Hands a folder to the client, which uploads it in the background."""
+    def put(self, folder: Path, name: str, metadata: Mapping[str, object]) -> str:
+        """Start uploading a folder in the background; return the artifact's reference."""
         assert self._run is not None, "only a run can put artifacts"
         wandb = client()
         version = f"step-{metadata['step']}" if "step" in metadata else "latest"
@@ -68,92 +94,97 @@ class WandbStore:
             artifact = wandb.Artifact(name, type=str(metadata.get("kind", "model")), metadata=dict(metadata))
             artifact.add_dir(str(folder))
             aliases = ["latest", version, *(["best"] if metadata.get("best") else [])]
-            self._sent.append(self._run.log_artifact(artifact, aliases=list(dict.fromkeys(aliases))))
+            self._uploads.append(self._run.log_artifact(artifact, aliases=list(dict.fromkeys(aliases))))
         return f"{self._run.entity}/{self._run.project}/{name}:{version}"
 
     def wait(self) -> None:
-        """Waits for the uploads; those of an offline run stay on this machine."""
+        """Wait for the uploads; an offline run keeps its artifacts on this machine."""
         if is_offline():
             return
         with _readable_errors("the upload of artifacts"):
-            for artifact in self._sent:
+            for artifact in self._uploads:
                 artifact.wait(timeout=UPLOAD_SECONDS)
 
-    def _artifact(self, reference: str) -> Any:
+    def _artifact(self, reference: str) -> _Artifact:
         wandb = client()
         if is_offline():
             raise ArtifactError(
                 f"the artifact {reference!r} needs the network, and WANDB_MODE={os.environ['WANDB_MODE']} keeps W&B "
-                "off it; unset WANDB_MODE, or go on from a folder with --resume_from_checkpoint"
+                "off it; unset WANDB_MODE, or resume from a folder with `resume_from_checkpoint`"
             )
         with _readable_errors(f"the artifact {reference!r}"):
-            return wandb.Api(timeout=API_SECONDS).artifact(reference)
+            artifact: _Artifact = wandb.Api(timeout=API_SECONDS).artifact(reference)
+        return artifact
 
 
 def client() -> ModuleType:
-    """The module ``wandb``.
+    """Return the module ``wandb``.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: The client is not installed.
     """
     try:
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError(
-            f"the --wandb_... flags need the W&B client ({first_line(error)}); run: pip install 'dylora-moe[wandb]'"
+            f"Weights & Biases needs its client ({first_line(error)}); run: pip install 'dylora-moe[wandb]'"
         ) from error
 
 
 def is_offline() -> bool:
-    """Whether ``WANDB_MODE`` keeps W&B off the network."""
+    """Return whether ``WANDB_MODE`` keeps W&B off the network."""
     return os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun", "disabled")
 
 
 def check_access() -> None:
-    """Makes sure, before anything heavy, that W&B can be reached and takes the key.
+    """Check that W&B can be reached and accepts the key; cheap, so call it before anything expensive.
 
     Raises:
         ConfigError: The client is not installed.
-        ArtifactError: There is no key, a wrong one, or no network.
+        ArtifactError: The key is missing or wrong, or there is no network.
     """
     wandb = client()
     if is_offline():
         return
     with _readable_errors("the run"):
-        wandb.Api(timeout=API_SECONDS)  # asks the server who the key is of
+        wandb.Api(timeout=API_SECONDS)  # asks the server for the key's owner
 
 
-def start_run(output_dir: Path, *, project: str | None, entity: str | None, name: str | None, continues: bool) -> Any:
-    """Starts a W&B run, or goes on with the one of ``output_dir``; the Trainer's W&B callback logs to it.
+def start_run(
+    output_dir: Path, *, project: str | None, entity: str | None, name: str | None, continues: bool
+) -> WandbRun:
+    """Start a W&B run or continue the one of ``output_dir``, for the Trainer's W&B callback; return the client's run.
 
     Args:
-        output_dir: Keeps the run's id, and the client's own files.
-        project: W&B project; else the one of the run before, ``$WANDB_PROJECT`` or ``PROJECT``.
-        entity: User or team; the key's own by default.
-        name: Shown for the run; W&B invents one by default.
-        continues: Whether the training goes on from a checkpoint.
+        output_dir: Folder of the run's id and of the client's own files.
+        project: W&B project; by default that of the continued run, ``$WANDB_PROJECT`` or ``PROJECT``.
+        entity: User or team; by default that of the continued run, or the key's owner.
+        name: Display name of the run; by default that of the continued run, or one that W&B invents.
+        continues: Whether the training is resumed from a checkpoint.
 
     Raises:
         ConfigError: The client is not installed.
-        ArtifactError: W&B cannot be had.
+        ArtifactError: W&B cannot be used; the message says why.
     """
     wandb = client()
-    before = _stored_run(output_dir) if continues else {}
+    previous = _stored_run(output_dir) if continues else {}
     entry = {
-        "id": os.environ.get("WANDB_RUN_ID") or before.get("id") or secrets.token_hex(4),
-        "project": project or before.get("project") or os.environ.get("WANDB_PROJECT") or PROJECT,
-        "entity": entity or before.get("entity"),
-        "name": name or before.get("name"),
+        "id": os.environ.get("WANDB_RUN_ID") or previous.get("id") or secrets.token_hex(4),
+        "project": project or previous.get("project") or os.environ.get("WANDB_PROJECT") or PROJECT,
+        "entity": entity or previous.get("entity"),
+        "name": name or previous.get("name"),
     }
     _store_run(output_dir, entry)
     with _readable_errors("the run"):
-        # an offline run cannot be taken up again; `wandb sync` joins its parts by their id
+        # an offline run cannot be resumed; `wandb sync` joins its parts by their id
         settings = wandb.Settings(init_timeout=API_SECONDS, finish_timeout=FINISH_SECONDS)
-        return wandb.init(**entry, dir=str(output_dir), resume=None if is_offline() else "allow", settings=settings)
+        resume = None if is_offline() else "allow"
+        run: WandbRun = wandb.init(**entry, dir=str(output_dir), resume=resume, settings=settings)
+    return run
 
 
 def adopt_run(output_dir: Path, metadata: Mapping[str, Any]) -> None:
-    """Lets the next run in ``output_dir`` go on as the run that put an artifact; where that is not known, as none."""
+    """Make the next run in ``output_dir`` continue the run that put an artifact, or none if that is not known."""
     if "run_id" in metadata:
         _store_run(output_dir, {"id": metadata["run_id"]} | {key: metadata.get(key) for key in ("project", "entity")})
     else:
@@ -161,7 +192,7 @@ def adopt_run(output_dir: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _stored_run(output_dir: Path) -> dict[str, str | None]:
-    """The run of a folder; empty where there is none, or no whole one."""
+    """Return id, project, entity and name of the run of a folder; empty if there is none or it cannot be read."""
     try:
         found = json.loads((output_dir / RUN_FILE).read_text())
     except (OSError, ValueError):
@@ -175,11 +206,11 @@ def _store_run(output_dir: Path, entry: Mapping[str, str | None]) -> None:
 
 
 _WRONG_KEY = (
-    "W&B has no key, or does not take it: set WANDB_API_KEY to a key of your account, or run `wandb login`; "
-    "WANDB_MODE=offline goes on without"
+    "W&B has no key, or does not accept it: set WANDB_API_KEY to a key of your account, or run `wandb login`; "
+    "WANDB_MODE=offline does without"
 )
-# the client raises an AuthenticationError also where nobody answered: what was said decides, and in this order
-_SAYS_UNREACHABLE = (
+# the client raises an AuthenticationError also if no server answered: match the text instead, in this order
+_UNREACHABLE = (
     "timed out",
     "deadline exceeded",
     "did not respond",
@@ -187,13 +218,13 @@ _SAYS_UNREACHABLE = (
     "no such host",
     "dial tcp",
 )
-_SAYS_KEY = ("api key", "api_key", "401", "unauthorized", "not logged in", "wandb login", "verify credentials")
-_SAYS_MISSING = ("not found", "404", "does not exist", "could not find", "no such artifact", "403", "permission")
+_NO_ACCESS = ("api key", "api_key", "401", "unauthorized", "not logged in", "wandb login", "verify credentials")
+_MISSING = ("not found", "404", "does not exist", "could not find", "no such artifact", "403", "permission")
 
 
 @contextmanager
 def _readable_errors(what: str) -> Iterator[None]:
-    """Turns what the client raises into one line; what the disk refuses is not its business."""
+    """Turn errors of the client within the block into one-line ``ArtifactError``s; disk errors pass unchanged."""
     wandb = client()
     connection = importlib.import_module("wandb.sdk.lib.service.service_connection")
     try:
@@ -205,14 +236,14 @@ def _readable_errors(what: str) -> Iterator[None]:
 
 
 def _explain(what: str, error: BaseException) -> str:
-    said = " ".join(str(cause) for cause in causes_of(error)).lower()
-    if any(word in said for word in _SAYS_UNREACHABLE):
+    text = " ".join(str(cause) for cause in causes_of(error)).lower()
+    if any(word in text for word in _UNREACHABLE):
         return (
             f"W&B cannot be reached for {what} ({first_line(error)}); connect, or set WANDB_MODE=offline, which keeps "
             "metrics and uploads on this machine until `wandb sync`, and fetches nothing"
         )
-    if any(word in said for word in _SAYS_KEY):
+    if any(word in text for word in _NO_ACCESS):
         return _WRONG_KEY
-    if any(word in said for word in _SAYS_MISSING):
-        return f"W&B has no such thing, or this key may not see it: {what} ({first_line(error)})"
+    if any(word in text for word in _MISSING):
+        return f"W&B did not find {what}, or this key may not see it ({first_line(error)}); check the name and the key"
     return f"W&B refuses {what} ({first_line(error)})"
