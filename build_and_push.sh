@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image, tags it by version and commit, and pushes it to Artifact Registry, and to Docker Hub if asked to.
+# Build the image, tag it with version and commit, and push it to Artifact Registry and, if requested, to Docker Hub.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -7,14 +7,14 @@ usage() {
   cat << 'END'
 usage: ./build_and_push.sh [--flag value ...]
 
-  --project PROJECT     Google Cloud project; GOOGLE_CLOUD_PROJECT or gcloud's if not given
-  --region REGION       of Artifact Registry; GOOGLE_CLOUD_REGION or gcloud's compute/region if not given
-  --repository NAME     in Artifact Registry (DYLO_MOE_REPOSITORY; dylora-moe)
-  --dockerhub USER      push to Docker Hub as well, as this user (DOCKERHUB_USER; not)
-  --target cuda|cpu     what torch runs on (DYLO_MOE_TARGET; cuda)
-  --pip-conf FILE       pip's configuration for the build, such as a private index (DYLO_MOE_PIP_CONF; none)
-  --no-push             build only, as dylora-moe:...; needs no project and no region
-  --dry-run             print each command, run none
+  --project PROJECT     Google Cloud project; default: GOOGLE_CLOUD_PROJECT, else that of gcloud
+  --region REGION       region of Artifact Registry; default: GOOGLE_CLOUD_REGION, else gcloud's compute/region
+  --repository NAME     repository in Artifact Registry; default: DYLO_MOE_REPOSITORY, else dylora-moe
+  --dockerhub USER      also push to Docker Hub as this user; default: DOCKERHUB_USER, else no push there
+  --target cuda|cpu     variant of torch; default: DYLO_MOE_TARGET, else cuda
+  --pip-conf FILE       pip's configuration for the build, such as a private index; default: DYLO_MOE_PIP_CONF, else none
+  --no-push             only build dylora-moe:...; needs no project and no region
+  --dry-run             print the commands and run none
 END
 }
 
@@ -69,10 +69,10 @@ run() {
 if [ "$push" = yes ]; then
   [ -n "$project" ] || project=$(from_gcloud core/project)
   [ -n "$region" ] || region=$(from_gcloud compute/region)
-  [ -n "$project" ] || fail "--project is missing: give it, or set GOOGLE_CLOUD_PROJECT, or gcloud config set project PROJECT"
-  [ -n "$region" ] || fail "--region is missing: give it, or set GOOGLE_CLOUD_REGION, or gcloud config set compute/region REGION"
+  [ -n "$project" ] || fail "--project is missing: give it, set GOOGLE_CLOUD_PROJECT, or run gcloud config set project PROJECT"
+  [ -n "$region" ] || fail "--region is missing: give it, set GOOGLE_CLOUD_REGION, or run gcloud config set compute/region REGION"
 fi
-[ -z "$(git status --porcelain)" ] || fail "the tree has changes that no commit holds; commit or stash them first"
+[ -z "$(git status --porcelain)" ] || fail "the working tree has uncommitted changes; commit or stash them first"
 
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
 commit=$(git rev-parse --short=12 HEAD)

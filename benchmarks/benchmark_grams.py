@@ -1,9 +1,9 @@
-"""Makes ``src/dylo_moe/data/benchmark_grams.npz``, by which training data is kept free of benchmark tasks.
+"""Write ``src/dylo_moe/data/benchmark_grams.npz``, which keeps benchmark tasks out of training data.
 
     python benchmarks/benchmark_grams.py FOLDER
 
-The folder holds EvalPlus's ``HumanEvalPlus.jsonl.gz`` and ``MbppPlus.jsonl.gz``, and Google's ``mbpp.jsonl``, whose
-solutions differ from those of MBPP+. What is written are hashes of words in a row; no text can be read from them.
+FOLDER contains EvalPlus's ``HumanEvalPlus.jsonl.gz`` and ``MbppPlus.jsonl.gz``, and Google's ``mbpp.jsonl``, whose
+solutions differ from those of MBPP+. The file contains hashes of word n-grams; no text can be read from them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ OUTPUT = Path(dylo_moe.data.__path__[0]) / INDEX_FILE
 
 
 def main() -> None:
-    """Reads the folder and writes the index."""
+    """Read the folder and write the index."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     index = build_index(problems(parser.parse_args().folder))
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def problems(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Id, question and texts of each task of HumanEval+ and MBPP+."""
+    """Yield the id, the question and the texts of each task of HumanEval+ and MBPP+."""
     for row in rows(folder / "HumanEvalPlus.jsonl.gz"):
         yield row["task_id"], "", [row["prompt"] + row["canonical_solution"]]
     original = {row["task_id"]: row for row in rows(folder / "mbpp.jsonl")}
@@ -45,7 +45,7 @@ def problems(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
+    """Yield the rows of a file of JSON lines."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 

@@ -1,7 +1,7 @@
-"""The models that the speed benchmark compares: how each is built on one frozen base whose weights all share.
+"""The models that the speed benchmark compares, each built on one frozen base whose weights they share.
 
-A name tells the kind and the size: ``lora_r16`` and ``lora_r64`` are PEFT's plain LoRA; ``peft_4`` is PEFT with four
-adapters active at once, which adds their updates up; ``ours_per_layer_4`` is ``DyLoRA_MoE`` with four experts. Those of
+A name gives the kind and the size: ``lora_r16`` and ``lora_r64`` are PEFT's plain LoRA; ``peft_4`` is PEFT with four
+active adapters, whose updates are summed; ``ours_per_layer_4`` is ``DyLoRA_MoE`` with four experts. The contenders of
 other libraries are in ``peers.py``. All have rank 16 and no dropout on the attention projections (MixLoRA: on the MLP).
 """
 
@@ -25,17 +25,17 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 REFERENCE = "lora_r16"
 BASE = "base"
 OURS_TRAIN: dict[str, Any] = {"return_logits": False}
-"""What training needs of our forward: losses. The others have no such switch."""
+"""Training needs only the losses of our forward. The other models have no such option."""
 
 
 @dataclass
 class Contender:
-    """A model that is to be timed.
+    """A model to time.
 
     Attributes:
-        model: What is called.
-        trainable: What a train step updates; nothing for the bare base.
-        train_options: Arguments of the forward in a train step, besides input and labels.
+        model: The model that is called.
+        trainable: Parameters that a train step updates; none for the bare base.
+        train_options: Further arguments of the forward in a train step, next to input and labels.
     """
 
     model: Any
@@ -44,14 +44,14 @@ class Contender:
 
 
 class Lineup:
-    """Builds contenders on demand and keeps them, so that all sections of one process use the same.
+    """The contenders, built on demand and kept, so that all sections of one process use the same models.
 
     Args:
-        base: The frozen base; it is not changed.
-        seed: For every random weight.
+        base: Frozen base model; it is not changed.
+        seed: Seed of every random weight.
 
     Attributes:
-        not_run: Why contenders were not run, by name.
+        not_run: Reason why a contender was not run, by its name.
     """
 
     def __init__(self, base: PreTrainedModel, seed: int = 0) -> None:
@@ -61,7 +61,7 @@ class Lineup:
         self._built: dict[str, Contender] = {}
 
     def get(self, name: str) -> Contender | None:
-        """The contender of this name; None if its library is not installed."""
+        """Return the contender of this name; None if its library is not installed."""
         if name not in self._built and name not in self.not_run:
             torch.manual_seed(self.seed)
             try:
@@ -72,7 +72,7 @@ class Lineup:
 
 
 def label(name: str) -> str:
-    """The contender's name in plain words."""
+    """Return a contender's name in plain words."""
     fixed = {BASE: "frozen base, no adapter", "lora_r16": "PEFT LoRA, rank 16", "lora_r64": "PEFT LoRA, rank 64"}
     if name in fixed:
         return fixed[name]
@@ -85,13 +85,13 @@ def label(name: str) -> str:
 
 
 def shared_copy(base: PreTrainedModel) -> PreTrainedModel:
-    """A copy with modules of its own, which others may wrap, and with the very weights of the original."""
+    """Return a copy that has its own modules, which a caller may wrap, and shares the weights of the original."""
     tensors = [*base.parameters(), *base.buffers()]
     return copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
 
 
 def build(name: str, base: PreTrainedModel) -> Contender:
-    """Builds the contender of this name on a base model that it may change."""
+    """Build the contender of this name on a base model that it may change."""
     if name == BASE:
         return Contender(base)
     if match := re.fullmatch(r"lora_r(\d+)", name):
@@ -112,27 +112,27 @@ def build(name: str, base: PreTrainedModel) -> Contender:
 
 
 def lora_model(base: PreTrainedModel, adapters: int, rank: int = 16) -> PeftModel:
-    """PEFT's LoRA with this many adapters, all active and trainable."""
+    """Return PEFT's LoRA with this many adapters, all active and trainable."""
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=TARGETS)
     model = get_peft_model(base, config, adapter_name="expert_0")
     for index in range(1, adapters):
         model.add_adapter(f"expert_{index}", config)
     tuner: Any = model.base_model
     tuner.set_adapter([f"expert_{index}" for index in range(adapters)])
-    randomise(model)
+    randomize(model)
     return model
 
 
 def saved_adapters(base: PreTrainedModel, count: int, folder: Path) -> list[str]:
-    """Writes random adapters in PEFT's format, for libraries that read theirs from disk."""
+    """Write random adapters in PEFT's format, for libraries that read them from disk, and return their folders."""
     model = lora_model(base, count)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     return [str(folder / f"expert_{index}") for index in range(count)]
 
 
 @torch.no_grad()
-def randomise(model: nn.Module) -> None:
-    """Gives every adapter an effect: a new one has ``B = 0``, and products with zeros prove little."""
+def randomize(model: nn.Module) -> None:
+    """Give every adapter an effect: a new one has ``B = 0``, and products with zeros prove little."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)
@@ -143,7 +143,7 @@ def _trained(model: nn.Module) -> Contender:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that train."""
+    """Return the trainable parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -151,16 +151,16 @@ def _ours(base: PreTrainedModel, routing: str, experts: int) -> tuple[DyLoRA_MoE
     model = DyLoRA_MoE(base, num_experts=min(experts, 4), rank=16, alpha=32, routing=routing)
     if experts > 4:
         _grow(model, experts)
-    randomise(model)
-    model.set_maturity()  # sparse, top 2, when evaluating; training is dense all the same
+    randomize(model)
+    model.set_maturity()  # sparse, top 2, when evaluating; training stays dense
     return model, trainable_parameters(model)
 
 
 def _grow(model: DyLoRA_MoE, experts: int) -> None:
-    """Adds experts by copying the first one.
+    """Add experts by copying the first one.
 
-    ``add_expert`` walks over all modules of the model and so takes time in proportion to the experts there are; for
-    256 experts that is longer than the rest of the benchmark. What it leaves behind is the same.
+    ``add_expert`` visits all modules of the model, so its time grows with the number of experts; for 256 experts it
+    takes longer than the rest of the benchmark. The result is the same.
     """
     manager, known = model.experts, model.experts.names[0]
     names = [f"expert_{index}" for index in range(len(manager.names), experts)]
@@ -176,12 +176,12 @@ def _grow(model: DyLoRA_MoE, experts: int) -> None:
         model.model.peft_config[name] = model.model.peft_config[known]
         manager.names.append(name)
         model.router.add_expert()
-    for gate in model.router.gates:  # the new rows are equal, and would leave the choice of experts to chance
+    for gate in model.router.gates:  # equal rows would leave the choice to ties
         nn.init.normal_(gate, std=0.02)
     manager.activate_all()
 
 
 def random_tokens(base: PreTrainedModel, batch: int, length: int, seed: int = 0) -> Tensor:
-    """Token ids, uniform over the vocabulary."""
+    """Return token ids ``(batch, length)``, uniform over the vocabulary."""
     vocabulary = base.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))

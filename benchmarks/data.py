@@ -1,13 +1,13 @@
-"""What becomes of real data on its way to the model, how quickly, and what packing is worth.
+"""What preprocessing does with real data, how fast it is, and what packing gains.
 
-    python benchmarks/data.py FOLDER          measures, writes benchmarks/results/data.json, prints the tables
-    python benchmarks/data.py --show          prints the tables of the committed result
+    python benchmarks/data.py FOLDER          measure, write benchmarks/results/data.json, print the tables
+    python benchmarks/data.py --show          print the tables of the committed result
 
-FOLDER holds ``mbpp.jsonl`` (Google's, 974 rows) and ``code_alpaca.json`` (any part of Code Alpaca). Preprocessing
-runs in a process of its own with an empty cache. Training throughput counts labelled tokens, the ones that are
-learned: packed rows beside padded ones, on the same model, each round timing every contender once.
+FOLDER contains ``mbpp.jsonl`` (Google's, 974 rows) and ``code_alpaca.json`` (any part of Code Alpaca). Preprocessing
+runs in a separate process with an empty cache. Training throughput counts labelled tokens, the ones with a loss. It
+compares packed with padded rows on the same model; each round times every contender once.
 
-Covered: float32 on the CPU, SmolLM2-135M. Not covered: GPUs, where padding costs otherwise.
+Covered: float32 on the CPU, SmolLM2-135M. Not covered: GPUs, where padding has another cost.
 """
 
 import argparse
@@ -45,16 +45,16 @@ MAX_LENGTH, BATCH_SIZE = 1024, 2
 SCALES = (10_000, 100_000, 1_000_000)
 ROUNDS = 7
 BATCHES = {"packed": 2, "padded": 10, "padded, similar lengths together": 10, "padded to the full length": 2}
-"""How many batches of each contender a round times: a few seconds' worth."""
+"""Number of batches of each contender that a round times, a few seconds' worth."""
 
 Batch = dict[str, Tensor]
 
 
 def main() -> None:
-    """Reads the flags, measures, writes and prints."""
+    """Read the flags, measure, write the result and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where mbpp.jsonl and code_alpaca.json are")
-    parser.add_argument("--scales", type=int, nargs="*", default=list(SCALES), help="rows of the made-up datasets")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder with mbpp.jsonl and code_alpaca.json")
+    parser.add_argument("--scales", type=int, nargs="*", default=list(SCALES), help="rows of the synthetic datasets")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parse_flags(parser, RESULT)
@@ -70,18 +70,18 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All sections."""
+    """Measure all sections and return the result."""
     console = Console(stderr=True)
     console.print("Preprocessing", highlight=False)
     result: dict[str, Any] = {"environment": environment(), "max_length": MAX_LENGTH, "batch_size": BATCH_SIZE}
-    result["preprocessing"] = in_a_child({"names": NAMES, "folder": str(args.folder), "packing": True})
-    result["scale"] = [scaled(rows, console) for rows in args.scales]
-    result["throughput"] = throughput(args.folder, args.rounds, console)
+    result["preprocessing"] = run_in_child({"names": NAMES, "folder": str(args.folder), "packing": True})
+    result["scale"] = [measure_scale(rows, console) for rows in args.scales]
+    result["throughput"] = measure_throughput(args.folder, args.rounds, console)
     return result
 
 
-def in_a_child(settings: dict[str, Any]) -> dict[str, Any]:
-    """Preprocesses in a process of its own, whose cache is empty and whose memory is nobody else's."""
+def run_in_child(settings: dict[str, Any]) -> dict[str, Any]:
+    """Preprocess in a separate process with an empty cache, and return what it measured."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, "--child", json.dumps(settings)]
         done = subprocess.run(
@@ -92,19 +92,19 @@ def in_a_child(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocess(settings: dict[str, Any]) -> dict[str, Any]:
-    """Prepares data once from nothing, and once more from the cache."""
+    """Prepare data once without a cache and once from the cache, and return times and memory."""
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(MODEL)
     before = memory("VmRSS") - memory("RssFile")
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        data = prepared(settings, tokenizer)
+        data = prepare(settings, tokenizer)
         seconds.append(time.perf_counter() - start)
     tokens = int(data.train.lengths.sum() + data.validation.lengths.sum())
     record = data.record()
     for summary in record["datasets"]:
-        summary["source"] = Path(summary["source"]).name  # where a folder is, is true of one machine alone
+        summary["source"] = Path(summary["source"]).name  # a path holds on one machine only
     return {
         **record,
         "examples": sum(summary.train + summary.validation for summary in data.summaries),
@@ -117,8 +117,8 @@ def preprocess(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def prepared(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """As ``train`` prepares data."""
+def prepare(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """Prepare data as ``train`` does."""
     return prepare_data(
         settings["names"],
         tokenizer,
@@ -131,15 +131,15 @@ def prepared(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def memory(field: str) -> int:
-    """A line of this process's status, in KiB."""
+    """Return a field of this process's status, in KiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])
     raise KeyError(field)
 
 
-def scaled(rows: int, console: Console) -> dict[str, Any]:
-    """Memory and speed for so many made-up rows of about 60 tokens."""
+def measure_scale(rows: int, console: Console) -> dict[str, Any]:
+    """Measure memory and speed for this many synthetic rows of about 60 tokens."""
     console.print(f"{rows:,} rows", highlight=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "made_up.jsonl"
@@ -149,15 +149,15 @@ def scaled(rows: int, console: Console) -> dict[str, Any]:
                 code = f"def add(numbers):\n    return [n + {number} for n in numbers if n > {number * 7 % 1000}]\n"
                 file.write(json.dumps({"instruction": task, "output": code}) + "\n")
         size = path.stat().st_size / 2**20
-        found = in_a_child({"names": [f"made_up={path}"], "folder": None, "packing": True})
+        found = run_in_child({"names": [f"made_up={path}"], "folder": None, "packing": True})
     kept = ("examples", "tokens", "seconds", "tokens_per_second", "memory_mib", "peak_mib", "packing_efficiency")
     return {"rows": rows, "file_mib": size, **{key: found[key] for key in kept}}
 
 
-def throughput(folder: Path, rounds: int, console: Console) -> dict[str, Any]:
-    """Labelled tokens per second of each contender in each round, and the ratios of packed to padded."""
+def measure_throughput(folder: Path, rounds: int, console: Console) -> dict[str, Any]:
+    """Measure labelled tokens per second of each contender in each round, and the ratios of packed to padded."""
     tokenizer = load_tokenizer(MODEL)
-    feeds = {name: feed(name, folder, tokenizer) for name in BATCHES}
+    feeds = {name: endless_batches(name, folder, tokenizer) for name in BATCHES}
     learned: dict[str, list[int]] = {name: [] for name in BATCHES}
     step = train_step()
 
@@ -183,10 +183,10 @@ def throughput(folder: Path, rounds: int, console: Console) -> dict[str, Any]:
     return {"batches": BATCHES, "labelled_tokens_per_second": speeds, "packed_over": gains}
 
 
-def feed(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
-    """Batches of a contender, without end."""
+def endless_batches(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """Yield batches of a contender without end."""
     packed = name == "packed"
-    data = prepared({"names": NAMES, "folder": str(folder), "packing": packed}, tokenizer)
+    data = prepare({"names": NAMES, "folder": str(folder), "packing": packed}, tokenizer)
     sampler = MixingSampler(
         data.train.domains,
         batch_size=BATCH_SIZE,
@@ -200,11 +200,11 @@ def feed(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterato
         for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
             batch = collate([data.train[row] for row in order[start : start + BATCH_SIZE]])
             del batch["domain"]
-            yield widened(batch, tokenizer.pad_token_id) if "full length" in name else batch
+            yield pad_to_full_length(batch, tokenizer.pad_token_id) if "full length" in name else batch
 
 
-def widened(batch: Batch, pad: int) -> Batch:
-    """A batch padded to the full length, as many scripts do."""
+def pad_to_full_length(batch: Batch, pad: int) -> Batch:
+    """Return a batch padded to the full length, as many scripts do."""
     fills = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE_INDEX}
     return {
         name: torch.nn.functional.pad(batch[name], (0, MAX_LENGTH - batch[name].shape[1]), value=fill)
@@ -213,7 +213,7 @@ def widened(batch: Batch, pad: int) -> Batch:
 
 
 def train_step() -> Any:
-    """A training step of the default mixture, optimiser included."""
+    """Return a function that runs one training step of the default mixture, with the optimizer."""
     set_seed(0)
     model = DyLoRA_MoE(load_base_model(MODEL)).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,11 +1,11 @@
-"""The tables of ``data.py``'s result, as Markdown."""
+"""Markdown tables of the result of ``data.py``."""
 
 import statistics
 from typing import Any
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """All tables by name."""
+    """Return all tables by name."""
     return {
         "data rows": rows_table(result),
         "data scale": scale_table(result),
@@ -14,11 +14,11 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
 
 
 def rows_table(result: dict[str, Any]) -> str:
-    """What became of the rows of each dataset."""
+    """Return the table of the rows of each dataset: kept, dropped, tokens."""
     found = result["preprocessing"]
     lines = [
-        "| dataset | train | validation | dropped as benchmark tasks | near ones kept | no response | too long | cut |"
-        " training tokens | with a loss |",
+        "| dataset | train | validation | dropped as benchmark tasks | near matches kept | no response | too long |"
+        " truncated | training tokens | labelled tokens |",
         "| --- " * 10 + "|",
     ]
     for summary, near in zip(found["datasets"], found["contamination"], strict=True):
@@ -39,18 +39,18 @@ def rows_table(result: dict[str, Any]) -> str:
     machine = result["environment"]
     lines += [
         "",
-        f"Read, compared with the benchmarks, tokenised and packed with an empty cache at "
-        f"{found['tokens_per_second']:,.0f} tokens/s ({found['tokens']:,} tokens in {found['seconds']:.1f} s; a second "
-        f"time, from the cache, {found['seconds_from_cache']:.1f} s). Packed into rows of {result['max_length']:,} "
-        f"tokens, {1 - found['packing_efficiency']:.2%} of which are padding. {machine['processor']}, "
+        "Reading, comparing with the benchmarks, tokenizing and packing with an empty cache: "
+        f"{found['tokens_per_second']:,.0f} tokens/s ({found['tokens']:,} tokens in {found['seconds']:.1f} s; from the "
+        f"cache {found['seconds_from_cache']:.1f} s). Packed rows have {result['max_length']:,} tokens, "
+        f"{1 - found['packing_efficiency']:.2%} of which are padding. {machine['processor']}, "
         f"{machine['threads']} threads; datasets {machine['versions']['datasets']}.",
     ]
     return "\n".join(lines)
 
 
 def scale_table(result: dict[str, Any]) -> str:
-    """Memory and speed by the number of rows."""
-    lines = ["| rows | file | tokens | tokens/s | memory it keeps | peak of the process |", "| --- " * 6 + "|"]
+    """Return the table of memory and speed by number of rows."""
+    lines = ["| rows | file | tokens | tokens/s | memory in use after | peak of the process |", "| --- " * 6 + "|"]
     for found in result["scale"]:
         lines.append(
             f"| {found['rows']:,} | {found['file_mib']:,.0f} MiB | {found['tokens']:,} | "
@@ -60,7 +60,7 @@ def scale_table(result: dict[str, Any]) -> str:
 
 
 def throughput_table(result: dict[str, Any]) -> str:
-    """Labelled tokens per second, and what packing gains."""
+    """Return the table of labelled tokens per second, with the gain from packing."""
     found = result["throughput"]
     lines = ["| batches | labelled tokens/s | packed is faster by |", "| --- | --- | --- |"]
     for name, speeds in found["labelled_tokens_per_second"].items():
@@ -71,7 +71,7 @@ def throughput_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"SmolLM2-135M-Instruct, default mixture, float32, batches of {result['batch_size']} rows of at most "
-        f"{result['max_length']:,} tokens, optimiser step included; medians of {rounds} rounds, ratios within rounds "
+        f"{result['max_length']:,} tokens, optimizer step included; medians of {rounds} rounds, ratios within rounds "
         "with quartiles.",
     ]
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""What ``make demo`` buys, over several seeds: held-out loss per domain of the base and of the trained mixture.
+"""Held-out loss per domain of the base and of the mixture that ``make demo`` trains, over several seeds.
 
-    python benchmarks/demo.py --seeds 0 1 2     trains, writes benchmarks/results/demo.json, prints the table
-    python benchmarks/demo.py --show            prints the table of the committed result
+    python benchmarks/demo.py --seeds 0 1 2     train, write benchmarks/results/demo.json, print the table
+    python benchmarks/demo.py --show            print the table of the committed result
 
-Each seed runs in a process of its own, as a user's does. The data splits are the same for all seeds.
+Each seed runs in a separate process, as a user's run does. The data splits are the same for all seeds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ RECIPE = "recipes/demo.yaml"
 
 
 def main() -> None:
-    """Reads the flags, runs the seeds, writes and prints."""
+    """Read the flags, run the seeds, write the result and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--show", action="store_true", help="only print the committed result")
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def train(seed: int) -> dict[str, Any]:
-    """One run of the recipe; returns its report, without what is true of this machine alone."""
+    """Run the recipe once and return its report, without the path that holds on this machine only."""
     with tempfile.TemporaryDirectory() as output:
         arguments = ["train", "--config", RECIPE, "--seed", str(seed), "--output_dir", output]
         subprocess.run([sys.executable, "-m", "dylo_moe", *arguments], cwd=ROOT, check=True)
@@ -50,7 +50,7 @@ def train(seed: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The Markdown table that the README shows."""
+    """Return the Markdown table that the README shows."""
     runs = result["runs"]
     rows = ["| domain | base | mixture | change |", "| --- | --- | --- | --- |"]
     for domain in runs[0]["domains"]:

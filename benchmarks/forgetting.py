@@ -1,17 +1,17 @@
-"""What a stream of skills costs the older ones: ours beside sequential LoRA, replay, an oracle and joint training.
+"""Loss of older skills along a stream: ours, sequential LoRA, replay, an oracle and joint training.
 
-    python benchmarks/forgetting.py FOLDER      measures, writes benchmarks/results/forgetting.json, draws the figure
-    python benchmarks/forgetting.py --show      prints the tables of the committed result
+    python benchmarks/forgetting.py FOLDER      measure, write benchmarks/results/forgetting.json, draw the figure
+    python benchmarks/forgetting.py --show      print the tables of the committed result
 
-FOLDER holds ``mbpp.jsonl`` and ``code_alpaca.json``; the other skills are this machine's own, see
-``forgetting_skills.py``. Each arm trains as many steps on batches of each skill, and is measured on held-out rows of
-the skills that it has seen, after each of them:
+FOLDER contains ``mbpp.jsonl`` and ``code_alpaca.json``; the other skills come from this machine's files, see
+``forgetting_skills.py``. All arms train the same number of steps on each skill. After each skill they are evaluated on
+held-out rows of the skills so far:
 
-    ours         one expert a skill, ``acquire_skill``, routed by the closed-form gate, top-1
-    oracle       the same experts, each example sent to its own skill's
+    ours         one expert per skill, ``acquire_skill``, routed by the closed-form gate, top-1
+    oracle       the same experts, each example sent to its own skill's expert
     sequential   one LoRA that learns one skill after the other
-    replay       the same, where 1 % of the rows are of the skills before
-    joint        one LoRA on the rows of all skills mixed, as many steps in all
+    replay       the same, with 1 % of the rows from earlier skills
+    joint        one LoRA on the rows of all skills mixed, for the same total number of steps
 
 Covered: a base in bfloat16 on the CPU, experts in float32. Not covered: GPUs, larger models, longer training.
 """
@@ -35,7 +35,7 @@ from result_file import environment, parse_flags
 from torch import Tensor
 from transformers import set_seed
 
-from dylo_moe.acquire_config import AcquireArguments
+from dylo_moe.acquire_config import AcquireArgs
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.decoder import decoder_layers
 from dylo_moe.core.losses import IGNORE_INDEX
@@ -53,13 +53,13 @@ ARMS = ("ours", "sequential", "replay", "joint")
 MODEL, RANK, RATE, REPLAYED = "demo", 16, 2e-3, 0.01
 MAX_LENGTH, BATCH_SIZE = 192, 8
 GATE_ROWS = 64
-"""Of each skill, to compare gates by; ``acquire_skill`` has ``--sample_rows``."""
+"""Rows per skill to compare gates with; ``acquire`` uses ``--sample_rows``."""
 
 Batch = dict[str, Tensor]
 
 
 class Rows:
-    """Batches of the rows of all skills, drawn by a seed."""
+    """Batches of the rows of all skills, in an order that a seed draws."""
 
     def __init__(self, skills: dict[str, str], seed: int, held_out: int) -> None:
         tokenizer = load_tokenizer(MODEL)
@@ -72,7 +72,7 @@ class Rows:
         self._orders = [random.permutation(len(one.train)) for one in self.data]
 
     def train(self, skill: int, steps: int, old: float = 0.0) -> Iterator[Batch]:
-        """Batches of one skill, in which a row is with probability ``old`` one of a skill before."""
+        """Yield batches of one skill; with probability ``old`` a row comes from an earlier skill."""
         random = np.random.default_rng([skill, steps])
         for step in range(steps):
             sources = [
@@ -81,17 +81,17 @@ class Rows:
             yield self._of(sources, step)
 
     def joint(self, steps: int) -> Iterator[Batch]:
-        """Batches in which each skill has as many rows."""
+        """Yield batches in which each row comes from a skill drawn uniformly."""
         random = np.random.default_rng(steps)
         for step in range(steps):
             yield self._of(random.integers(len(self.data), size=BATCH_SIZE).tolist(), step)
 
-    def sample(self, skill: int, count: int = AcquireArguments.sample_rows) -> list[Batch]:
-        """Training rows to judge a skill and to teach a gate by."""
+    def sample(self, skill: int, count: int = AcquireArgs.sample_rows) -> list[Batch]:
+        """Return training rows, for the novelty check and for the gate."""
         return self._first(self.data[skill].train, count)
 
     def held_out(self, skill: int) -> list[Batch]:
-        """Held-out rows of a skill."""
+        """Return held-out rows of a skill."""
         return self._first(self.data[skill].validation, self._held_out)
 
     def _of(self, sources: list[int], step: int) -> Batch:
@@ -115,13 +115,13 @@ class Rows:
 
 
 def main() -> None:
-    """Reads the flags, measures, writes and prints."""
+    """Read the flags, measure, write the result and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where mbpp.jsonl and code_alpaca.json are")
-    parser.add_argument("--steps", type=int, default=30, help="optimiser steps for each skill")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder with mbpp.jsonl and code_alpaca.json")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps for each skill")
     parser.add_argument("--held_out", type=int, default=40, help="held-out rows of each skill")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs, one thread each")
     parser.add_argument("--figure", type=Path, default=FIGURE)
     args = parse_flags(parser, RESULT)
     if not args.show:
@@ -137,7 +137,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, skills: dict[str, str]) -> None:
-    """Every arm on every seed; the result is written anew after each run, and gone on with."""
+    """Run every arm on every seed; write the result after each run, and resume an earlier one."""
     torch.set_num_threads(1)
     rows = Rows(skills, 0, args.held_out)
     settings = {
@@ -165,7 +165,7 @@ def measure(args: argparse.Namespace, skills: dict[str, str]) -> None:
 
 
 def run(name: str, skills: dict[str, str], steps: int, held_out: int) -> dict[str, Any]:
-    """One run, ``arm seed``: losses after each skill, of those seen by then."""
+    """Run ``arm seed`` and return the losses after each skill, of the skills so far."""
     torch.set_num_threads(1)
     arm, seed = name.split()
     rows = Rows(skills, int(seed), held_out)
@@ -183,14 +183,14 @@ def run(name: str, skills: dict[str, str], steps: int, held_out: int) -> dict[st
 
 
 def new_model(seed: int) -> DyLoRA_MoE:
-    """One expert on the base."""
+    """Return a mixture with one expert on the base."""
     set_seed(seed)
     base = load_base_model(MODEL, dtype=torch.bfloat16)
     return DyLoRA_MoE(base, 1, rank=RANK, routing=ROUTING, balance_coefficient=0.0)
 
 
 def train(model: DyLoRA_MoE, batches: Iterator[Batch]) -> bool:
-    """AdamW on what trains, the rate falling to nothing."""
+    """Train by AdamW, with a learning rate that falls linearly to a tenth; return True, as ``acquire_skill`` needs."""
     every = list(batches)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, len(every))
@@ -206,7 +206,7 @@ def train(model: DyLoRA_MoE, batches: Iterator[Batch]) -> bool:
 
 @torch.no_grad()
 def loss_of(model: DyLoRA_MoE, batches: list[Batch]) -> float:
-    """Nats per labelled token."""
+    """Return the loss in nats per labelled token."""
     total, count = 0.0, 0
     for batch in batches:
         labelled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
@@ -216,12 +216,12 @@ def loss_of(model: DyLoRA_MoE, batches: list[Batch]) -> float:
 
 
 def losses_of(model: DyLoRA_MoE, rows: Rows, count: int) -> list[float]:
-    """The loss of each of the first skills now."""
+    """Return the current loss of each of the first ``count`` skills."""
     return [loss_of(model, rows.held_out(skill)) for skill in range(count)]
 
 
 def ours(rows: Rows, steps: int, seed: int) -> dict[str, Any]:
-    """Losses of the base, of ours and of the oracle, and how the gates and the novelty did."""
+    """Return losses of the base, ours and the oracle, the accuracy of the gates, and the AUROC of novelty."""
     model = new_model(seed)
     with model.base_only():
         base = losses_of(model, rows, len(rows.names))
@@ -256,7 +256,7 @@ def ours(rows: Rows, steps: int, seed: int) -> dict[str, Any]:
 
 
 def looks(model: DyLoRA_MoE, rows: Rows) -> tuple[list[SkillFeatures], list[SkillFeatures]]:
-    """What the base makes of training rows and of held-out rows of each skill."""
+    """Return the base model's features of training rows and of held-out rows, for each skill."""
     skills = range(len(rows.names))
     seen = [extract_features(model, rows.sample(skill, GATE_ROWS)) for skill in skills]
     return seen, [extract_features(model, rows.held_out(skill)) for skill in skills]

@@ -1,4 +1,4 @@
-"""Gates taught the skills of a stream one after the other, and how novelty shows, for ``forgetting.py``."""
+"""Gates that learn the skills of a stream one after the other, and measures of novelty, for ``forgetting.py``."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,15 +18,15 @@ REPLAYED_TOKENS = 2000
 
 
 class GradientGate:
-    """Softmax regression by AdamW on the tokens of the day, and on those in a small buffer.
+    """Softmax regression by AdamW on the tokens of the current skill and on a small replay buffer.
 
     Args:
         hidden_size: Width of the features.
-        replay: Tokens to keep of all bodies of data together, as many of each expert; 0 for none.
-        steps: Optimiser steps for each body of data.
-        batch_size: Tokens of a step; with a replay, half of them are old ones.
-        learning_rate: AdamW's.
-        seed: Of batches and buffer.
+        replay: Tokens to keep in total, the same number of each expert; 0 for none.
+        steps: Optimizer steps for each skill.
+        batch_size: Tokens in a step; with a replay, half of them are old ones.
+        learning_rate: Learning rate of AdamW.
+        seed: Seed of the batches and the buffer.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class GradientGate:
         """Kept tokens of each expert."""
 
     def weight(self) -> Tensor:
-        """``(experts, hidden_size)``, as ``RidgeGate.weight`` gives it."""
+        """Return the weight ``(experts, hidden_size)``, as ``RidgeGate.weight`` does."""
         return self._weight
 
     def learn(self, features: Tensor, expert: int) -> None:
-        """Trains on the tokens of one body of data, ``(tokens, hidden_size)``, of a known expert or the next one."""
+        """Train on the tokens of one skill, ``(tokens, hidden_size)``, of a known expert or the next one."""
         if expert == len(self._kept):
-            # as the router does: the newcomer begins with the mean of the others
+            # as in the router, a new expert starts with the mean of the others
             row = self._weight.mean(dim=0, keepdim=True) if expert else torch.zeros(1, self.hidden_size)
             self._weight = torch.cat([self._weight, row])
             self._kept.append(torch.zeros(0, self.hidden_size))
@@ -76,7 +76,7 @@ class GradientGate:
         self._keep(new, expert)
 
     def _keep(self, new: Tensor, expert: int) -> None:
-        """Gives each expert an even share of the buffer, chosen at random from what it had and what is new."""
+        """Give each expert an even share of the buffer, drawn at random from its old and its new tokens."""
         share = self.replay // len(self._kept)
         self._kept[expert] = torch.cat([self._kept[expert], new])
         for index, kept in enumerate(self._kept):
@@ -84,11 +84,11 @@ class GradientGate:
 
 
 class Taught(NamedTuple):
-    """What became of each gate, by its name.
+    """The learned gates, by name.
 
     Attributes:
-        figures: ``tokens`` and ``examples``, the shares that are routed rightly.
-        weights: For a router.
+        figures: ``tokens`` and ``examples``, the shares that go to the right expert, 0 to 1.
+        weights: Weight of each gate, for a router.
     """
 
     figures: dict[str, dict[str, Any]]
@@ -96,12 +96,12 @@ class Taught(NamedTuple):
 
 
 def gates(seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures], seed: int) -> Taught:
-    """Teaches each gate what was seen of each skill in turn, and asks it about held-out rows.
+    """Train each gate on one skill after the other, and measure it on held-out rows.
 
     Args:
-        seen: Of each skill, training rows.
-        held_out: Of each skill, other rows.
-        seed: Of the gates that draw.
+        seen: Features of training rows, one entry per skill.
+        held_out: Features of held-out rows, one entry per skill.
+        seed: Seed of the gates that draw random batches.
     """
     width = seen[0].tokens.shape[1]
     every: dict[str, RidgeGate | GradientGate] = {
@@ -120,7 +120,7 @@ def gates(seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures], seed
 
 
 def closed_form(seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures]) -> dict[str, Any]:
-    """Routing accuracy of the closed form alone, on features that no router of the study reads."""
+    """Return the routing accuracy of the closed form alone, on features that no router of the study reads."""
     gate = RidgeGate(seen[0].tokens.shape[1])
     for skill, one in enumerate(seen):
         gate.learn(one.tokens, skill)
@@ -129,7 +129,7 @@ def closed_form(seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures]
 
 
 def accuracy(weight: Tensor, held_out: Sequence[SkillFeatures]) -> tuple[float, float]:
-    """The share of tokens, and of examples, that a gate sends to the expert of their skill."""
+    """Return the share of tokens, and of examples, that a gate sends to the expert of their skill."""
     first = np.cumsum([0, *(len(one.embeddings) for one in held_out)])
     shares = torch.cat([(one.tokens @ weight.T).softmax(dim=-1) for one in held_out]).numpy()
     right = np.repeat(np.arange(len(held_out)), [len(one.tokens) for one in held_out])
@@ -138,7 +138,7 @@ def accuracy(weight: Tensor, held_out: Sequence[SkillFeatures]) -> tuple[float, 
 
 
 def novelty(library: SkillLibrary, seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures]) -> dict[str, Any]:
-    """AUROC of each measure: by distance for each known skill (a row) and new one, by entropy for each new one."""
+    """Return the AUROC of each measure: a (known skill, new skill) matrix by distance, a list by entropy."""
     found: dict[str, Any] = {}
     for measure in MEASURES:
         table = library.pair_aurocs(measure).tolist()
@@ -150,7 +150,7 @@ def novelty(library: SkillLibrary, seen: Sequence[SkillFeatures], held_out: Sequ
 
 
 def _entropy_auroc(new: int, seen: Sequence[SkillFeatures], held_out: Sequence[SkillFeatures]) -> float:
-    """How well one skill stands out by the entropy of a router that knows all the others."""
+    """Return the AUROC of one skill by the entropy of a router that knows all the others."""
     gate = RidgeGate(seen[0].tokens.shape[1])
     others = [skill for skill in range(len(seen)) if skill != new]
     for column, skill in enumerate(others):

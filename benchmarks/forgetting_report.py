@@ -1,4 +1,4 @@
-"""The tables and the figure of a result of ``forgetting.py``. Needs matplotlib for the figure."""
+"""Tables and figure of the result of ``forgetting.py``. The figure needs matplotlib."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,20 +11,27 @@ from dylo_moe.skills.metrics import backward_transfer, relative_forgetting
 
 STREAMS = {"ours": "ours, one expert a skill", "sequential": "one LoRA, in sequence", "replay": "the same, 1 % replay"}
 ENOUGH, SHOWN = 0.95, 8
-"""The AUROC below which a pair of skills is named, and how many are, the lowest first."""
+"""AUROC below which a pair of skills is listed, and how many pairs are listed, the lowest first."""
 COLOURS = {"ours": "C0", "sequential": "C1", "replay": "C2", "base": "0.75", "oracle": "C3", "joint": "C4"}
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """All tables, as Markdown, by name."""
+    """Return all tables by name, as Markdown."""
     return {"arms": arms_table(result), "gates": gates_table(result), "novelty": novelty_table(result)}
 
 
 def arms_table(result: dict[str, Any]) -> str:
-    """Loss after the whole stream, and what became of the older skills."""
+    """Return the table of the loss after the whole stream and the forgetting of older skills."""
     seeds, skills = seeds_of(result), list(result["settings"]["skills"])
     oracle = [statistics.fmean(run(result, "ours", seed)["oracle"]) for seed in seeds]
-    titles = ["", "mean loss at the end", "against the oracle", "forgetting, mean", "worst skill", "backward transfer"]
+    titles = [
+        "",
+        "mean loss at the end",
+        "relative to the oracle",
+        "forgetting, mean",
+        "worst skill",
+        "backward transfer",
+    ]
     lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     base = [statistics.fmean(run(result, "ours", seed)["base"]) for seed in seeds]
     lines.append(_row("base, untrained", base, oracle))
@@ -46,15 +53,15 @@ def arms_table(result: dict[str, Any]) -> str:
 
 
 def gates_table(result: dict[str, Any]) -> str:
-    """Routing accuracy of each gate after the whole stream, and the loss of the same experts with it."""
+    """Return the table of each gate's routing accuracy after the whole stream, and the experts' loss with it."""
     seeds = seeds_of(result)
     oracle = [statistics.fmean(run(result, "ours", seed)["oracle"]) for seed in seeds]
-    lines = ["| gate | tokens | examples | mean loss | against the oracle |", "| --- " * 5 + "|"]
+    lines = ["| gate | tokens | examples | mean loss | relative to the oracle |", "| --- " * 5 + "|"]
     for gate in run(result, "ours", seeds[0])["gates"]:
         found = [run(result, "ours", seed)["gates"][gate] for seed in seeds]
         losses = [statistics.fmean(one["losses"]) for one in found if "losses" in one]
         shares = [spread([one[what] for one in found], ".1%") for what in ("tokens", "examples")]
-        cells = ["", ""]  # a gate that no router of the study had
+        cells = ["", ""]  # no router of the study had this gate
         if losses:
             relative = [loss / best - 1 for loss, best in zip(losses, oracle, strict=True)]
             cells = [spread(losses, ".4f"), _percent(relative)]
@@ -63,7 +70,7 @@ def gates_table(result: dict[str, Any]) -> str:
 
 
 def novelty_table(result: dict[str, Any]) -> str:
-    """AUROC by measure, with the pairs that it tells apart badly."""
+    """Return the table of AUROC by measure, with the pairs of skills that it separates badly."""
     seeds, skills = seeds_of(result), list(result["settings"]["skills"])
     lines = ["| novelty by | mean AUROC | lowest | below 0.95 |", "| --- " * 4 + "|"]
     for measure in run(result, "ours", seeds[0])["auroc"]:
@@ -86,7 +93,7 @@ def novelty_table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draws how the older skills fare along the stream, and every skill's loss at its end."""
+    """Draw the loss of the older skills along the stream, and every skill's loss at its end."""
     import matplotlib
     from matplotlib import pyplot
 
@@ -121,20 +128,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def run(result: dict[str, Any], arm: str, seed: int) -> dict[str, Any]:
-    """One run of a result."""
+    """Return one run of a result."""
     found: dict[str, Any] = result["runs"][f"{arm} {seed}"]
     return found
 
 
 def seeds_of(result: dict[str, Any]) -> list[int]:
-    """The seeds that every arm has a run of."""
+    """Return the seeds for which every arm has a run."""
     arms = {name.split()[0] for name in result["runs"]}
     seeds = sorted({int(name.split()[1]) for name in result["runs"]})
     return [seed for seed in seeds if all(f"{arm} {seed}" in result["runs"] for arm in arms)]
 
 
 def square(losses: Sequence[Sequence[float]]) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
-    """A matrix of what was measured after each skill, NaN for skills that were yet to come."""
+    """Return a (skills learned, skill) matrix of losses, NaN for skills not learned yet."""
     matrix = np.full((len(losses), len(losses)), np.nan)
     for stage, row in enumerate(losses):
         matrix[stage, : len(row)] = row
@@ -151,7 +158,7 @@ def _percent(values: list[float]) -> str:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation."""
+    """Format the mean and the standard deviation."""
     deviation = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{deviation}"
 
@@ -161,7 +168,7 @@ def _setting(result: dict[str, Any]) -> str:
     skills = ", ".join(f"`{name}` ({train:,} rows)" for name, (train, _) in settings["skills"].items())
     return (
         f"Held-out loss in nats per labelled token, mean ± standard deviation over {len(seeds_of(result))} seeds; "
-        f"{settings['held_out']} held-out rows a skill at most. Skills in order: {skills}. "
+        f"at most {settings['held_out']} held-out rows per skill. Skills in order: {skills}. "
         f"{settings['steps']} steps of {settings['batch_size']} rows of at most {settings['max_length']} tokens "
         f"for each; rank {settings['rank']}; SmolLM2-135M-Instruct in bfloat16; torch {machine['versions']['torch']}."
     )

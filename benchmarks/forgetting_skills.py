@@ -1,8 +1,8 @@
-"""Skills that a machine has without the Hub: files of one kind, cut into a beginning and what follows it.
+"""Skills that need no Hub: files of one kind, each cut into a beginning and its continuation.
 
-They are Python functions and C++ declarations, which the package reads itself, and Perl modules and manual pages, which
-are written here as files of rows. MBPP and Code Alpaca come from a folder that is named. The first two skills and MBPP
-have a language in common with others, Perl's modules have manual pages in them: they are not chosen to be far apart.
+The package itself reads Python functions and C++ declarations. Perl modules and manual pages are written here as files
+of rows. MBPP and Code Alpaca come from a given folder. The skills are not chosen to be far apart: MBPP shares a
+language with ``python_stdlib`` and Code Alpaca, and Perl modules contain manual pages.
 """
 
 import gzip
@@ -21,14 +21,14 @@ SMALLEST_CHARS, LARGEST_CHARS = 200, 3000
 
 
 def stream(folder: Path, data_dir: Path) -> dict[str, str]:
-    """The skills by name, in order, each as a dataset that the programs know: a name, or ``name=path``.
+    """Return the skills by name, in order, each as a dataset that the programs accept: a name, or ``name=path``.
 
     Args:
-        folder: Where the rows of this machine's files are written.
-        data_dir: Where ``mbpp*`` and ``code_alpaca*`` are.
+        folder: Folder to write the rows of this machine's files to.
+        data_dir: Folder with ``mbpp*`` and ``code_alpaca*``.
 
     Raises:
-        SystemExit: One of them is missing, here or on this machine.
+        SystemExit: A skill is missing, in ``data_dir`` or on this machine.
     """
     skills = {"python_stdlib": "python_stdlib", "cpp_headers": "cpp_headers"}
     for name, (root, patterns) in KINDS.items():
@@ -49,7 +49,7 @@ def stream(folder: Path, data_dir: Path) -> dict[str, str]:
 
 
 def _rows(root: Path, patterns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of the files below a folder, each text once, a seeded choice where there are very many."""
+    """Return rows of the files below a folder, each text once; a seeded sample if there are too many."""
     files = sorted({path for pattern in patterns for path in root.rglob(pattern) if path.is_file()})
     random.Random(0).shuffle(files)
     found: dict[str, dict[str, str]] = {}

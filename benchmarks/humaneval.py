@@ -1,14 +1,14 @@
-"""HumanEval and HumanEval+ of a small model and of the demo's mixture on it, and what batches are worth.
+"""HumanEval and HumanEval+ scores of a small model and of the demo's mixture on it, and the gain from batches.
 
-    python benchmarks/humaneval.py FOLDER     measures, writes benchmarks/results/humaneval.json, prints the tables
-    python benchmarks/humaneval.py --show     prints the tables of the committed result
+    python benchmarks/humaneval.py FOLDER     measure, write benchmarks/results/humaneval.json, print the tables
+    python benchmarks/humaneval.py --show     print the tables of the committed result
 
-FOLDER holds ``HumanEvalPlus.jsonl.gz``, EvalPlus's data. The mixture is trained by ``recipes/demo.yaml`` unless
-``--mixture`` names its folder. The base and the mixture are asked alike, greedily. Then the base answers each batch of
-tasks twice, together and one task at a time, in turns: tokens per second are compared within a round, and the answers
-word for word.
+FOLDER contains ``HumanEvalPlus.jsonl.gz``, EvalPlus's data. The mixture is trained by ``recipes/demo.yaml`` unless
+``--mixture`` names its folder. The base and the mixture get the same prompts and answer greedily. Then the base answers
+each batch of tasks twice, together and one task at a time, in turns: tokens per second are compared within a round, and
+the answers word for word.
 
-Covered: float32 on the CPU, SmolLM2-135M-Instruct. Not covered: GPUs, where batches are worth more.
+Covered: float32 on the CPU, SmolLM2-135M-Instruct. Not covered: GPUs, where batches gain more.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from result_file import environment, parse_flags
 from rich.console import Console
 from timing import Timed, interleaved, spread
 
-from dylo_moe.config import BenchmarkArguments
+from dylo_moe.benchmark_config import BenchmarkArgs
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import read_description
 from dylo_moe.data.tokenization import encode_prompt
@@ -43,22 +43,22 @@ BENCHMARKS = ["humaneval", "humanevalplus"]
 
 
 def main() -> None:
-    """Reads the flags, measures, writes and prints."""
+    """Read the flags, measure, write the result and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where HumanEvalPlus.jsonl.gz is")
-    parser.add_argument("--mixture", type=Path, help="the demo's mixture, where it is trained already")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder with HumanEvalPlus.jsonl.gz")
+    parser.add_argument("--mixture", type=Path, help="folder of the demo's mixture, if it is trained already")
     parser.add_argument("--max_samples", type=int, help="only the first tasks")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument(
-        "--prompt_styles", nargs="+", default=STYLES, help="ways to ask; batches are timed in the first"
+        "--prompt_styles", nargs="+", default=STYLES, help="prompt styles; batches are timed in the first"
     )
-    parser.add_argument("--rounds", type=int, help="batches to answer twice; all by default")
+    parser.add_argument("--rounds", type=int, help="number of batches to answer twice; all by default")
     args = parse_flags(parser, RESULT)
     if not args.show:
         if args.folder is None:
             parser.error("name the folder with HumanEvalPlus.jsonl.gz")
-        # read by EvalPlus when it is imported
+        # EvalPlus reads it on import
         os.environ["HUMANEVAL_OVERRIDE_PATH"] = str(args.folder / "HumanEvalPlus.jsonl.gz")
         with tempfile.TemporaryDirectory() as scratch:
             result = measure(args, Path(scratch))
@@ -68,12 +68,12 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """All sections."""
+    """Measure all sections and return the result."""
     console = Console(stderr=True)
-    mixture = args.mixture or trained(scratch / "demo")
-    read_description(mixture)  # what is no mixture should not be found out after the base was measured
+    mixture = args.mixture or train_demo(scratch / "demo")
+    read_description(mixture)  # a wrong folder should fail before the base is measured
     asked = [
-        BenchmarkArguments(
+        BenchmarkArgs(
             benchmarks=BENCHMARKS,
             prompt_style=style,
             max_samples=args.max_samples,
@@ -84,33 +84,33 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     ]
     return {
         "environment": environment(),
-        "styles": {one.prompt_style: beside(one, mixture, scratch, console) for one in asked},
-        "batching": batching(asked[0], args.rounds, console),
+        "styles": {one.prompt_style: score_style(one, mixture, scratch, console) for one in asked},
+        "batching": measure_batching(asked[0], args.rounds, console),
     }
 
 
-def beside(asked: BenchmarkArguments, mixture: Path, scratch: Path, console: Console) -> dict[str, Any]:
-    """The base and the mixture, asked in one style."""
+def score_style(asked: BenchmarkArgs, mixture: Path, scratch: Path, console: Console) -> dict[str, Any]:
+    """Score the base and the mixture in one prompt style."""
     output = scratch / asked.prompt_style
     base = benchmark(replace(asked, base_model=MODEL, output=f"{output}-base.json"), console)
     mixed = benchmark(replace(asked, trained_model=str(mixture), output=f"{output}-mixture.json"), console)
     return {
         "settings": base.settings.model_dump(),
-        "base": recorded(base),
-        "mixture": recorded(mixed),
+        "base": record_of(base),
+        "mixture": record_of(mixed),
         "differences": {name: found.model_dump() for name, found in compare_results(base, mixed).items()},
     }
 
 
-def trained(output: Path) -> Path:
-    """The demo's mixture, trained by its recipe in a process of its own."""
+def train_demo(output: Path) -> Path:
+    """Train the demo's mixture by its recipe in a separate process, and return its folder."""
     arguments = ["train", "--config", RECIPE, "--output_dir", str(output)]
     subprocess.run([sys.executable, "-m", "dylo_moe", *arguments], cwd=ROOT, check=True)
     return output / "best_model"
 
 
-def recorded(result: BenchmarkResult) -> dict[str, Any]:
-    """A result without what is true of this machine alone, and with the tasks that passed in the place of verdicts."""
+def record_of(result: BenchmarkResult) -> dict[str, Any]:
+    """Return a result without paths of this machine, and with the tasks that passed instead of verdicts."""
     found = result.model_dump(exclude={"benchmarks", "settings"})
     found["model"]["name"] = Path(found["model"]["name"]).name
     found["benchmarks"] = {
@@ -118,21 +118,21 @@ def recorded(result: BenchmarkResult) -> dict[str, Any]:
             **record.model_dump(include={"problems_hash", "pass_at"}),
             "tasks": len(record.verdicts),
             "passed": [task for task, share in record.passed().items() if share == 1.0],
-            "statuses": statuses(record.verdicts),
+            "statuses": count_statuses(record.verdicts),
         }
         for name, record in result.benchmarks.items()
     }
     return found
 
 
-def statuses(verdicts: dict[str, Any]) -> dict[str, int]:
-    """How many answers were found to be what."""
+def count_statuses(verdicts: dict[str, Any]) -> dict[str, int]:
+    """Return the number of answers with each status."""
     every = [verdict.status for found in verdicts.values() for verdict in found]
     return {status: every.count(status) for status in sorted(set(every))}
 
 
-def batching(asked: BenchmarkArguments, rounds: int | None, console: Console) -> dict[str, Any]:
-    """Tokens per second of a batch and of its tasks one at a time, and how many answers differ."""
+def measure_batching(asked: BenchmarkArgs, rounds: int | None, console: Console) -> dict[str, Any]:
+    """Measure tokens per second of a batch and of its tasks one at a time, and list the answers that differ."""
     model, tokenizer = load_base_model(MODEL).eval(), load_tokenizer(MODEL)
     style = style_of(asked.prompt_style, None, tokenizer)
     prompts = BenchmarkPrompts(chosen_problems(asked), style, lambda text: encode_prompt(tokenizer, text))

@@ -1,15 +1,15 @@
-"""The tables of ``humaneval.py``'s result, as Markdown."""
+"""Markdown tables of the result of ``humaneval.py``."""
 
 from typing import Any
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """All tables by name."""
+    """Return all tables by name."""
     return {"humaneval": scores_table(result), "humaneval batches": batches_table(result)}
 
 
 def scores_table(result: dict[str, Any]) -> str:
-    """pass@1 of the base and of the mixture in each style, and their difference."""
+    """Return the tables of pass@1 of the base and the mixture in each style, and of their speed."""
     lines = [
         "| benchmark | prompt style | tasks | base | mixture | difference | gained | lost |",
         "| --- " * 8 + "|",
@@ -33,7 +33,7 @@ def scores_table(result: dict[str, Any]) -> str:
         f"bootstrap for the difference). Sandbox: {first['base']['sandbox']}. {machine['processor']}, "
         f"{machine['threads']} threads; {_versions(first['base']['versions'])}.",
         "",
-        "| run | answers | tokens | tokens/s | minutes, with judging | cut off |",
+        "| run | answers | tokens | tokens/s | minutes, with judging | truncated |",
         "| --- " * 6 + "|",
         *(_cost(who, style, run[who]) for style, run in result["styles"].items() for who in ("base", "mixture")),
     ]
@@ -41,7 +41,7 @@ def scores_table(result: dict[str, Any]) -> str:
 
 
 def batches_table(result: dict[str, Any]) -> str:
-    """What answering together is worth, and what it changes."""
+    """Return the table of the speed of batches, with the number of answers that they change."""
     found = result["batching"]
     lines = ["| answers | tokens/s, each round |", "| --- | --- |"]
     for name, speeds in found["tokens_per_second"].items():
@@ -51,7 +51,7 @@ def batches_table(result: dict[str, Any]) -> str:
         "",
         f"Batches of {found['batch_size']}: {ratio['median']:.1f} times as many tokens per second "
         f"({ratio['quartiles'][0]:.1f} to {ratio['quartiles'][1]:.1f} over {ratio['rounds']} rounds), and "
-        f"{len(found['different'])} of {found['answers']} greedy answers differ from the ones alone.",
+        f"{len(found['different'])} of {found['answers']} greedy answers differ from those generated alone.",
     ]
     return "\n".join(lines)
 

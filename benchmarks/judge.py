@@ -1,12 +1,12 @@
-"""Whether right answers pass, also on a busy machine, and wrong ones do not, beside EvalPlus's own oracle.
+"""Verdicts on right answers, also on a busy machine, and on wrong ones, compared with EvalPlus's own oracle.
 
-    python benchmarks/judge.py FOLDER          measures, writes benchmarks/results/judge.json, prints the table
-    python benchmarks/judge.py --show          prints the table of the committed result
+    python benchmarks/judge.py FOLDER          measure, write benchmarks/results/judge.json, print the table
+    python benchmarks/judge.py --show          print the table of the committed result
 
-FOLDER holds EvalPlus's ``HumanEvalPlus.jsonl.gz`` and ``MbppPlus.jsonl.gz`` and Google's ``mbpp.jsonl``. Right answers
-are the canonical solutions. Wrong ones are mutants of them; a few change nothing that any input shows, and pass
-under both judges. HumanEval/32 has no mutants, as EvalPlus 0.3.1 passes no answer to it, nor have the tasks whose
-canonical solution takes longer than ``SLOW`` seconds on all inputs.
+FOLDER contains EvalPlus's ``HumanEvalPlus.jsonl.gz`` and ``MbppPlus.jsonl.gz`` and Google's ``mbpp.jsonl``. Right
+answers are the canonical solutions. Wrong ones are mutants of them; a few change nothing that any input shows, and pass
+under both judges. Two kinds of tasks have no mutants: HumanEval/32, where EvalPlus 0.3.1 passes no answer, and tasks
+whose canonical solution takes longer than ``SLOW`` seconds on all inputs.
 """
 
 import argparse
@@ -34,10 +34,10 @@ BUSY = "while True: pass"
 
 
 def main() -> None:
-    """Reads the flags, measures, writes and prints."""
+    """Read the flags, measure, write the result and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where the three files are")
-    parser.add_argument("--cache", type=Path, help="where expected outputs are kept, the user's cache by default")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder with the three files")
+    parser.add_argument("--cache", type=Path, help="folder that keeps expected outputs; the user's cache by default")
     args = parse_flags(parser, RESULT)
     if not args.show:
         if args.folder is None:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure(folder: Path, cache: Path | None) -> dict[str, Any]:
-    """All sections."""
+    """Measure all sections and return the result."""
     from dylo_moe.evaluation.canary import choose_sandbox
     from dylo_moe.evaluation.judge import Judge
     from dylo_moe.evaluation.problems import load_problems
@@ -60,15 +60,15 @@ def measure(folder: Path, cache: Path | None) -> dict[str, Any]:
     own = [*load_problems("humaneval", evalplus=False), *load_problems("mbpp", evalplus=False, rows=rows)]
     plus = [*load_problems("humanevalplus"), *load_problems("mbppplus")]
     with Judge(choice.sandbox, cache=cache) as judge:
-        right = [passes(judge, own, "own tests", console), passes(judge, plus, "plus tests", console)]
+        right = [judge_canonical(judge, own, "own tests", console), judge_canonical(judge, plus, "plus tests", console)]
         busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in os.sched_getaffinity(0)]
         try:
-            right.append(passes(judge, plus, "plus tests, every core kept busy by others", console))
+            right.append(judge_canonical(judge, plus, "plus tests, every core kept busy by others", console))
         finally:
             for process in busy:
                 process.kill()
                 process.wait()
-        wrong = wrong_answers(judge, plus, console)
+        wrong = judge_mutants(judge, plus, console)
     return {
         "environment": environment(),
         "evalplus": version("evalplus"),
@@ -78,8 +78,8 @@ def measure(folder: Path, cache: Path | None) -> dict[str, Any]:
     }
 
 
-def passes(judge: Any, problems: list[Any], name: str, console: Console) -> dict[str, Any]:
-    """How many canonical solutions pass."""
+def judge_canonical(judge: Any, problems: list[Any], name: str, console: Console) -> dict[str, Any]:
+    """Judge the canonical solutions; return how many pass, and the statuses of the others."""
     console.print(name, highlight=False)
     start = time.perf_counter()
     verdicts = list(judge.judge_many((problem, problem.reference) for problem in problems))
@@ -93,8 +93,8 @@ def passes(judge: Any, problems: list[Any], name: str, console: Console) -> dict
     }
 
 
-def wrong_answers(judge: Any, problems: list[Any], console: Console) -> dict[str, Any]:
-    """Verdicts of both judges on the same mutants."""
+def judge_mutants(judge: Any, problems: list[Any], console: Console) -> dict[str, Any]:
+    """Judge the same mutants with both judges and compare the verdicts."""
     console.print("mutants", highlight=False)
     chosen = [
         (problem, change, code)
@@ -125,7 +125,7 @@ def wrong_answers(judge: Any, problems: list[Any], console: Console) -> dict[str
 
 
 def evalplus_passes(benchmark: str, task_id: str, code: str) -> bool | None:
-    """EvalPlus's verdict on both suites; None where the canonical solution is slow."""
+    """Return whether EvalPlus passes the answer in both suites; None if the canonical solution is slow."""
     from evalplus.data import get_human_eval_plus, get_mbpp_plus
     from evalplus.eval import PASS, untrusted_check
     from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS
@@ -146,14 +146,15 @@ def evalplus_passes(benchmark: str, task_id: str, code: str) -> bool | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Both sections, as Markdown."""
+    """Return both tables as Markdown."""
     lines = ["| canonical solutions | tasks | pass | seconds |", "| --- " * 4 + "|"]
     for found in result["right"]:
         tasks = " + ".join(str(count) for count in found["tasks"].values())
         lines.append(f"| {found['name']} | {tasks} | {found['passed']} | {found['seconds']:.0f} |")
     wrong = result["wrong"]
     kinds = ("fail under both", "pass under both", "pass here alone", "pass under EvalPlus alone")
-    lines += ["", "| mutants | " + " | ".join(kinds) + " |", "| --- " * (len(kinds) + 1) + "|"]
+    titles = ("fail under both", "pass under both", "pass only here", "pass only under EvalPlus")
+    lines += ["", "| mutants | " + " | ".join(titles) + " |", "| --- " * (len(kinds) + 1) + "|"]
     lines.append(f"| {wrong['mutants']} | " + " | ".join(str(wrong[kind]) for kind in kinds) + " |")
     machine = result["environment"]
     lines += [

@@ -26,10 +26,10 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 
 
 def mutants(program: str, seed: str) -> Iterator[tuple[str, str]]:
-    """Different mutants of a program, in an order that the seed draws.
+    """Yield different mutants of a program, in an order that the seed draws.
 
     Yields:
-        What was changed, and the program.
+        The kind of change, and the mutant's code.
     """
     tree = ast.parse(program)
     places = [(number, change) for number, node in enumerate(ast.walk(tree)) for change in _changes(node)]

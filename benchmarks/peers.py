@@ -1,7 +1,7 @@
-"""Other ways to have several LoRA experts: Arrow and X-LoRA of PEFT, the package ``mixlora``, and a pass per expert.
+"""Other methods with several LoRA experts: PEFT's Arrow and X-LoRA, the package ``mixlora``, and a pass per expert.
 
-Not covered: methods whose code is not on PyPI. ``mixlora`` is no dependency of this project; where it is not installed
-(``pip install --no-deps mixlora==0.2.3``) the benchmark says so and goes on.
+Not covered: methods whose code is not on PyPI. ``mixlora`` is not a dependency of this project; if it is not installed
+(``pip install --no-deps mixlora==0.2.3``) the benchmark reports that and continues.
 """
 
 import itertools
@@ -15,17 +15,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 LIBRARIES = {"arrow": "PEFT Arrow (top-2)", "xlora": "PEFT X-LoRA", "mixlora": "MixLoRA 0.2.3 (MLP, top-2)"}
-"""The contenders by other libraries and methods, in plain words."""
+"""Titles of the other libraries and methods."""
 
 
 def arrow(base: PreTrainedModel, adapter_paths: list[str]) -> PeftModel:
-    """Arrow: each layer weighs its experts by their likeness to the token; it has nothing to train."""
+    """Return Arrow, where each layer weighs its experts by similarity to the token; nothing in it trains."""
     model: PeftModel = create_arrow_model(base, adapter_paths, ArrowConfig(top_k=2, rng_seed=0))
     return model
 
 
 def xlora(base: PreTrainedModel, adapter_paths: list[str]) -> PeftModel:
-    """X-LoRA with a trainable classifier and trainable experts."""
+    """Return X-LoRA with a trainable classifier and trainable experts."""
     base.config.use_cache = False  # X-LoRA refuses a base model that would use its cache
     config = XLoraConfig(
         task_type="CAUSAL_LM",
@@ -38,14 +38,14 @@ def xlora(base: PreTrainedModel, adapter_paths: list[str]) -> PeftModel:
 
 
 def mixlora(base: PreTrainedModel, experts: int) -> tuple[PreTrainedModel, list[nn.Parameter]]:
-    """MixLoRA: the MLP's three projections have experts, of which each token takes two.
+    """Return MixLoRA, where the MLP's three projections have experts and each token takes two, and its parameters.
 
-    The package has no loss for its router, and does not register its experts as modules: they are collected here.
+    The package has no loss for its router, and does not register its experts as modules, so they are collected here.
     """
     import mixlora as package  # optional, see above
 
     targets = ["gate_proj", "up_proj", "down_proj"]
-    # the package wants a dropout above 0, which is taken away again below
+    # the package requires a dropout above 0; it is set to 0 below
     options = {
         "r": 16,
         "lora_alpha": 32,
@@ -70,7 +70,7 @@ def mixlora(base: PreTrainedModel, experts: int) -> tuple[PreTrainedModel, list[
 
 
 def _mixlora_weights(base: PreTrainedModel, targets: list[str], experts: int) -> Any:
-    """The tensors of a random adapter, under the names that the package gives them."""
+    """Yield the tensors of a random adapter, under the names that the package uses."""
     for index, layer in enumerate(base.model.layers):
         prefix = f"mixlora.layers.{index}.mlp"
         yield f"{prefix}.moe_gate.weight", nn.Parameter(torch.randn(experts, base.config.hidden_size) * 0.02)
@@ -82,9 +82,9 @@ def _mixlora_weights(base: PreTrainedModel, targets: list[str], experts: int) ->
 
 
 class OnePassPerExpert(nn.Module):
-    """What a mixture costs without a routed layer: the base once for the router, and the model once per expert.
+    """A mixture without a routed layer: the base runs once for the router, and the model once per expert.
 
-    The experts' last hidden states are mixed and the head runs once, which is cheaper than to mix logits.
+    The experts' last hidden states are mixed and the head runs once, which is cheaper than mixing logits.
     """
 
     def __init__(self, model: PeftModel, experts: int) -> None:
@@ -95,7 +95,7 @@ class OnePassPerExpert(nn.Module):
         self.adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, use_cache: bool = False) -> CausalLMOutput:
-        """Logits, and with labels the loss."""
+        """Return the logits, and with labels the loss."""
         causal_lm: Any = self.model.get_base_model()
         backbone = causal_lm.model
         with torch.no_grad(), self.model.disable_adapter():
@@ -106,7 +106,7 @@ class OnePassPerExpert(nn.Module):
             self.model.set_adapter(name)
             hidden = backbone(input_ids=input_ids, use_cache=use_cache).last_hidden_state
             mixed = mixed + weights[..., index, None] * hidden
-        for parameter in self.adapters:  # set_adapter has frozen the others, whose gradients would be dropped
+        for parameter in self.adapters:  # set_adapter froze the other adapters
             parameter.requires_grad_(True)
         logits = causal_lm.lm_head(mixed)
         loss = None

@@ -1,19 +1,19 @@
-"""Held-out loss at equal wall-clock: the three routing modes beside plain LoRA of the same rank in all.
+"""Held-out loss at equal wall-clock time: three routing modes and plain LoRA of the same total rank.
 
-    python benchmarks/quality.py             trains, writes benchmarks/results/quality.json, prints the table
-    python benchmarks/quality.py --show      prints the table of the committed result
-    python benchmarks/quality.py --seconds 8 --sweep-seconds 4 --held-out 1 --seeds 0 --output /tmp/quality.json   a try
+    python benchmarks/quality.py             train, write benchmarks/results/quality.json, print the table
+    python benchmarks/quality.py --show      print the table of the committed result
+    python benchmarks/quality.py --seconds 8 --sweep-seconds 4 --held-out 1 --seeds 0 --output /tmp/quality.json  try it
 
 Mixtures of 4 experts of rank 16, and one LoRA of rank 64 on the same projections with the same alpha / rank, train on
 the two domains of ``recipes/demo.yaml`` for the same time each, in turns in one process, on the same batches in the
-same order. A quicker arm takes more steps. Under ``prefix`` the first quarter of the layers carries no experts, which
-is part of what that mode is: it has three quarters of the parameters. A sweep on a seed of its own finds each arm's
-learning rate, in as much time as the training has: the best rate falls with the number of steps. All plain LoRA arms
-share that of r=64, as steps and scale are the same.
+same order. A faster arm takes more steps. Under ``prefix`` the first quarter of the layers has no experts, so that mode
+has three quarters of the parameters. A sweep on a separate seed finds each arm's learning rate. It trains for as long
+as the measurement does, because the best rate falls with the number of steps. All plain LoRA arms share the rate of
+r=64, as their steps and scale are the same.
 
-Covered: minutes of training in float32 on the CPU, on a small model and two domains that are easily told apart. Not
-covered: GPUs, where the arms' speeds stand to each other otherwise; long training; other ranks, targets and numbers of
-experts; and what a mixture is for besides loss, such as adding a skill later.
+Covered: minutes of training in float32 on the CPU, on a small model and two domains that are easy to separate. Not
+covered: GPUs, where the arms' relative speeds differ; long training; other ranks, targets and numbers of experts; and
+uses of a mixture other than loss, such as adding a skill later.
 """
 
 import argparse
@@ -47,22 +47,26 @@ REFERENCE = "lora_64"
 MIXTURES = [name for name, entry in ENTRIES.items() if entry.routing is not None]
 SWEPT = sorted({entry.rate_of for entry in ENTRIES.values()}, key=list(ENTRIES).index)
 
-Tell = Callable[[str, float], object]
+Report = Callable[[str, float], object]
 
 
 def main() -> None:
-    """Reads the flags, runs, writes and prints."""
+    """Read the flags, run, write the result and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=75.0, help="training time of each arm under each seed")
-    parser.add_argument("--sweep-seconds", type=float, default=75.0, help="the same for each arm and rate of the sweep")
+    parser.add_argument(
+        "--sweep-seconds", type=float, default=75.0, help="training time of each arm and rate in the sweep"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--held-out", type=float, default=3.0, help="percent of the held-out rows, chosen by the seed")
+    parser.add_argument(
+        "--held-out", type=float, default=3.0, help="percentage of the held-out rows, chosen by the seed"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the grid of the sweep")
     args = parse_flags(parser, RESULT)
     if SWEEP_SEED in args.seeds:
-        parser.error(f"seed {SWEEP_SEED} is the sweep's, and its learning rates would be chosen on what is reported")
+        parser.error(f"--seeds must not include {SWEEP_SEED}, the sweep's seed, on which the learning rates are chosen")
     if not args.show:
-        # there is one bar, of the whole; PEFT asks transformers for something by its older name
+        # one progress bar is enough; PEFT uses a deprecated name of transformers
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -71,7 +75,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    """The sweep, then the seeds; the result is written anew after each."""
+    """Run the sweep, then the seeds; write the result after each."""
     base, tokenizer = load_base_model(MODEL).eval(), load_tokenizer(MODEL)
     data = Data(DOMAINS, tokenizer, args.held_out, SWEEP_SEED)
     start = time.perf_counter()
@@ -84,24 +88,24 @@ def run(args: argparse.Namespace, console: Console) -> None:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=training)
 
-        def tell(title: str, text: str, seconds: float) -> None:
+        def report(title: str, text: str, seconds: float) -> None:
             progress.update(task, description=f"{title}, {text}", advance=seconds)
 
-        result = resumed(args)
+        result = load_or_start(args)
         if not result["runs"]:
             result["sweep"]["base"] = sweep_base
-            sweep(result["sweep"], base, data, args, partial(tell, "sweep"))
+            sweep(result["sweep"], base, data, args, partial(report, "sweep"))
             write(args.output, result)
         rates = result["sweep"]["best"]
         done = [seed_run["seed"] for seed_run in result["runs"]]
         for seed in [seed for seed in args.seeds if seed not in done]:
-            seed_run = run_seed(base, tokenizer, seed, rates, args, partial(tell, f"seed {seed}"))
+            seed_run = run_seed(base, tokenizer, seed, rates, args, partial(report, f"seed {seed}"))
             result["runs"].append(seed_run)
             write(args.output, result)
 
 
-def resumed(args: argparse.Namespace) -> dict[str, Any]:
-    """What an earlier run with these settings on this machine left in the result file; an empty result otherwise."""
+def load_or_start(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the result of an earlier run with these settings on this machine; an empty result otherwise."""
     sweep = {"losses": {name: {} for name in SWEPT}}
     begun: dict[str, Any] = {"environment": environment(), "settings": settings(args), "sweep": sweep, "runs": []}
     if args.output.exists():
@@ -112,7 +116,7 @@ def resumed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the result depends on besides the code and the environment."""
+    """Return the settings that the result depends on, besides the code and the environment."""
     return {
         "model": MODEL,
         "domains": DOMAINS,
@@ -129,20 +133,20 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluations(rates: int, seeds: int) -> int:
-    """How many times the base's evaluation all evaluations last; a forward under ``final`` is two passes."""
+    """Return the cost of all evaluations in units of the base's; a forward under ``final`` is two passes."""
     sweep_arms = len(SWEPT) + sum(name in MIXTURES for name in SWEPT) + 2
     seed_arms = len(ENTRIES) + len(MIXTURES) + 2
     return rates * sweep_arms + seeds * (1 + seed_arms)
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Writes the result, making its folder where there is none."""
+    """Write the result, creating its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def sweep(result: dict[str, Any], base: PreTrainedModel, data: Data, args: argparse.Namespace, tell: Tell) -> None:
-    """Adds the mean held-out loss of each arm at each rate that the result lacks, and the best of all rates."""
+def sweep(result: dict[str, Any], base: PreTrainedModel, data: Data, args: argparse.Namespace, report: Report) -> None:
+    """Add the mean held-out loss of each arm at each missing rate to the result, and the best rates."""
     for name in SWEPT:
         losses: dict[str, float] = result["losses"][name]
         arms = {
@@ -150,8 +154,11 @@ def sweep(result: dict[str, Any], base: PreTrainedModel, data: Data, args: argpa
             for rate in args.rates
             if f"{rate:g}" not in losses
         }
-        train_together(arms, data, tell)
-        losses |= {f"{arm.rate:g}": mean_loss(used(evaluated(title, arm, data, tell))) for title, arm in arms.items()}
+        train_together(arms, data, report)
+        losses |= {
+            f"{arm.rate:g}": mean_loss(intended_losses(evaluate(title, arm, data, report)))
+            for title, arm in arms.items()
+        }
     result["best"] = {name: float(min(losses, key=losses.get)) for name, losses in result["losses"].items()}
 
 
@@ -161,53 +168,53 @@ def run_seed(
     seed: int,
     rates: dict[str, float],
     args: argparse.Namespace,
-    tell: Tell,
+    report: Report,
 ) -> dict[str, Any]:
-    """Trains and evaluates all arms under one seed."""
-    tell("base", 0.0)
+    """Train and evaluate all arms under one seed."""
+    report("base", 0.0)
     data = Data(DOMAINS, tokenizer, args.held_out, seed)
     base_losses = data.held_out_losses(partial(plain_nats, base))
     arms = {name: entry.build(base, seed, rates[entry.rate_of], args.seconds) for name, entry in ENTRIES.items()}
-    train_together(arms, data, tell)
-    reports = {name: {**arm.report(), "losses": evaluated(name, arm, data, tell)} for name, arm in arms.items()}
+    train_together(arms, data, report)
+    reports = {name: {**arm.report(), "losses": evaluate(name, arm, data, report)} for name, arm in arms.items()}
     return {"seed": seed, "held_out_rows": data.held_out_rows(), "base": base_losses, "arms": reports}
 
 
-def train_together(arms: dict[str, Arm], data: Data, tell: Tell) -> None:
-    """Trains all arms until their clocks are used up, in turns: what slows the machine slows all of them alike."""
+def train_together(arms: dict[str, Arm], data: Data, report: Report) -> None:
+    """Train all arms in turns until their time is used up, so that a slow machine slows all of them equally."""
     for name, arm in arms.items():
-        tell(f"{name}: warm-up", 0.0)
+        report(f"{name}: warm-up", 0.0)
         arm.warm_up(data.train_batch(0))
-    # the collector would walk over hundreds of thousands of module objects again and again, on somebody's clock
+    # garbage collection over hundreds of thousands of module objects would cost one arm time
     gc.collect()
     gc.freeze()
     while not all(arm.finished for arm in arms.values()):
         for name, arm in arms.items():
             before = arm.used
-            tell(name, 0.0)
+            report(name, 0.0)
             arm.run_slice(data)
-            tell(name, arm.used - before)
+            report(name, arm.used - before)
     gc.unfreeze()
 
 
-def evaluated(name: str, arm: Arm, data: Data, tell: Tell) -> dict[str, dict[str, float]]:
-    """The held-out losses of an arm, told while it takes its time."""
-    tell(f"{name}: evaluation", 0.0)
+def evaluate(name: str, arm: Arm, data: Data, report: Report) -> dict[str, dict[str, float]]:
+    """Return the held-out losses of an arm, and report progress."""
+    report(f"{name}: evaluation", 0.0)
     return arm.held_out(data)
 
 
-def used(losses: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Of the ways in which an arm was evaluated, the one in which it is used: sparse, for a mixture."""
+def intended_losses(losses: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the losses of the way in which an arm is used: sparse for a mixture, plain otherwise."""
     return losses["sparse"] if "sparse" in losses else losses["plain"]
 
 
 def mean_loss(losses: dict[str, float]) -> float:
-    """The mean over the domains."""
+    """Return the mean over the domains."""
     return statistics.mean(losses.values())
 
 
 def table(result: dict[str, Any]) -> str:
-    """The Markdown table, and what it says about the routing modes."""
+    """Return the Markdown table and its verdict on the routing modes."""
     runs, domains, seconds = result["runs"], result["settings"]["domains"], result["settings"]["seconds"]
     titles = ["arm", "learning rate", "steps", *(f"`{domain}`" for domain in domains), "mean", "minus LoRA r=64"]
     lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
@@ -221,7 +228,7 @@ def table(result: dict[str, Any]) -> str:
             lines.append(_row(title, first, [report["losses"][way] for report in reports], runs))
     lines += [
         "",
-        f"Held-out loss in nats per token after {seconds:g} s of training for each arm, mean ± standard deviation over "
+        f"Held-out loss in nats per token after {seconds:g} s of training per arm, mean ± standard deviation over "
         f"{len(runs)} seeds; the last column is paired, by seed. Sparse is top-2 of {NUM_EXPERTS} experts, dense is as "
         f"trained. {_edges(result['sweep']['losses'], result['sweep']['best'])}",
         "",
@@ -240,23 +247,23 @@ def _row(title: str, first: list[str], losses: list[dict[str, float]], runs: lis
 
 
 def _edges(losses: dict[str, dict[str, float]], best: dict[str, float]) -> str:
-    """Which learning rates the sweep found at the edge of its grid, where a better one may lie outside."""
+    """Return which best learning rates lie at the edge of the grid, where a better one may lie outside."""
     rates = sorted(map(float, next(iter(losses.values()))))
     edge = [f"`{name}`" for name in losses if best[name] in (rates[0], rates[-1])]
-    where = f"best at the edge of the grid for {', '.join(edge)}" if edge else "best inside of the grid for every arm"
-    return f"Learning rates from a sweep over {', '.join(f'{rate:g}' for rate in rates)}; {where}."
+    where = f"at the edge of the grid for {', '.join(edge)}" if edge else "inside the grid for every arm"
+    return f"Learning rates from a sweep over {', '.join(f'{rate:g}' for rate in rates)}; the best one is {where}."
 
 
 def verdict(runs: list[dict[str, Any]]) -> str:
-    """Which routing mode is best, and whether by more than the seeds scatter."""
-    losses = {name: [mean_loss(used(run["arms"][name]["losses"])) for run in runs] for name in MIXTURES}
+    """Return which routing mode is best, and whether by more than the spread over the seeds."""
+    losses = {name: [mean_loss(intended_losses(run["arms"][name]["losses"])) for run in runs] for name in MIXTURES}
     best, second = sorted(losses, key=lambda name: statistics.mean(losses[name]))[:2]
     lead = [theirs - ours for ours, theirs in zip(losses[best], losses[second], strict=True)]
     sentence = f"Best routing mode by mean sparse loss: `{best}`, ahead of `{second}` by {_spread(lead, '.4f')}"
     if len(lead) < 2:
-        return f"{sentence}; one seed does not tell whether that is more than chance."
+        return f"{sentence}; one seed does not show whether that is more than chance."
     more = "exceeds" if statistics.mean(lead) > statistics.stdev(lead) else "does not exceed"
-    return f"{sentence} (paired, by seed), which {more} the seeds' spread."
+    return f"{sentence} (paired, by seed), which {more} the spread over the seeds."
 
 
 def _spread(values: list[float], form: str = ".3f") -> str:

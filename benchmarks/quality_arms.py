@@ -1,8 +1,7 @@
-"""What ``quality.py`` compares: mixtures and plain LoRA on one shared frozen base, each with a clock of its own.
+"""The arms of ``quality.py``: mixtures and plain LoRA on one shared frozen base, each with its own clock.
 
-An arm trains only while its clock runs: making batches, evaluating and the other arms' slices are not on it. The
-learning rate follows the share of the clock that is used up, so that a quicker arm takes more steps of the same
-schedule.
+An arm's clock runs only while it trains, not while batches are made, while it is evaluated or while other arms train.
+The learning rate follows the used share of the clock, so that a faster arm takes more steps of the same schedule.
 """
 
 import copy
@@ -43,10 +42,10 @@ class Data:
     """The batches of one seed, the same for every arm, and its held-out rows.
 
     Args:
-        domains: Datasets of the registry.
-        tokenizer: The base model's.
+        domains: Names of datasets in the registry.
+        tokenizer: Tokenizer of the base model.
         held_out_percent: Share of the held-out rows to evaluate on.
-        seed: Of the mixing, of the order, and of the choice of the held-out rows.
+        seed: Seed of the mixing, the order and the choice of held-out rows.
     """
 
     def __init__(
@@ -59,20 +58,20 @@ class Data:
         self._train, self._held_out = prepared.train, prepared.validation
         assert tokenizer.pad_token_id is not None
         self._collator = TokenCollator(tokenizer.pad_token_id)
-        # as the programs order them: equal shares, rows of similar length together
+        # the programs' order: equal shares, rows of similar length together
         self._order = list(prepared.sampler(temperature=math.inf, seed=seed, batch_size=BATCH_SIZE))
 
     def train_batch(self, step: int) -> Batch:
-        """The batch of a step; the rows begin anew when all have been seen."""
+        """Return the batch of a step; the rows repeat once all have been seen."""
         places = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         return self._collate(self._train, [self._order[place % len(self._order)] for place in places])
 
     def held_out_losses(self, nats: Callable[[Batch], Tensor]) -> Losses:
-        """Nats per labelled token for each domain, over all of its held-out rows, by the nats of each batch."""
+        """Return the loss in nats per labelled token of each domain, over all its held-out rows."""
         return {domain: self._held_out_loss(index, nats) for index, domain in enumerate(self.domains)}
 
     def held_out_rows(self) -> int:
-        """How many rows an evaluation reads."""
+        """Return the number of rows that an evaluation reads."""
         return len(self._held_out)
 
     def _held_out_loss(self, domain: int, nats: Callable[[Batch], Tensor]) -> float:
@@ -94,14 +93,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Entry:
-    """What an arm is, before it is built.
+    """Description of an arm that is not built yet.
 
     Attributes:
-        title: As the table calls it.
+        title: Title in the table.
         routing: Routing mode of a mixture; None for plain LoRA.
         rank: Rank of the one adapter of plain LoRA; a mixture's experts have ``EXPERT_RANK`` each.
-        chunked_loss: Whether plain LoRA is trained with the project's loss in the place of transformers'.
-        rate_of: The arm whose learning rate this one uses, as found by the sweep.
+        chunked_loss: Whether plain LoRA is trained with the project's loss instead of transformers'.
+        rate_of: Name of the arm whose learning rate, found by the sweep, this one uses.
     """
 
     title: str
@@ -111,9 +110,9 @@ class Entry:
     chunked_loss: bool = False
 
     def build(self, base: PreTrainedModel, seed: int, rate: float, seconds: float) -> "Arm":
-        """A new arm on the weights of ``base``, with a clock of ``seconds``."""
+        """Build a new arm on the weights of ``base``, with a clock of ``seconds``."""
         set_seed(seed)
-        # every parameter and buffer is its own copy: the modules are new, the memory is shared
+        # new modules that share the memory of all parameters and buffers
         shared = {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())}
         copied = copy.deepcopy(base, shared)
         if self.routing is not None:
@@ -136,9 +135,9 @@ class Arm(ABC):
     """A model in training, its optimizer and its clock.
 
     Args:
-        model: Its trainable parameters are trained.
-        rate: The peak of the learning rate.
-        seconds: The training time that it is given.
+        model: Model whose trainable parameters are trained.
+        rate: Peak learning rate.
+        seconds: Training time in seconds.
     """
 
     def __init__(self, model: Any, rate: float, seconds: float) -> None:
@@ -149,16 +148,16 @@ class Arm(ABC):
         self.steps = 0
         self.tokens = 0
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # fused is what the Trainer takes: many small tensors, as experts have, cost no more than few large ones
+        # fused, as in the Trainer: many small tensors cost no more than few large ones
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, weight_decay=0.0, fused=True)
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        """What is minimised."""
+        """Return the loss to minimize."""
 
     @abstractmethod
     def held_out(self, data: Data) -> dict[str, Losses]:
-        """Held-out losses per domain, for each way of evaluating this arm; the last is how it is meant to be used."""
+        """Return held-out losses per domain for each way of evaluating this arm; the last way is the intended use."""
 
     @property
     def finished(self) -> bool:
@@ -166,13 +165,13 @@ class Arm(ABC):
         return self.used >= self.seconds
 
     def warm_up(self, batch: Batch) -> None:
-        """One step that is neither timed nor trained by: allocations and lazy set-up are not on any clock."""
+        """Run one step without timing or training, so that allocations and lazy set-up are on no clock."""
         with torch.random.fork_rng(devices=[]):
             self.loss(batch).backward()
         self._optimizer.zero_grad()
 
     def run_slice(self, data: Data) -> None:
-        """Trains for ``SLICE_SECONDS``, or until the clock is used up."""
+        """Train for ``SLICE_SECONDS``, or until the clock is used up."""
         end = self.used + SLICE_SECONDS
         while self.used < end and not self.finished:
             batch = data.train_batch(self.steps)
@@ -184,7 +183,7 @@ class Arm(ABC):
         start = time.perf_counter()
         self.loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, MAX_NORM)
-        # read as late as can be: a step that does not end in time has the rate 0, and so no effect
+        # read as late as possible: a step past the end of the clock gets rate 0 and has no effect
         share = (self.used + time.perf_counter() - start) / self.seconds
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate * schedule(share)
@@ -193,7 +192,7 @@ class Arm(ABC):
         self.used += time.perf_counter() - start
 
     def report(self) -> dict[str, Any]:
-        """What training came to, without the losses."""
+        """Return the record of the training, without the losses."""
         return {
             "learning_rate": self.rate,
             "steps": self.steps,
@@ -204,7 +203,7 @@ class Arm(ABC):
 
 
 class MixtureArm(Arm):
-    """The project's mixture, trained as its Trainer does: the balance loss uses how the batch before chose."""
+    """The project's mixture, trained as its Trainer does: the balance loss uses the load of the previous batch."""
 
     def __init__(self, model: DyLoRA_MoE, rate: float, seconds: float) -> None:
         super().__init__(model, rate, seconds)
@@ -236,7 +235,7 @@ class MixtureArm(Arm):
 
 
 class LoraArm(Arm):
-    """PEFT's LoRA with the loss that transformers gives its users."""
+    """PEFT's LoRA with transformers' own loss."""
 
     @override
     def loss(self, batch: Batch) -> Tensor:
@@ -250,7 +249,7 @@ class LoraArm(Arm):
 
 
 class ChunkedLoraArm(LoraArm):
-    """The same LoRA with the project's loss: it tells the value of the mixture from that of a quicker loss."""
+    """The same LoRA with the project's loss, to separate the gain of the mixture from that of a faster loss."""
 
     @override
     def loss(self, batch: Batch) -> Tensor:
@@ -258,13 +257,13 @@ class ChunkedLoraArm(LoraArm):
 
 
 def plain_nats(causal_lm: PreTrainedModel, batch: Batch) -> Tensor:
-    """The cross-entropy of a model of transformers, adapted or not, summed over the labelled tokens; no logits."""
+    """Return a causal LM's cross-entropy, summed over the labelled tokens, computed without logits."""
     hidden = backbone(causal_lm)(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
     return linear_causal_lm_loss(hidden, causal_lm.get_output_embeddings().weight, batch["labels"], num_items=1)
 
 
 def schedule(share: float) -> float:
-    """The factor of the learning rate once a share of the time is used: linear up, then half a cosine down to 0."""
+    """Return the learning rate's factor after a share of the time: linear up, then half a cosine down to 0."""
     if share < WARM_UP:
         return share / WARM_UP
     return (1 + math.cos(math.pi * min(1.0, (share - WARM_UP) / (1 - WARM_UP)))) / 2

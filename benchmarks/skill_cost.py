@@ -1,10 +1,10 @@
-"""What a step of training a new skill costs with 5 and with 50 experts there already.
+"""Cost of training a new skill in a mixture that already has 5 or 50 experts.
 
-    python benchmarks/skill_cost.py           measures, writes benchmarks/results/skill_cost.json, prints the table
-    python benchmarks/skill_cost.py --show    prints the table of the committed result
+    python benchmarks/skill_cost.py           measure, write benchmarks/results/skill_cost.json, print the table
+    python benchmarks/skill_cost.py --show    print the table of the committed result
 
-Three parts, each timed in turns: an optimiser step on the same batch as ``acquire_skill`` takes it, looking at a batch
-for novelty and routing, and solving the router. Run it on a quiet machine. Covered: float32 on the CPU.
+It times three parts in turns: an optimizer step on one batch as ``acquire_skill`` takes it, extracting the features of
+a batch for novelty and routing, and solving the router. Run it on a quiet machine. Covered: float32 on the CPU.
 """
 
 import argparse
@@ -26,10 +26,16 @@ from dylo_moe.skills.gates import RidgeGate
 
 RESULT = Path(__file__).parent / "results" / "skill_cost.json"
 COUNTS, RANK, BATCH, LENGTH, TOKENS = (5, 50), 16, 4, 128, 256
+TITLES = {
+    "a step": "training step",
+    "a look at a batch": "features of a batch",
+    "the router": "solving the router",
+}
+"""Titles in the table of the parts, by their names in the result."""
 
 
 def main() -> None:
-    """Reads the flags, measures, writes and prints."""
+    """Read the flags, measure, write the result and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     args = parse_flags(parser, RESULT)
@@ -39,12 +45,12 @@ def main() -> None:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Seconds of each part with each number of experts."""
+    """Measure the seconds of each part with each number of experts."""
     console = Console(stderr=True)
     entries: dict[str, Timed] = {}
     with ExitStack() as learning:
         for count in COUNTS:
-            parts = parts_of(count, learning)
+            parts = calls_to_time(count, learning)
             entries |= {f"{part}, {count} experts": Timed(call, rounds) for part, call in parts.items()}
         seconds = interleaved(entries, progress=lambda text: console.print(text, highlight=False))
     found = {
@@ -55,8 +61,8 @@ def measure(rounds: int) -> dict[str, Any]:
     return {"environment": environment(), "setup": setup, "seconds": seconds, "ratios": found}
 
 
-def parts_of(count: int, learning: ExitStack) -> dict[str, Any]:
-    """What is timed, on a model of so many experts and the new one, which learns from now on."""
+def calls_to_time(count: int, learning: ExitStack) -> dict[str, Any]:
+    """Return the calls to time, on a model with ``count`` experts and a new one, which ``learning`` makes train."""
     torch.manual_seed(0)
     model = DyLoRA_MoE(load_base_model("demo"), 1, rank=RANK, routing="context")
     for _ in range(count):
@@ -81,13 +87,13 @@ def parts_of(count: int, learning: ExitStack) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Medians of the ratios, as Markdown."""
+    """Return the medians of the ratios as a Markdown table."""
     few, many = COUNTS
-    lines = [f"| part | {many} experts against {few}, median | quartiles |", "| --- | --- | --- |"]
+    lines = [f"| part | {many} experts relative to {few}, median | quartiles |", "| --- | --- | --- |"]
     for part, found in result["ratios"].items():
         ratio = found[str(many)]
         low, high = ratio["quartiles"]
-        lines.append(f"| {part} | {ratio['median']:.3f} | {low:.3f} to {high:.3f} |")
+        lines.append(f"| {TITLES[part]} | {ratio['median']:.3f} | {low:.3f} to {high:.3f} |")
     setup, machine = result["setup"], result["environment"]
     lines += [
         "",

@@ -1,8 +1,8 @@
-"""Speed and memory of the routed mixture beside plain LoRA and beside other ways to have several LoRA experts.
+"""Speed and memory of the routed mixture, compared with plain LoRA and other methods with several LoRA experts.
 
-    python benchmarks/speed.py             measures, writes benchmarks/results/speed.json and .png, prints the tables
-    python benchmarks/speed.py --show      prints the tables of the committed result
-    python benchmarks/speed.py --sections train --rounds-scale 0.1 --length 32 --output /tmp/speed.json    a try
+    python benchmarks/speed.py             measure, write benchmarks/results/speed.json and .png, print the tables
+    python benchmarks/speed.py --show      print the tables of the committed result
+    python benchmarks/speed.py --sections train --rounds-scale 0.1 --length 32 --output /tmp/speed.json    try it
 
 In float32 on the CPU, on SmolLM2-135M-Instruct with random tokens. Times are compared only within rounds in which every
 contender runs once (see ``timing.py``). Not covered: GPUs, other precisions, quality, and CodeGemma-2B as a whole.
@@ -30,7 +30,7 @@ from dylo_moe.core.base_model import load_base_model
 
 RESULT = Path(__file__).parent / "results" / "speed.json"
 LENGTH, VOCABULARY = 256, 256_000
-# first those that need the machine's memory for themselves, before this process holds two dozen models
+# memory sections first, before this process holds two dozen models
 SECTIONS: dict[str, Callable[[sections.Run], dict[str, Any]]] = {
     "loss": sections.loss,
     "memory": sections.memory,
@@ -43,7 +43,7 @@ SECTIONS: dict[str, Callable[[sections.Run], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Reads the flags, measures, writes and prints."""
+    """Read the flags, measure, write the result and print the tables."""
     args = _arguments()
     if not args.show:
         measure(args)
@@ -59,13 +59,13 @@ def _arguments() -> argparse.Namespace:
     args = parse_flags(parser, RESULT)
     smaller = (args.rounds_scale, args.length, args.vocabulary) != (1.0, LENGTH, VOCABULARY)
     if smaller and not args.show and args.output.resolve() == RESULT.resolve():
-        parser.error("the committed result is measured in full: give another --output")
+        parser.error("the committed result is measured in full; for a smaller run give another --output")
     return args
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Runs the sections, and writes the result after each, so that a run that is cut off keeps what it had."""
-    # what other libraries warn of when their models are built here is neither news nor part of the table
+    """Run the sections, and write the result after each, so that an aborted run keeps its sections."""
+    # warnings of other libraries about their models do not concern this benchmark
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(peft|transformers|mixlora)\b")
@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _beginning(args: argparse.Namespace) -> dict[str, Any]:
-    """The result before the run: empty, or with the sections of the same machine that this run leaves out."""
+    """Return the result before the run: empty, or with the same machine's sections that this run leaves out."""
     setup = {
         "model": "SmolLM2-135M-Instruct",
         "dtype": "float32",

@@ -1,6 +1,6 @@
-"""What routing costs at the shapes of CodeGemma-2B: one decoder layer, and the head with its 256,000 words.
+"""Cost of routing at the shapes of CodeGemma-2B: one decoder layer, and the head with its 256,000 words.
 
-The weights are random, and one layer stands for eighteen: CodeGemma-2B itself is gated and too large for a quick run.
+The weights are random, and one layer represents eighteen: CodeGemma-2B itself is gated and too large for a short run.
 """
 
 import gc
@@ -31,9 +31,9 @@ LAYER_ROUNDS, HEAD_ROUNDS = 3, 2
 
 
 def codegemma(run: Run) -> dict[str, Any]:
-    """Forward and train step of one layer over PEFT LoRA's, and the chunked loss's time over the plain one's."""
+    """Measure one layer's forward and train step relative to PEFT LoRA, and the chunked loss relative to plain."""
     torch.manual_seed(0)
-    # few words: the head has a measurement of its own
+    # a small vocabulary, because the head is measured separately
     base = GemmaForCausalLM(GemmaConfig(**LAYER, num_hidden_layers=1, vocab_size=256)).requires_grad_(False)
     own = replace(run, lineup=Lineup(base))
     found: dict[str, Any] = {"reference": REFERENCE}
@@ -43,7 +43,7 @@ def codegemma(run: Run) -> dict[str, Any]:
         seconds = own.timed({name: Timed(make(one, tokens), count) for name, (one, count) in contenders.items()})
         found[what] = {"ratios": ratios(seconds, REFERENCE), "seconds": seconds}
     del own, base, contenders
-    gc.collect()  # the models hold themselves by their hooks
+    gc.collect()  # hooks make reference cycles
     seconds = run.timed(_head(run))
     found["head"] = {"vocabulary": run.vocabulary, "ratios": ratios(seconds, "plain"), "seconds": seconds}
     return found
@@ -61,5 +61,5 @@ def _head(run: Run) -> dict[str, Timed]:
 
         return run_loss
 
-    # a full warm-up would take as long as a round, and a few tokens do what it is for
+    # a few tokens suffice to warm up, and a full call would take as long as a round
     return {name: Timed(call(name, run.length), run.rounds(HEAD_ROUNDS), call(name, 8)) for name in LOSSES}

@@ -1,4 +1,4 @@
-"""The figure of a speed result: cost beside others, growth with the experts, and generation.
+"""Figure of a speed result: cost compared with other methods, growth with the experts, and generation.
 
 Needs matplotlib.
 """
@@ -19,7 +19,7 @@ GENERATION = (BASE, REFERENCE, "ours_prefix_4", "ours_per_layer_4", "ours_final_
 
 
 def write_figure(result: dict[str, Any], path: Path) -> None:
-    """Draws what the result has; a section that was not run leaves its panel empty."""
+    """Draw the sections of the result; a section that was not run leaves its panel empty."""
     sections = result["sections"]
     figure, axes = pyplot.subplots(2, 2, figsize=(12.5, 9.5), layout="constrained", height_ratios=(1.5, 1))
     for axis, section, title in ((axes[0, 0], "train", "Train step"), (axes[0, 1], "forward", "Forward (evaluation)")):

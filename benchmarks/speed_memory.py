@@ -1,10 +1,10 @@
-"""Peak memory, measured in a process of its own; run by ``speed.py``, prints one line of JSON.
+"""Peak memory, measured in a separate process that ``speed.py`` starts; prints one line of JSON.
 
     python benchmarks/speed_memory.py train ours_prefix_4 256    two train steps of 2 x 256 tokens
     python benchmarks/speed_memory.py loss chunked 256000        cross-entropy over a large vocabulary
 
-The peak is the kernel's high-water mark of resident memory, reset once everything is built, over what was resident
-then. Linux only.
+The peak is the kernel's high-water mark of resident memory, which is reset once everything is built, minus the memory
+that was resident then. Linux only.
 """
 
 import ctypes
@@ -26,11 +26,11 @@ from dylo_moe.core.base_model import load_base_model
 from dylo_moe.core.losses import linear_causal_lm_loss
 
 LOSS_BATCH, LOSS_LENGTH, LOSS_HIDDEN = 2, 2048, 2048
-"""Hidden states as CodeGemma-2B gives for two rows of 2048 tokens."""
+"""Shape of CodeGemma-2B's hidden states for two rows of 2048 tokens."""
 
 
 def main() -> None:
-    """Measures what the arguments name."""
+    """Measure what the arguments name and print the result."""
     what, name = sys.argv[1], sys.argv[2]
     size = int(sys.argv[3])
     result = train_memory(name, size) if what == "train" else loss_memory(name, size)
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def train_memory(name: str, length: int) -> dict[str, float]:
-    """Two train steps: the second has the optimizer's state from the first."""
+    """Measure two train steps, the second of which has the optimizer's state from the first."""
     base = load_base_model("demo")
     contender = Lineup(base).get(name)
     assert contender is not None, name
@@ -48,20 +48,20 @@ def train_memory(name: str, length: int) -> dict[str, float]:
         step()
         step()
 
-    return measured(two_steps)
+    return run_measured(two_steps)
 
 
 def loss_memory(name: str, vocabulary: int) -> dict[str, float]:
-    """Cross-entropy of hidden states under a frozen head, with the gradient of the hidden states."""
+    """Measure the cross-entropy of hidden states under a frozen head, with the gradient of the hidden states."""
     torch.manual_seed(0)
     hidden = torch.randn(LOSS_BATCH, LOSS_LENGTH, LOSS_HIDDEN, requires_grad=True)
     head = torch.randn(vocabulary, LOSS_HIDDEN).mul_(0.02)
     labels = torch.randint(vocabulary, (LOSS_BATCH, LOSS_LENGTH))
-    return measured(lambda: LOSSES[name](hidden, head, labels).backward())
+    return run_measured(lambda: LOSSES[name](hidden, head, labels).backward())
 
 
 def plain_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """As transformers' causal LMs do it: all logits in float32 at once; the labels are shifted, not the logits."""
+    """Return the loss as transformers' causal LMs do: all logits in float32 at once, and shifted labels."""
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
     return F.cross_entropy(F.linear(hidden, head).float().flatten(0, 1), shifted.flatten())
 
@@ -72,8 +72,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def measured(action: Callable[[], Any]) -> dict[str, float]:
-    """Peak resident MiB over what is resident before, and seconds."""
+def run_measured(action: Callable[[], Any]) -> dict[str, float]:
+    """Run an action; return its peak resident MiB minus what was resident before, and its seconds."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -85,7 +85,7 @@ def measured(action: Callable[[], Any]) -> dict[str, float]:
 
 
 def _status(key: str) -> float:
-    """A line of the process's status, in MiB."""
+    """Return a field of this process's status, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 1024

@@ -1,10 +1,10 @@
-"""Where the time goes: operators by their self time, PEFT's plain LoRA beside ours, and what a decoded token costs.
+"""Profiles of PEFT's plain LoRA and ours: operators by their self time, and the cost of a decoded token.
 
-    python benchmarks/speed_profile.py          measures, writes benchmarks/results/profile.json, prints the tables
-    python benchmarks/speed_profile.py --show   prints the tables of the committed result
+    python benchmarks/speed_profile.py          measure, write benchmarks/results/profile.json, print the tables
+    python benchmarks/speed_profile.py --show   print the tables of the committed result
 
-The profiler itself costs time, most of all where operators are small: this is for where the time goes, ``speed.py``
-is for how much there is.
+The profiler itself costs time, most of all for small operators. So this shows where the time goes, and ``speed.py``
+measures how much there is.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Profile = dict[str, list[float]]
 
 
 def main() -> None:
-    """Reads the flags, measures, writes and prints."""
+    """Read the flags, measure, write the result and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args = parse_flags(parser, RESULT)
     if not args.show:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure() -> dict[str, Any]:
-    """Profiles of every workload and contender."""
+    """Profile every workload and contender and return the result."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(peft|transformers)\b")
@@ -70,7 +70,7 @@ def measure() -> dict[str, Any]:
 
 
 def operators(call: Callable[[], Any], calls: int) -> Profile:
-    """Milliseconds of self time and number of runs in one call, by operator and shapes."""
+    """Return the milliseconds of self time and the number of runs in one call, by operator and shapes."""
     call()
     call()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
@@ -87,7 +87,7 @@ def operators(call: Callable[[], Any], calls: int) -> Profile:
 
 
 def decoding(contender: Any, prompt: Any) -> dict[str, float]:
-    """What one more token costs: milliseconds, and operators called, by the difference of two generations."""
+    """Return the milliseconds and operators of one more token, by the difference of two generations."""
     short, long = (generate_call(contender, prompt, count) for count in (2, 2 + NEW_TOKENS))
     short()
     seconds = []
@@ -109,7 +109,7 @@ def decoding(contender: Any, prompt: Any) -> dict[str, float]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """The operators whose time differs most from LoRA's, and the cost of a decoded token, as Markdown."""
+    """Return the tables of the operators whose time differs most from LoRA's, and of a decoded token's cost."""
     parts = []
     for what, profiles in result["operators"].items():
         parts += [_operator_table(what, profiles), ""]
@@ -128,10 +128,10 @@ def _operator_table(what: str, profiles: dict[str, Profile]) -> str:
     known = {operator for found in profiles.values() for operator in found}
     names = list(profiles)
     apart = sorted(known, key=lambda operator: -abs(ms(names[-1], operator) - ms(REFERENCE, operator)))[:SHOWN]
-    head = [f"{what}: ms of self time in", *map(label, names)]
+    head = [f"{what}: self time in ms", *map(label, names)]
     rows = [head, ["---"] * len(head)]
     rows += [[f"`{operator}`", *(f"{ms(name, operator):.1f}" for name in names)] for operator in apart]
-    rows.append(["everything", *(f"{sum(found[0] for found in profiles[name].values()):.0f}" for name in names)])
+    rows.append(["all operators", *(f"{sum(found[0] for found in profiles[name].values()):.0f}" for name in names)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

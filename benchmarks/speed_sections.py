@@ -1,7 +1,7 @@
-"""The sections of the speed benchmark; each returns what it measured as plain data for the result file.
+"""The sections of the speed benchmark; each returns its measurements as plain data for the result file.
 
-How many rounds a contender takes part in is a matter of the time it takes: those that carry a target are timed often,
-and those that are several times as slow, where a few percent do not matter, two or three times.
+Contenders with a target are timed in many rounds. Contenders that are several times slower, where a few percent do not
+matter, are timed two or three times.
 """
 
 import json
@@ -46,14 +46,14 @@ MEMORY = (REFERENCE, *PEFT, "xlora_4", *OURS, "ours_per_layer_16")
 
 @dataclass
 class Run:
-    """What the sections share.
+    """Settings that the sections share.
 
     Attributes:
         lineup: The contenders.
-        length: Tokens of a row; a generation has a quarter of it as its prompt and as many new tokens.
-        scale: Multiplies the numbers of rounds.
+        length: Tokens in a row; a generation uses a quarter of it for its prompt and a quarter for new tokens.
+        scale: Factor on the numbers of rounds.
         vocabulary: Words of the large-vocabulary sections.
-        progress: Told what runs.
+        progress: Function that receives the name of what runs.
     """
 
     lineup: Lineup
@@ -63,15 +63,15 @@ class Run:
     progress: Callable[[str], object]
 
     def rounds(self, count: int) -> int:
-        """A number of rounds, scaled; at least one."""
+        """Return a number of rounds, scaled; at least one."""
         return max(1, round(count * self.scale))
 
     def timed(self, entries: Mapping[str, Timed]) -> dict[str, list[float]]:
-        """Interleaved seconds of the entries."""
+        """Time the entries interleaved and return their seconds."""
         return interleaved(entries, progress=self.progress)
 
     def contenders(self, rounds: Mapping[str, int]) -> dict[str, tuple[Contender, int]]:
-        """Those of the named contenders that can be had, with their scaled rounds."""
+        """Return the named contenders whose library is installed, with their scaled rounds."""
         found: dict[str, tuple[Contender, int]] = {}
         for name, count in rounds.items():
             self.progress(f"{name}: building")
@@ -82,12 +82,12 @@ class Run:
 
 
 def forward(run: Run) -> dict[str, Any]:
-    """Evaluation forward of every method; ours sparse with two experts a token."""
+    """Measure the evaluation forward of every method; ours sparse with two experts per token."""
     return _compare(run, FORWARD_ROUNDS, forward_call)
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train step of every method that trains; ours dense."""
+    """Measure a train step of every method that trains; ours dense."""
     return _compare(run, TRAIN_ROUNDS, train_call)
 
 
@@ -96,17 +96,14 @@ def _compare(run: Run, rounds: Mapping[str, int], make: Callable[..., Call]) -> 
     entries = {}
     for name, (contender, count) in run.contenders(rounds).items():
         call = make(contender, tokens)
-        # the slow ones warm up on a few tokens: a whole call would take as long as their rounds
+        # slow contenders warm up on a few tokens, as a whole call takes as long as a round
         entries[name] = Timed(call, count, call if rounds[name] > 2 else make(contender, tokens[:, :16]))
-    return _compared(run.timed(entries), REFERENCE)
-
-
-def _compared(seconds: dict[str, list[float]], reference: str) -> dict[str, Any]:
-    return {"reference": reference, "ratios": ratios(seconds, reference), "seconds": seconds}
+    seconds = run.timed(entries)
+    return {"reference": REFERENCE, "ratios": ratios(seconds, REFERENCE), "seconds": seconds}
 
 
 def experts(run: Run) -> dict[str, Any]:
-    """Evaluation forward, top 2, as the number of experts grows; the models take gigabytes and go with the section."""
+    """Measure the evaluation forward, top 2, for growing numbers of experts; the models are freed afterwards."""
     rounds = {f"ours_{mode}_{count}": GROWTH_ROUNDS for mode in GROWTH_MODES for count in GROWTH}
     lineup = Lineup(run.lineup.base)
     tokens = random_tokens(lineup.base, BATCH, run.length)
@@ -122,7 +119,7 @@ def experts(run: Run) -> dict[str, Any]:
 
 
 def generate(run: Run) -> dict[str, Any]:
-    """Greedy generation; ours with one expert a token. Speeds, and their ratios to the base's in the same round."""
+    """Measure greedy generation, ours with one expert per token: speeds, and ratios to the base in the same round."""
     found: dict[str, Any] = {"reference": BASE, "prompt": run.length // 4, "batches": {}, "new_tokens": {}}
     for batch, rounds in GENERATE_ROUNDS.items():
         prompt = random_tokens(run.lineup.base, batch, run.length // 4)
@@ -139,7 +136,7 @@ def generate(run: Run) -> dict[str, Any]:
 
 
 def _new_tokens(name: str, length: int) -> int:
-    """X-LoRA has no cache and runs the whole text twice for each token; few tokens show enough, and favour it."""
+    """Return the number of new tokens: few for X-LoRA, which has no cache, and which fewer tokens favor."""
     return length // 16 if name.startswith("xlora") else length // 4
 
 
@@ -150,7 +147,7 @@ def _speeds(seconds: dict[str, list[float]], batch: int, new_tokens: dict[str, i
 
 
 def memory(run: Run) -> dict[str, Any]:
-    """Peak memory of a train step, each contender in a process of its own, two at a time on one thread each."""
+    """Measure the peak memory of a train step, each contender in its own process, two at a time on one thread each."""
 
     def measure(name: str) -> dict[str, float]:
         run.progress(f"{name}: memory of a train step")
@@ -164,7 +161,7 @@ def memory(run: Run) -> dict[str, Any]:
 
 
 def loss(run: Run) -> dict[str, Any]:
-    """Peak memory and seconds of the cross-entropy over a large vocabulary, plain and chunked."""
+    """Measure peak memory and seconds of the cross-entropy over a large vocabulary, plain and chunked."""
     measured = {}
     for name in ("plain", "chunked"):
         run.progress(f"{name} cross-entropy over {run.vocabulary:,} words")
@@ -175,8 +172,8 @@ def loss(run: Run) -> dict[str, Any]:
 
 
 def _child(*arguments: str, threads: int | None = None) -> dict[str, float]:
-    """Runs ``speed_memory.py`` and reads its line."""
-    # large blocks go back to the system as soon as they are freed, so that the peak is of what is in use
+    """Run ``speed_memory.py`` and return the result that it prints."""
+    # freed blocks return to the system at once, so that the peak counts memory in use
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     if threads is not None:
         settings["OMP_NUM_THREADS"] = str(threads)

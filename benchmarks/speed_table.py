@@ -1,4 +1,4 @@
-"""The Markdown tables of a speed result: what was aimed at and measured, and the peers side by side."""
+"""Markdown tables of a speed result: targets with their measurements, and the contenders side by side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from contenders import BASE, REFERENCE, label
 
 NOTHING = "-"
-TARGETS_HEADING, PEERS_HEADING = "#### Targets", "#### Beside others"
+TARGETS_HEADING, PEERS_HEADING = "#### Targets", "#### Compared with others"
 PEERS = (
     *(BASE, REFERENCE, "lora_r64", "peft_4", "peft_8", "peft_16", "arrow_4", "xlora_4", "xlora_8"),
     *("mixlora_4", "mixlora_8", "naive_4", "ours_prefix_4", "ours_per_layer_4", "ours_final_4"),
@@ -20,12 +20,12 @@ Path = tuple[str, ...]
 
 @dataclass
 class Row:
-    """A line of the first table.
+    """Row of the table of targets.
 
     Attributes:
-        text: What is measured, over what.
-        paths: Where its figures are in the result's sections, by what tells them apart.
-        limit: The target for each of them; None for figures without one.
+        text: The measured ratio, in words.
+        paths: Path of each figure in the result's sections, by the figure's name.
+        limit: Target of each figure; None for figures without one.
         at_least: Whether the target is a lower bound.
     """
 
@@ -36,23 +36,23 @@ class Row:
 
 
 def _single_pass(text: str, before: Path, limit: float, experts: int = 4, *, at_least: bool = False) -> Row:
-    """A row with a figure for each of the routing modes that need one pass."""
+    """Return a row with a figure for each routing mode of one pass."""
     modes = {"prefix": "ours_prefix", "per layer": "ours_per_layer"}
     return Row(text, {mode: (*before, f"{name}_{experts}") for mode, name in modes.items()}, limit, at_least)
 
 
 def _train(name: str, limit: float) -> Row:
-    return Row(f"train step over LoRA's: {label(name)}", {"": ("train", "ratios", name)}, limit)
+    return Row(f"train step relative to LoRA: {label(name)}", {"": ("train", "ratios", name)}, limit)
 
 
 def _generation(batch: int) -> Row:
-    text = f"generation speed over the base's: 4 experts, batch {batch}"
+    text = f"generation speed relative to the base: 4 experts, batch {batch}"
     return _single_pass(text, ("generate", "batches", str(batch), "ratios"), 0.85, at_least=True)
 
 
 def _layer(what: str, text: str) -> Row:
     paths = {f"{count} experts": ("codegemma", what, "ratios", f"ours_per_layer_{count}") for count in (4, 16)}
-    return Row(f"{text} of a CodeGemma-2B layer over LoRA's: ours, per layer", paths)
+    return Row(f"{text} of a CodeGemma-2B layer relative to LoRA: ours, per layer", paths)
 
 
 LOSS = "loss over {vocabulary} words"
@@ -61,15 +61,15 @@ ROWS = (
     _train("ours_per_layer_4", 1.05),
     _train("ours_final_4", 1.45),
     _train("ours_per_layer_16", 1.25),
-    _single_pass("forward over LoRA's: 4 experts", ("forward", "ratios"), 1.0),
-    _single_pass("forward with 64 experts over 4", ("experts", "ratios"), 1.25, 64),
-    _single_pass("forward with 256 experts over 4", ("experts", "ratios"), 1.6, 256),
+    _single_pass("forward relative to LoRA: 4 experts", ("forward", "ratios"), 1.0),
+    _single_pass("forward with 64 experts relative to 4", ("experts", "ratios"), 1.25, 64),
+    _single_pass("forward with 256 experts relative to 4", ("experts", "ratios"), 1.6, 256),
     _generation(1),
     _generation(8),
-    _single_pass("peak memory of a train step over LoRA's: 4 experts", ("memory", "ratios"), 1.05),
-    Row(f"peak memory of the {LOSS} over plain cross-entropy's", {"": ("loss", "ratios", "peak_mib")}, 0.15),
+    _single_pass("peak memory of a train step relative to LoRA: 4 experts", ("memory", "ratios"), 1.05),
+    Row(f"peak memory of the {LOSS} relative to plain cross-entropy", {"": ("loss", "ratios", "peak_mib")}, 0.15),
     Row(
-        f"time of the {LOSS} over plain cross-entropy's",
+        f"time of the {LOSS} relative to plain cross-entropy",
         {"4096 tokens": ("loss", "ratios", "seconds"), "512 tokens": ("codegemma", "head", "ratios", "chunked")},
     ),
     _layer("forward", "forward"),
@@ -78,12 +78,12 @@ ROWS = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Both tables, each after its heading."""
+    """Return both tables, each after its heading."""
     return f"{TARGETS_HEADING}\n\n{targets_table(result)}\n\n{PEERS_HEADING}\n\n{peers_table(result)}"
 
 
 def targets_table(result: dict[str, Any]) -> str:
-    """What was aimed at, and what was measured."""
+    """Return the table of targets and measurements."""
     lines = ["| ratio | target | measured | reached |", "| --- | --- | --- | --- |"]
     for row in ROWS:
         found = {which: _find(result["sections"], path) for which, path in row.paths.items()}
@@ -95,7 +95,7 @@ def targets_table(result: dict[str, Any]) -> str:
 
 
 def _reached(row: Row, found: list[Any]) -> str:
-    """Whether all of a row's figures reach the target, by more digits than are printed."""
+    """Return whether all figures of a row reach the target, compared without rounding."""
     if row.limit is None or None in found:
         return NOTHING
     values = [_median(figure) for figure in found]
@@ -103,7 +103,7 @@ def _reached(row: Row, found: list[Any]) -> str:
 
 
 def peers_table(result: dict[str, Any]) -> str:
-    """All contenders side by side, and what the figures depend on."""
+    """Return the table of all contenders, with the conditions of the measurement."""
     columns: list[tuple[str, tuple[str, ...]]] = [
         ("forward", ("forward", "ratios")),
         ("train step", ("train", "ratios")),
@@ -124,21 +124,24 @@ def peers_table(result: dict[str, Any]) -> str:
 
 
 def _conditions(result: dict[str, Any]) -> str:
-    """What the figures mean and depend on, in one paragraph."""
+    """Return the meaning and the conditions of the figures, in two paragraphs."""
     setup, machine = result["setup"], result["environment"]
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "peft"))
     generation = result["sections"].get("generate")
-    text = (
+    meaning = (
+        "Forward, train step and memory are relative to PEFT LoRA of rank 16 (lower is better), generation is speed "
+        "relative to the base (higher is better). Times are medians of ratios within interleaved rounds. Ours routes a "
+        "token to 2 experts in the forward, to all in training, to 1 in generation."
+    )
+    conditions = (
         f"{setup['model']}, {setup['dtype']}, {setup['batch']} x {setup['length']} tokens, rank {setup['rank']} on the "
-        f"attention projections. Forward, train step and memory are over PEFT LoRA of rank 16 (less is better), "
-        f"generation is speed over the base's (more is better): medians of ratios within interleaved rounds, with "
-        f"quartiles in brackets. We route a token to 2 experts in the forward, to all in training, to 1 in generation. "
+        "attention projections. "
     )
     if generation:
-        few = sorted({count for count in generation["new_tokens"].values()})
-        text += f"Generation is greedy, {few[-1]} tokens after {generation['prompt']}"
-        text += f" (X-LoRA, which has no cache: {few[0]}). " if len(few) > 1 else ". "
-    return text + f"{machine['processor']}, {machine['threads']} threads; {versions}."
+        few = sorted(set(generation["new_tokens"].values()))
+        conditions += f"Generation is greedy, {few[-1]} tokens after {generation['prompt']}"
+        conditions += f" (X-LoRA, which has no cache: {few[0]}). " if len(few) > 1 else ". "
+    return f"{meaning}\n\n{conditions}{machine['processor']}, {machine['threads']} threads; {versions}."
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -146,7 +149,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _find(tree: Any, path: Sequence[str]) -> Any:
-    """What the result has at a path; None if it has nothing there."""
+    """Return the entry at a path of the result; None if there is none."""
     for key in path:
         if not isinstance(tree, dict) or key not in tree:
             return None

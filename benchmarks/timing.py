@@ -1,7 +1,8 @@
 """Interleaved timing: each round times every contender once, and only times of the same round are compared.
 
-A machine that others use, or that slows down when it is warm, changes speed over minutes, and so over a benchmark.
-Within one round it changes little, so the ratio to the reference of the same round is steadier than any absolute time.
+A machine that others use, or that slows down when it gets warm, changes its speed over minutes, and so over a
+benchmark. Within one round it changes little, so the ratio to the reference in the same round is more stable than any
+absolute time.
 """
 
 import gc
@@ -17,12 +18,12 @@ Call = Callable[[], object]
 
 @dataclass
 class Timed:
-    """One thing to time.
+    """A call to time.
 
     Attributes:
-        call: What is timed.
-        rounds: In how many of the rounds, from the first on.
-        warm_up: What runs once before, untimed; the call itself by default.
+        call: The timed call.
+        rounds: Number of rounds in which it runs, from the first on.
+        warm_up: Call that runs once before, untimed; ``call`` itself by default.
     """
 
     call: Call
@@ -31,16 +32,16 @@ class Timed:
 
 
 def interleaved(entries: Mapping[str, Timed], *, progress: Callable[[str], object]) -> dict[str, list[float]]:
-    """Seconds of each entry in each of its rounds.
+    """Time each entry once per round, in random order, and return its seconds in each of its rounds.
 
     Args:
-        entries: By name.
-        progress: Told what runs.
+        entries: The calls by name.
+        progress: Function that receives the name of what runs.
     """
     for name, entry in entries.items():
         progress(f"{name}: warm-up")
         (entry.warm_up or entry.call)()
-    # hundreds of thousands of module objects would be walked over again and again, inside of what is timed
+    # garbage collection over hundreds of thousands of module objects would disturb the times
     gc.collect()
     gc.freeze()
     order = random.Random(0)
@@ -59,7 +60,7 @@ def interleaved(entries: Mapping[str, Timed], *, progress: Callable[[str], objec
 
 
 def ratios(seconds: Mapping[str, list[float]], reference: str) -> dict[str, dict[str, Any]]:
-    """Median and quartiles of each entry's seconds over the reference's of the same round."""
+    """Return median and quartiles of each entry's seconds divided by the reference's in the same round."""
     found: dict[str, dict[str, Any]] = {}
     for name, values in seconds.items():
         same_rounds = [own / other for own, other in zip(values, seconds[reference], strict=False)]
@@ -68,7 +69,7 @@ def ratios(seconds: Mapping[str, list[float]], reference: str) -> dict[str, dict
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Median and quartiles, with the number of values."""
+    """Return median and quartiles, with the number of values."""
     cuts = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     low, median, high = (round(cut, 4) for cut in cuts)
     return {"median": median, "quartiles": [low, high], "rounds": len(values)}

@@ -1,15 +1,15 @@
-"""A real training run and its curves: the mixture beside plain LoRA and rsLoRA of as many parameters.
+"""A real training run and its curves: the mixture, plain LoRA and rsLoRA with as many parameters.
 
-    python benchmarks/training_run.py FOLDER      trains, writes benchmarks/results/training.json, draws the figure
-    python benchmarks/training_run.py --show      prints the table of the committed result
+    python benchmarks/training_run.py FOLDER      train, write benchmarks/results/training.json, draw the figure
+    python benchmarks/training_run.py --show      print the table of the committed result
 
-FOLDER holds ``mbpp.jsonl`` (Google's, 974 rows) and ``code_alpaca.json`` (any part of Code Alpaca). Each arm is one
-run of ``dylora-moe train`` on the same rows in the same order, and so on as many tokens: the mixture with 4 experts of
-rank 16, and one expert of rank 64, which is plain LoRA, with both scalings. All carry their adapters in the same
-layers. A sweep on the first seed finds each arm's learning rate; the other seeds use it.
+FOLDER contains ``mbpp.jsonl`` (Google's, 974 rows) and ``code_alpaca.json`` (any part of Code Alpaca). Each arm is one
+run of ``dylora-moe train`` on the same rows in the same order, and so on the same number of tokens: the mixture with 4
+experts of rank 16, and one expert of rank 64, which is plain LoRA, with both scalings. All have their adapters in the
+same layers. A sweep on the first seed finds each arm's learning rate; the other seeds use it.
 
 Covered: some hundred steps in float32 on the CPU, on a small model. Not covered: GPUs, larger models, longer runs, and
-what the tokens cost in time (see ``quality.py``): runs go side by side, one thread each.
+the time that the tokens take (see ``quality.py``): runs are parallel, one thread each.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from result_file import environment, parse_flags
 from rich.console import Console
 
-from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+from dylo_moe.config import TrainConfig
 from dylo_moe.flags import parse
 from dylo_moe.programs.train import train
 from dylo_moe.reports.plots import training_curves
@@ -40,9 +40,9 @@ class Arm(NamedTuple):
     """One contender.
 
     Attributes:
-        title: In the table.
-        flags: Of ``train``.
-        rates: Learning rates of the sweep. rsLoRA multiplies its updates by 16 where LoRA of rank 64 does by 2.
+        title: Title in the table.
+        flags: Flags of ``train``.
+        rates: Learning rates of the sweep. rsLoRA scales its updates by 16, LoRA of rank 64 by 2.
     """
 
     title: str
@@ -62,12 +62,12 @@ STEPS, EVAL_STEPS, MAX_LENGTH, BATCH_SIZE = 400, 100, 192, 1
 
 
 def main() -> None:
-    """Reads the flags, trains, writes and prints."""
+    """Read the flags, train, write the result and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where mbpp.jsonl and code_alpaca.json are")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder with mbpp.jsonl and code_alpaca.json")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--figure", type=Path, default=FIGURE, help="where the curves of the mixture go")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs, one thread each")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="file for the curves of the mixture")
     args = parse_flags(parser, RESULT)
     if not args.show:
         if args.folder is None:
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """The sweep on the first seed, then the other seeds; the result is written anew after each run, and resumed."""
+    """Run the sweep on the first seed, then the other seeds; write the result after each run, or resume it."""
     torch.set_num_threads(1)
     settings = {"steps": args.steps, "eval_steps": EVAL_STEPS, "max_length": MAX_LENGTH, "batch_size": BATCH_SIZE}
     result: dict[str, Any] = {"environment": environment(), "settings": settings, "runs": {}}
@@ -93,7 +93,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def _run(names: list[str], result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Those of the runs that the result does not have yet."""
+    """Run those of the runs that the result does not have yet."""
     left = [name for name in names if name not in result["runs"]]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         runs = {pool.submit(run, name, args.steps, args.folder): name for name in left}
@@ -104,7 +104,7 @@ def _run(names: list[str], result: dict[str, Any], args: argparse.Namespace) -> 
 
 
 def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
-    """One run of the program, ``arm rate seed``: its report and what it logged."""
+    """Run ``arm rate seed`` and return its report and its log."""
     torch.set_num_threads(1)
     arm, rate, seed = name.split()
     with tempfile.TemporaryDirectory() as output:
@@ -125,32 +125,32 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
             "output_dir": output,
         }
         words = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-        report = train(TrainFlags(*parse(TRAIN_GROUPS, "train", "", [*words, *ARMS[arm].flags])), Console(quiet=True))
+        report = train(parse(TrainConfig, "train", "", [*words, *ARMS[arm].flags]), Console(quiet=True))
         assert report is not None
         state = json.loads((folder_of(Path(output), report.steps) / "trainer_state.json").read_text())
     record = report.model_dump(exclude={"checkpoint"})
     for summary in record["data"]["datasets"]:
-        summary["source"] = Path(summary["source"]).name  # where a folder is, is true of one machine alone
+        summary["source"] = Path(summary["source"]).name  # a path holds on one machine only
     return {"report": record, "history": state["log_history"]}
 
 
 def best_rate(runs: dict[str, Any], arm: str) -> str:
-    """The learning rate with the lowest held-out loss on the first seed."""
+    """Return the learning rate with the lowest held-out loss on the first seed."""
     return min(swept(runs, arm), key=lambda rate: mean_loss(runs[f"{arm} {rate} {SEEDS[0]}"]["report"]["mixture"]))
 
 
 def swept(runs: dict[str, Any], arm: str) -> list[str]:
-    """The learning rates that the first seed has runs of."""
+    """Return the learning rates for which the first seed has runs."""
     return [rate for rate in ARMS[arm].rates if f"{arm} {rate} {SEEDS[0]}" in runs]
 
 
 def mean_loss(metrics: dict[str, float]) -> float:
-    """The mean over the domains."""
+    """Return the mean over the domains."""
     return metrics["mean_domain_loss"]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Held-out losses of each arm at its best learning rate, over the seeds."""
+    """Return the table of held-out losses of each arm at its best learning rate, over the seeds."""
     runs = result["runs"]
     domains = next(iter(runs.values()))["report"]["domains"]
     titles = ["arm", "parameters", "learning rate", *(f"`{domain}`" for domain in domains), "mean", "minus LoRA"]
@@ -165,10 +165,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append(_row(ARMS[arm].title, first, [report["mixture"] for report in reports], domains, others))
     report, machine = found["mixture"][0], result["environment"]
     rates = "; ".join(f"{', '.join(swept(runs, arm))} ({arm})" for arm in ARMS)
+    over = "one seed" if len(seeds) == 1 else f"mean ± standard deviation over {len(seeds)} seeds"
     lines += [
         "",
         f"Held-out loss in nats per token after {report['steps']} steps of {result['settings']['batch_size']} packed "
-        f"row of {result['settings']['max_length']} tokens ({report['train_tokens']:,} tokens), {_over(seeds)}; "
+        f"row of {result['settings']['max_length']} tokens ({report['train_tokens']:,} tokens), {over}; "
         f"the last column is paired, by seed. Learning rates: the best of "
         f"{rates} on the first seed. "
         f"{report['held_out_rows']:,} held-out rows; SmolLM2-135M-Instruct, float32; "
@@ -183,10 +184,6 @@ def _row(title: str, first: list[str], metrics: list[dict[str, float]], domains:
     cells = [title, *first, *(_spread([found[f"loss/{domain}"] for found in metrics]) for domain in domains)]
     cells += [_spread(means), _spread(differences, "+.4f") if differences else ""]
     return "| " + " | ".join(cells) + " |"
-
-
-def _over(seeds: list[int]) -> str:
-    return "one seed" if len(seeds) == 1 else f"mean ± standard deviation over {len(seeds)} seeds"
 
 
 def _spread(values: list[float], form: str = ".3f") -> str:

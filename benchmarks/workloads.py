@@ -1,4 +1,4 @@
-"""What is timed: a forward, a train step and greedy generation, as calls without arguments."""
+"""Timed workloads, as calls without arguments: a forward, a train step and greedy generation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ Call = Callable[[], Any]
 
 
 def forward_call(contender: Contender, input_ids: Tensor) -> Call:
-    """A forward as in evaluation: no gradients, no cache, the logits of all tokens."""
+    """Return a forward as in evaluation: no gradients, no cache, the logits of all tokens."""
     contender.model.eval()
 
     def call() -> None:
@@ -22,11 +22,11 @@ def forward_call(contender: Contender, input_ids: Tensor) -> Call:
 
 
 def train_call(contender: Contender, input_ids: Tensor) -> Call:
-    """A train step in which every token is labelled; for the bare base it ends with the gradient of the embeddings."""
+    """Return a train step with every token labelled; for the bare base it ends at the gradient of the embeddings."""
     model = contender.model.train()
     if not contender.trainable:
         return _base_backward(model, input_ids)
-    # as the Trainer's default: it matters with many small parameters
+    # fused, the Trainer's default, matters with many small parameters
     optimizer = torch.optim.AdamW(contender.trainable, lr=1e-4, fused=True)
 
     def call() -> None:
@@ -38,7 +38,7 @@ def train_call(contender: Contender, input_ids: Tensor) -> Call:
 
 
 def _base_backward(model: Any, input_ids: Tensor) -> Call:
-    """What every method pays: forward, and backward through all of the frozen layers."""
+    """Return the part that every method pays: forward, and backward through all frozen layers."""
 
     def call() -> None:
         embeddings = model.get_input_embeddings()(input_ids).detach().requires_grad_()
@@ -48,7 +48,7 @@ def _base_backward(model: Any, input_ids: Tensor) -> Call:
 
 
 def generate_call(contender: Contender, prompt: Tensor, new_tokens: int) -> Call:
-    """Greedy generation of exactly so many tokens, with the key-value cache where the model can use one."""
+    """Return greedy generation of exactly ``new_tokens`` tokens, with the key-value cache if the model has one."""
     model = contender.model.eval()
 
     def call() -> None:

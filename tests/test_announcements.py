@@ -1,4 +1,4 @@
-"""A library that announces a rename through its logger fails the test that uses the old name."""
+"""A test that uses a name whose deprecation a library logs fails."""
 
 import shutil
 import subprocess
@@ -11,29 +11,29 @@ import transformers
 from announcements import announcements
 
 TESTS = Path(__file__).parent
-TELL = "`old` is deprecated. Use `new` instead."
+DEPRECATED = "`old` is deprecated. Use `new` instead."
 
 
 @pytest.fixture
-def no_old_names() -> None:
-    """Takes the place of the check that holds for every other test: here the announcements are the test's own."""
+def no_deprecated_names() -> None:
+    """Override the check of all other tests, since these tests log deprecations themselves."""
 
 
-def test_what_is_said_once_in_a_process_is_noted_each_time() -> None:
+def test_a_warn_once_message_is_noted_each_time() -> None:
     logger = transformers.logging.get_logger("transformers.some.module")
     for _ in range(2):
-        with announcements() as said:
-            logger.warning_once(TELL)
-        assert said == [f"test_announcements.py:{said[0].split(':')[1]}: {TELL}"]
+        with announcements() as messages:
+            logger.warning_once(DEPRECATED)
+        assert messages == [f"test_announcements.py:{messages[0].split(':')[1]}: {DEPRECATED}"]
 
 
-def test_a_logger_that_is_turned_down_is_heard() -> None:
+def test_a_silenced_logger_is_noted_too() -> None:
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    with announcements() as said:
-        transformers.logging.get_logger("transformers").warning_once(TELL)
+    with announcements() as messages:
+        transformers.logging.get_logger("transformers").warning_once(DEPRECATED)
     transformers.logging.set_verbosity(before)
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,21 @@ def test_a_logger_that_is_turned_down_is_heard() -> None:
         ("transformers.x", "`gradient_checkpointing` will be removed in v6.", True),
         ("peft.x", "The option was renamed to `rank`.", True),
         ("transformers.x", "Setting `use_cache=False`.", False),
-        ("another", TELL, False),
+        ("another", DEPRECATED, False),
     ],
 )
-def test_announcements_are_told_from_other_words(name: str, message: str, noted: bool) -> None:
-    with announcements() as said:
+def test_other_messages_are_not_announcements(name: str, message: str, noted: bool) -> None:
+    with announcements() as messages:
         transformers.logging.get_logger(name).warning(message)
-    assert bool(said) == noted
+    assert bool(messages) == noted
 
 
 def test_a_test_that_uses_an_old_name_fails(tmp_path: Path) -> None:
     shutil.copy(TESTS / "conftest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {TESTS}\n")
     (tmp_path / "test_it.py").write_text(
-        f"import transformers\n\ndef test_it():\n    transformers.logging.get_logger().warning_once({TELL!r})\n"
+        f"import transformers\n\ndef test_it():\n    transformers.logging.get_logger().warning_once({DEPRECATED!r})\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and TELL in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and DEPRECATED in done.stdout, done.stdout + done.stderr

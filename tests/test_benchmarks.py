@@ -1,4 +1,4 @@
-"""What the benchmarks compute from what they measure; nothing is measured here."""
+"""The tables and verdicts that the benchmarks compute from their measurements; nothing is measured here."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from timing import Timed, interleaved, ratios
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_times_are_compared_within_their_round() -> None:
+def test_times_are_compared_within_a_round() -> None:
     # the machine halves its speed in the second round
     seconds = {"reference": [1.0, 2.0, 1.0], "twice": [2.0, 4.0, 2.0], "seldom": [3.0]}
     found = ratios(seconds, "reference")
@@ -20,7 +20,7 @@ def test_times_are_compared_within_their_round() -> None:
     assert found["seldom"]["median"] == 3.0 and found["seldom"]["rounds"] == 1
 
 
-def test_each_entry_runs_once_to_warm_up_and_once_in_each_of_its_rounds() -> None:
+def test_each_entry_warms_up_once_and_runs_once_per_round() -> None:
     calls: list[str] = []
     entries = {
         "often": Timed(lambda: calls.append("often"), 3),
@@ -38,7 +38,7 @@ def test_each_entry_runs_once_to_warm_up_and_once_in_each_of_its_rounds() -> Non
         ({"prefix": [1.0, 1.2], "per_layer": [1.3, 1.0], "final": [2.0, 2.0]}, "which does not exceed"),
     ],
 )
-def test_a_lead_counts_if_it_is_larger_than_its_spread(losses: dict[str, list[float]], wanted: str) -> None:
+def test_a_lead_counts_if_it_exceeds_its_spread(losses: dict[str, list[float]], wanted: str) -> None:
     runs = [
         {
             "arms": {
@@ -52,7 +52,7 @@ def test_a_lead_counts_if_it_is_larger_than_its_spread(losses: dict[str, list[fl
     assert wanted in quality.verdict(runs)
 
 
-def test_the_tables_of_a_stream_worked_by_hand() -> None:
+def test_the_tables_of_a_stream_match_hand_worked_values() -> None:
     ours = {
         "base": [2.0, 2.0],
         "losses": [[1.0], [1.01, 1.0]],
@@ -87,7 +87,7 @@ def test_the_tables_of_a_stream_worked_by_hand() -> None:
 @pytest.mark.parametrize(
     "script", ["speed.py", "quality.py", "speed_profile.py", "humaneval.py", "forgetting.py", "skill_cost.py"]
 )
-def test_a_result_that_is_not_there_is_one_line(script: str, tmp_path: Path) -> None:
+def test_a_missing_result_is_a_one_line_error(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / script), "--show", "--output", str(tmp_path / "none.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""The check that finds tests whose names are not the same in every process."""
+"""The tool that finds tests whose names differ between processes."""
 
 import subprocess
 import sys
@@ -13,20 +13,20 @@ TOOL = Path(__file__).parents[1] / "tools" / "check_collection.py"
     "parameters",
     ["int(time.time())", "time.time_ns()", "str(object())", "random.random()", "*{'one', 'two', 'three', 'four'}"],
 )
-def test_a_name_that_changes_is_found(tmp_path: Path, parameters: str) -> None:
+def test_a_changing_name_is_found(tmp_path: Path, parameters: str) -> None:
     assert "other names in each process" in check(tmp_path, parameters, code=1)
 
 
-def test_names_that_stay_are_accepted(tmp_path: Path) -> None:
+def test_stable_names_are_accepted(tmp_path: Path) -> None:
     check(tmp_path, "1, 'two', 3.0, b'four'", code=0)
 
 
-def test_a_collection_that_fails_is_no_success(tmp_path: Path) -> None:
+def test_a_failed_collection_is_not_a_success(tmp_path: Path) -> None:
     assert "pytest cannot collect" in check(tmp_path, "1 / 0", code=1)
 
 
 def check(folder: Path, parameters: str, code: int) -> str:
-    """Runs the check on one test with these parameters; gives what it wrote to standard error."""
+    """Run the tool on one test with these parameters and return its standard error."""
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "test_it.py").write_text(
         "import random, time\nimport pytest\n\n"

@@ -1,10 +1,10 @@
-"""The pages say what the code says, and every figure comes from a committed result."""
+"""The documentation matches the code, and every figure in it comes from a committed result."""
 
 import re
 import runpy
 from pathlib import Path
 
-from dylo_moe.config import ACQUIRE_GROUPS, BENCHMARK_GROUPS, GENERATE_GROUPS, TRAIN_GROUPS
+from dylo_moe.config import AcquireConfig, BenchmarkArgs, GenerateArgs, TrainConfig
 from dylo_moe.data.registry import REGISTRY
 from dylo_moe.flags import parse
 
@@ -13,12 +13,12 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands(program: str) -> list[list[str]]:
-    """The arguments of each README command that runs a program."""
+    """Return the arguments of each README command that runs a program."""
     lines = re.findall(rf"^(?:python {program}\.py|dylora-moe {program}) (.*)$", README, flags=re.MULTILINE)
     return [re.findall(r'"[^"]*"|\S+', line) for line in lines]
 
 
-def test_the_flags_page_is_what_the_code_says() -> None:
+def test_the_flags_page_matches_the_code() -> None:
     written = runpy.run_path(str(ROOT / "docs" / "write_flags.py"))["page"]()
     assert (ROOT / "docs" / "flags.md").read_text() == written, "run `make docs`"
 
@@ -27,25 +27,25 @@ def test_every_command_of_the_readme_parses() -> None:
     assert len(commands("train")) >= 5 and len(commands("generate")) >= 2 and len(commands("benchmark")) >= 4
     assert len(commands("acquire")) >= 2
     every = {
-        "train": TRAIN_GROUPS,
-        "generate": GENERATE_GROUPS,
-        "benchmark": BENCHMARK_GROUPS,
-        "acquire": ACQUIRE_GROUPS,
+        "train": TrainConfig,
+        "generate": GenerateArgs,
+        "benchmark": BenchmarkArgs,
+        "acquire": AcquireConfig,
     }
     for program, groups in every.items():
         for arguments in commands(program):
             assert parse(groups, program, "", [argument.strip('"') for argument in arguments])
 
 
-def test_the_pages_figures_are_those_of_the_committed_results() -> None:
+def test_the_tables_match_the_committed_results() -> None:
     writer = runpy.run_path(str(ROOT / "docs" / "write_tables.py"))
-    asked = [name for path in writer["PAGES"] for name in re.findall("<!-- table: (.*?) -->", path.read_text())]
-    assert sorted(asked) == sorted(writer["TABLES"]), "each table stands in one page"
+    used = [name for path in writer["PAGES"] for name in re.findall("<!-- table: (.*?) -->", path.read_text())]
+    assert sorted(used) == sorted(writer["TABLES"]), "each table is on one page"
     for path in writer["PAGES"]:
         assert path.read_text() == writer["page"](path), f"{path.name}: run `make docs`"
 
 
-def test_the_readme_names_every_dataset_with_its_licence() -> None:
+def test_the_readme_names_every_dataset_and_its_license() -> None:
     section = README.partition("## Datasets")[2].partition("## ")[0]
     for name, spec in REGISTRY.items():
         (row,) = re.findall(rf"^\| `{name}` \| .* \|$", section, flags=re.MULTILINE)
@@ -53,7 +53,7 @@ def test_the_readme_names_every_dataset_with_its_licence() -> None:
         assert not isinstance(spec.source, str) or spec.source in row
 
 
-def test_relative_links_lead_somewhere() -> None:
+def test_relative_links_exist() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

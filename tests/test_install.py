@@ -1,4 +1,4 @@
-"""An install without extras imports, trains, learns skills and generates; what needs an extra names it."""
+"""A plain install imports, trains, learns skills and generates; a program that needs an extra names it."""
 
 import json
 import os
@@ -11,29 +11,29 @@ import pytest
 from dylo_moe.errors import EXIT_USER_ERROR
 from tiny_folder import write_tiny_folder
 
-ALONE = Path(__file__).with_name("ordinary_install.py")
+SCRIPT = Path(__file__).with_name("ordinary_install.py")
 SHORT = [
     *("--max_steps", "2", "--max_seq_length", "64", "--train_batch_size", "4", "--gradient_accumulation_steps", "1"),
     *("--lora_r", "4"),
 ]
 
 
-def ordinary(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    """Runs a program where no optional package can be found."""
-    command = [sys.executable, str(ALONE), *map(str, arguments)]
+def run_plain(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Run a program in a process where no optional package can be found."""
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def succeed(*arguments: str | Path) -> str:
-    done = ordinary(*arguments)
+    done = run_plain(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def refused(*arguments: str | Path) -> str:
-    """What a program that needs an extra says, in one line."""
-    done = ordinary(*arguments)
+    """Return the one-line error of a program that needs an extra."""
+    done = run_plain(*arguments)
     assert done.returncode == EXIT_USER_ERROR, done.stderr
     (line,) = done.stderr.splitlines()
     return line
@@ -56,19 +56,19 @@ def test_every_module_can_be_imported() -> None:
     succeed("--modules")
 
 
-def test_it_trains_and_generates(base: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_plain_install_trains_and_generates(base: Path, rows: Path, tmp_path: Path) -> None:
     succeed("train", "--model_name", base, "--datasets", f"mine={rows}", *SHORT, "--output_dir", tmp_path)
     mixture = tmp_path / "best_model"
     succeed("generate", "--trained_model", mixture, "--prompt", "say 1", "--max_new_tokens", "4")
     assert "expert_0" in succeed("experts", mixture)
 
 
-def test_it_learns_a_skill(base: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_plain_install_learns_a_skill(base: Path, rows: Path, tmp_path: Path) -> None:
     succeed("acquire", "--model_name", base, "--skill", f"mine={rows}", *SHORT, "--output_dir", tmp_path)
     assert "mine" in succeed("datasets", "--datasets", f"mine={rows}")
 
 
-def test_what_needs_an_extra_names_it(base: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_missing_extra_is_named(base: Path, rows: Path, tmp_path: Path) -> None:
     train = ("train", "--model_name", base, "--datasets", f"mine={rows}", *SHORT, "--output_dir", tmp_path)
     for flags, extra in (
         (["--load_in_4bit"], "quantisation"),

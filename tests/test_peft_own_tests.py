@@ -1,4 +1,4 @@
-"""What the run of PEFT's own tests computes from its records; PEFT's tests are not run here."""
+"""The report that is computed from a run of PEFT's own tests; PEFT's tests are not run here."""
 
 import json
 from pathlib import Path
@@ -35,11 +35,11 @@ def small(**options: Any) -> Any:
     return get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(target_modules=["0"], **options))
 
 
-def test_a_test_differs_by_its_outcome_or_by_its_exception() -> None:
+def test_a_difference_is_another_outcome_or_exception() -> None:
     plain = {
         "same": record("passed"),
         "broken": record("passed"),
-        "mended": record("failed", "KeyError: 'a'"),
+        "fixed": record("failed", "KeyError: 'a'"),
         "numbers": record("failed", "AssertionError: 1.0"),
         "bare": record("failed", "assert 1 == 2"),
         "other": record("failed", "KeyError: 'a'"),
@@ -48,7 +48,7 @@ def test_a_test_differs_by_its_outcome_or_by_its_exception() -> None:
     routed = {
         "same": record("passed"),
         "broken": record("failed", "TypeError: no"),
-        "mended": record("passed"),
+        "fixed": record("passed"),
         "numbers": record("failed", "AssertionError: 1.5"),
         "bare": record("failed", "AssertionError: 1 == 3"),
         "other": record("failed", "TypeError: no"),
@@ -56,13 +56,13 @@ def test_a_test_differs_by_its_outcome_or_by_its_exception() -> None:
     }
     assert own.compare(plain, routed) == [
         Difference("broken", "passed", "failed", "TypeError: no"),
-        Difference("mended", "failed", "passed", "KeyError: 'a'"),
+        Difference("fixed", "failed", "passed", "KeyError: 'a'"),
         Difference("other", "failed", "failed", "TypeError: no"),
         Difference("new", "not run", "passed", ""),
     ]
 
 
-def test_a_known_difference_explains_by_the_ids_beginning_and_the_error() -> None:
+def test_a_known_difference_matches_by_id_prefix_and_error() -> None:
     known = [KnownDifference(("a.py::one", "a.py::two"), "TypeError", "first"), KnownDifference(("a.py",), "", "any")]
     found = [
         Difference(f"{test}[x]", "passed", "failed", "TypeError: no") for test in ("a.py::two", "a.py::six", "b.py")
@@ -72,14 +72,14 @@ def test_a_known_difference_explains_by_the_ids_beginning_and_the_error() -> Non
     assert own.explain([other_error], known)[0]["reason"] == "any"
 
 
-def test_known_differences_that_no_longer_occur_are_named() -> None:
+def test_outdated_known_differences_are_named() -> None:
     known = [KnownDifference(("a.py::one",), "", "a"), KnownDifference(("b.py", "c.py"), "", "b")]
     ran = ["a.py::one[x]", "c.py::two"]
     assert own.outdated([Difference("a.py::one[x]", "passed", "failed", "")], known, ran) == ["b"]
     assert own.outdated([], known, ["d.py::three"]) == []
 
 
-def test_the_committed_list_of_known_differences_can_be_read_and_gives_reasons() -> None:
+def test_every_committed_known_difference_has_a_reason() -> None:
     for entry in own.read_known(TOOLS / "peft_differences.json"):
         assert entry.tests and all(test.startswith("tests/test_") for test in entry.tests)
         assert entry.reason.endswith(".")
@@ -106,7 +106,7 @@ def test_outcomes_and_models_are_counted() -> None:
     assert own.errors_of_failed(records) == {"E": 1}
 
 
-def test_the_table_names_what_is_not_explained() -> None:
+def test_the_table_names_unexplained_differences() -> None:
     row = dict.fromkeys(own.OUTCOMES, 3)
     result = {
         "versions": {"peft": "1"},
@@ -124,7 +124,7 @@ def test_the_table_names_what_is_not_explained() -> None:
     assert "No longer differs: old" in text
 
 
-def test_a_record_has_the_worst_phase_and_all_notes() -> None:
+def test_a_record_keeps_the_worst_phase_and_all_notes() -> None:
     crash = SimpleNamespace(reprcrash=SimpleNamespace(message="TypeError: no\nand more"))
     found = summarize([report("setup"), report("call", "failed", crash), report("teardown")])
     assert found == {
@@ -149,17 +149,17 @@ def test_a_record_has_the_worst_phase_and_all_notes() -> None:
         (item(config=VeraConfig, model="MLP"), False),
     ],
 )
-def test_tests_of_other_methods_are_recognized_by_their_parameters(test: Any, wanted: bool) -> None:
+def test_tests_of_other_peft_methods_are_recognized(test: Any, wanted: bool) -> None:
     assert may_build_lora(test) is wanted
 
 
-def test_a_reason_for_a_refusal_is_the_same_for_all_models() -> None:
+def test_a_refusal_reason_is_the_same_for_all_models() -> None:
     layers = ["base_model.model.lin0", "base_model.model.lin0.inner", "lin"]
     message = "base_model.model.lin0.inner uses 'a', lin and linear stay"
     assert refusal_reason(message, layers) == "LAYER uses NAME, LAYER and linear stay"
 
 
-def test_a_routed_layer_counts_as_the_class_that_it_extends() -> None:
+def test_a_routed_layer_counts_as_its_base_class() -> None:
     router, test = ModelRouter(enable=True), SimpleNamespace(user_properties=[])
     router.pytest_runtest_setup(test)  # type: ignore[arg-type]
     model = small()
@@ -170,7 +170,7 @@ def test_a_routed_layer_counts_as_the_class_that_it_extends() -> None:
     assert test.user_properties == [(key, ["lora.layer.Linear"]) for key in ("lora", "routed")] * 2
 
 
-def test_a_refused_model_is_counted_and_stays_as_it_was() -> None:
+def test_a_refused_model_is_counted_and_unchanged() -> None:
     router, test = ModelRouter(enable=True), SimpleNamespace(user_properties=[])
     router.pytest_runtest_setup(test)  # type: ignore[arg-type]
     model = small(use_dora=True)
@@ -179,7 +179,7 @@ def test_a_refused_model_is_counted_and_stays_as_it_was() -> None:
     assert [key for key, _ in test.user_properties] == ["lora", "refused"] and fingerprint(model) == before
 
 
-def test_stand_ins_are_the_same_each_time_and_their_adapters_have_one() -> None:
+def test_stand_ins_are_reproducible() -> None:
     name = "peft-internal-testing/tiny-random-OPTForCausalLM"
     first, second = (dict(peft_stand_ins.build_model(name).named_parameters()) for _ in range(2))
     assert all(first[key].equal(second[key]) for key in first)

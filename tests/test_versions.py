@@ -1,4 +1,4 @@
-"""The window of versions: what pyproject.toml admits is what the lowest environment is made of."""
+"""The versions of the lowest environment and of the lock file agree with the bounds in pyproject.toml."""
 
 import tomllib
 from pathlib import Path
@@ -10,13 +10,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def requirements() -> list[Requirement]:
-    """The dependencies of an ordinary install."""
+    """Return the dependencies of a plain install."""
     return [
         Requirement(line) for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     ]
 
 
-def test_the_lowest_environment_has_exactly_the_lower_bounds() -> None:
+def test_the_lowest_environment_is_exactly_the_lower_bounds() -> None:
     lines = (ROOT / "requirements-lowest.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     bounds = {
@@ -33,7 +33,7 @@ def test_every_dependency_has_a_lower_bound() -> None:
         assert ">=" in str(requirement.specifier), requirement
 
 
-def test_the_locked_versions_lie_in_the_window() -> None:
+def test_the_locked_versions_are_allowed() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     locked = dict(line.replace("_", "-").lower().split("==") for line in lines if "==" in line)
     for requirement in requirements():

@@ -1,4 +1,4 @@
-"""A base model in a folder, as a user might have one: tiny, random, with a tokenizer of its own."""
+"""Write a tiny random base model with its own tokenizer into a folder."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ CORPUS = [
 
 
 def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that knows every text; with ``bos`` it puts one in front, as Gemma's does."""
+    """Return a byte-level tokenizer for any text; with ``bos`` it prepends that token, as Gemma's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(vocab_size: int, positions: int = 512) -> LlamaConfig:
-    """Four narrow layers."""
+    """Return the configuration of a Llama with four narrow layers."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -51,7 +51,7 @@ def tiny_config(vocab_size: int, positions: int = 512) -> LlamaConfig:
 
 
 def write_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
-    """Writes a random Llama of four layers, and its tokenizer, into ``folder``."""
+    """Write a random Llama of four layers and its tokenizer into ``folder``, and return the folder."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     LlamaForCausalLM(tiny_config(len(tokenizer))).save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""Check that pytest collects the same tests twice: workers in parallel refuse to start where they differ.
+"""Check that pytest collects the same tests twice, as parallel workers require.
 
-A parameter that holds the time, an address, a random number or the order of a set gives its test another name in each
-process. The two collections therefore run one after the other, with different hash seeds. Run it in the folder that
-pytest is run in; arguments are passed to pytest.
+A parameter that holds the time, an address, a random number or the order of a set gives its test a different name in
+each process. So the two collections run one after the other, with different hash seeds. Run this in the folder in which
+pytest runs; arguments are passed to pytest.
 """
 
 import difflib
@@ -17,7 +17,7 @@ CLOCK_TICK = 1.1
 
 
 def collected(hash_seed: int, arguments: Sequence[str]) -> list[str]:
-    """Return the ids of the tests, in order; exit with what pytest said where it cannot collect."""
+    """Return the ids of the tests, in order; exit with pytest's output if it cannot collect them."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -27,15 +27,15 @@ def collected(hash_seed: int, arguments: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare two collections; return 1 and name the tests where they differ."""
+    """Compare two collections; return 1 and print the tests that differ, else 0."""
     first = collected(1, arguments)
     time.sleep(CLOCK_TICK)
     second = collected(2, arguments)
     if first == second:
-        sys.stdout.write(f"{len(first)} tests, with the same names twice\n")
+        sys.stdout.write(f"{len(first)} tests, with the same names both times\n")
         return 0
     sys.stderr.write("\n".join(difflib.unified_diff(first, second, "first collection", "second", n=0, lineterm="")))
-    sys.stderr.write("\nerror: tests have other names in each process; take what changes out of their parameters\n")
+    sys.stderr.write("\nerror: tests have other names in each process; remove what changes from their parameters\n")
     return 1
 
 

@@ -4,17 +4,17 @@
     pip install -r requirements.lock parameterized scipy scikit-learn diffusers
     HF_HUB_OFFLINE=1 python tools/peft_own_tests.py peft-0.21.2.tar.gz --output results/peft.json
 
-The source distribution on PyPI contains ``tests/``; the wheel does not. It must be of the version that is installed,
-because the tests are unpacked to a temporary folder and run against the installed package. In the first run they run
-as they are. In the second run ``dylo_moe.enable_routing`` is applied to every model with LoRA layers (see
-``peft_routing_plugin.py``). A model without ``routing_weights`` must behave as in plain PEFT, so that every test
-should end as before. A test that ends differently is repeated in both ways. If it differs again, it must be explained
-in ``peft_differences.json``, or the exit code is 1.
+The source distribution on PyPI contains ``tests/``; the wheel does not. It must have the installed version, because the
+tests are unpacked to a temporary folder and run against the installed package. The first run leaves them unchanged. The
+second run applies ``dylo_moe.enable_routing`` to every model with LoRA layers (see ``peft_routing_plugin.py``). A model
+without ``routing_weights`` must behave as in plain PEFT, so every test should have the same outcome. A test with a
+different outcome is repeated in both runs. If it differs again, ``peft_differences.json`` must explain it, or the exit
+code is 1.
 
 Offline, stand-ins replace the models of the Hub (see ``peft_stand_ins.py``).
 
-Not covered: tests of PEFT methods other than LoRA, which build no LoRA layer and are left out; tests that build no
-LoRA model in the first run are not repeated in the second; GPU tests; the mixture itself, which has tests here.
+Not covered: tests of PEFT methods other than LoRA, which build no LoRA layer; tests that build no LoRA model in the
+first run, which the second run leaves out; GPU tests; the mixture itself, which this repository tests.
 """
 
 import argparse
@@ -41,13 +41,13 @@ Records = dict[str, Record]
 
 @dataclass(frozen=True)
 class Difference:
-    """A test that ends differently with routing than without.
+    """A test whose outcome differs between the two runs.
 
     Attributes:
-        id: The id of the test in pytest.
+        id: Id of the test in pytest.
         plain: Outcome without routing.
         routed: Outcome with routing.
-        error: First line of the error, of the routed run if it failed there.
+        error: First line of the error; that of the routed run if the test failed there.
     """
 
     id: str
@@ -58,12 +58,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class KnownDifference:
-    """A difference that is understood.
+    """A difference with an explanation.
 
     Attributes:
-        tests: Beginnings of the ids that it explains.
+        tests: Prefixes of the test ids that it explains.
         error: Text that the error must contain; empty for any.
-        reason: Why routing makes the difference, and why that is right or not yet fixed.
+        reason: Why routing causes the difference, and why that is correct or not yet fixed.
     """
 
     tests: tuple[str, ...]
@@ -76,7 +76,7 @@ class KnownDifference:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run both, report, and return the exit code."""
+    """Run the tests both ways, print and write the report, and return the exit code."""
     arguments = parse_arguments(argv)
     with tempfile.TemporaryDirectory(prefix="peft-tests-") as folder:
         suite = Suite(arguments, Path(folder))
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         with_lora = [test for test in selected if plain.get(test, {}).get("lora")]
         routed = suite.run("enable", with_lora)
         if not any("routed" in record for record in routed.values()):
-            raise RuntimeError("no test has built a model that enable_routing accepts; nothing was compared")
+            raise RuntimeError("no test built a model that enable_routing accepts, so nothing was compared")
         suspects = compare(plain, routed)
         again = [difference.id for difference in suspects]
         repeated = compare(suite.run("observe", again), suite.run("enable", again)) if again else []
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         "outdated": outdated(differences, known, with_lora),
         "failed_in_both": errors_of_failed(plain.values()),
     }
-    write(table(result))
+    sys.stdout.write(table(result) + "\n")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -118,19 +118,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sdist", type=Path, help="PEFT's source distribution, a .tar.gz")
-    parser.add_argument("--source", type=Path, default=TOOLS.parent / "src", help="folder that contains dylo_moe")
+    parser.add_argument("--source", type=Path, default=TOOLS.parent / "src", help="folder with the package dylo_moe")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="files below the distribution's root to run")
     parser.add_argument("--output", type=Path, help="JSON file to write the result to")
-    parser.add_argument(
-        "--plain", type=Path, help="file that keeps the plain run's records; tests in it are not run again"
-    )
+    parser.add_argument("--plain", type=Path, help="file with the plain run's records; its tests are not run again")
     parser.add_argument("--differences", type=Path, default=TOOLS / "peft_differences.json", help="known differences")
     parser.add_argument("--workers", type=int, default=1, help="processes that run tests")
     parser.add_argument(
         "--stand-ins",
         action="store_true",
         default=os.environ.get("HF_HUB_OFFLINE") == "1",
-        help="replace the Hub's models by tiny random ones; default: only if HF_HUB_OFFLINE=1",
+        help="replace the Hub's models with tiny random ones; default: only if HF_HUB_OFFLINE=1",
     )
     return parser.parse_args(argv)
 
@@ -160,7 +158,7 @@ class Suite:
         return [(test, may_build_lora) for test, may_build_lora in json.loads(path.read_text())]
 
     def run_plain(self, tests: list[str]) -> Records:
-        """Run tests without routing, except those that an earlier run's records have."""
+        """Run the tests without routing that no earlier record covers, and return all records."""
         path = self.arguments.plain
         records = read_records(path.read_text()) if path is not None and path.exists() else {}
         missing = [test for test in tests if test not in records]
@@ -172,7 +170,7 @@ class Suite:
         return {test: record for test, record in records.items() if test in wanted or "seconds" not in record}
 
     def run(self, routing: str, tests: list[str]) -> Records:
-        """Run tests, and return what became of each."""
+        """Run tests and return the record of each."""
         only, path = self.folder / "only.json", self.folder / f"{routing}.jsonl"
         only.write_text(json.dumps(tests))
         self._pytest(routing, path, [f"--only={only}", f"--numprocesses={self.arguments.workers}"])
@@ -192,7 +190,7 @@ class Suite:
 
 
 def unpack(sdist: Path, folder: Path) -> Path:
-    """Unpack a source distribution, complete its tests to a package, and return the root."""
+    """Unpack a source distribution, make its tests a package, and return the root."""
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     root = next(path for path in folder.iterdir() if path.is_dir())
@@ -205,7 +203,7 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 
 def read_records(text: str) -> Records:
-    """Return the records of JSON lines by the ids of their tests; the last one of an id counts."""
+    """Return the records of JSON lines by test id; the last record of an id counts."""
     records = [json.loads(line) for line in text.splitlines()]
     return {record["id"]: record for record in records}
 
@@ -217,9 +215,9 @@ def read_known(path: Path) -> list[KnownDifference]:
 
 
 def compare(plain: Records, routed: Records) -> list[Difference]:
-    """Return the tests of the routed run that end differently than in the plain run.
+    """Return the tests of the routed run whose outcome differs from the plain run.
 
-    A test differs if its outcome does, or if it fails in both with another type of exception.
+    A test also differs if it fails in both runs with different types of exception.
     """
     differences = []
     for test, record in routed.items():
@@ -231,7 +229,7 @@ def compare(plain: Records, routed: Records) -> list[Difference]:
 
 
 def exception_type(record: Record) -> str:
-    """Return the name of the exception that a test failed with; empty if it did not fail."""
+    """Return the type name of a failed test's exception; empty if the test did not fail."""
     if record["outcome"] != "failed":
         return ""
     name = record["error"].partition(":")[0]
@@ -247,7 +245,7 @@ def explain(differences: list[Difference], known: list[KnownDifference]) -> list
 
 
 def outdated(differences: list[Difference], known: list[KnownDifference], ran: list[str]) -> list[str]:
-    """Return the reasons of the known differences whose tests ran and ended alike."""
+    """Return the reasons of known differences whose tests ran and no longer differ."""
     return [
         entry.reason
         for entry in known
@@ -256,13 +254,13 @@ def outdated(differences: list[Difference], known: list[KnownDifference], ran: l
 
 
 def counts(records: Iterable[Record]) -> dict[str, int]:
-    """Return how many tests had each outcome."""
+    """Return the number of tests with each outcome."""
     found = Counter(record["outcome"].partition(":")[0] for record in records)
     return {outcome: found[outcome] for outcome in OUTCOMES}
 
 
 def count_models(records: Iterable[Record]) -> dict[str, dict[str, int]]:
-    """Return how many calls of enable_routing met which layer classes, and how many were refused for which reason."""
+    """Count the calls of enable_routing by layer classes, and the refused ones by reason."""
     records = list(records)
     routed = Counter(name for record in records for names in record.get("routed", ()) for name in names)
     refused = Counter(reason for record in records for reason in record.get("refused", ()))
@@ -275,12 +273,12 @@ def count_models(records: Iterable[Record]) -> dict[str, dict[str, int]]:
 
 
 def errors_of_failed(records: Iterable[Record]) -> dict[str, int]:
-    """Return how many tests failed with each error."""
+    """Return the number of tests that failed with each error."""
     return dict(Counter(record["error"] for record in records if record["outcome"] == "failed").most_common())
 
 
 def source_revision(source: Path) -> str:
-    """Return the git commit of the source under test, marked if files differ from it; empty outside of git."""
+    """Return the git commit of the source under test, marked if files differ from it; empty outside git."""
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
@@ -309,11 +307,6 @@ def table(result: Record) -> str:
         lines += [f"  {found['id']}: {found['plain']} -> {found['routed']}: {found['error']}" for found in differences]
     lines += [f"No longer differs: {reason}" for reason in result["outdated"]]
     return "\n".join(lines)
-
-
-def write(text: str) -> None:
-    """Write text to stdout."""
-    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""A pytest plugin that turns routing on for the LoRA models which a test-suite builds.
+"""A pytest plugin that enables routing on the LoRA models that a test suite builds.
 
 ``peft_own_tests.py`` loads it into PEFT's own tests. After every ``PeftModel.__init__``, ``add_adapter`` and
-``load_adapter`` (so after ``get_peft_model`` and ``from_pretrained`` too) the model is handed to
-``dylo_moe.enable_routing`` if it has LoRA layers. A model that is refused with a ``RoutingError`` stays plain, and
-the reason is counted. Any other exception is left to fail the test.
+``load_adapter`` (so after ``get_peft_model`` and ``from_pretrained`` too) it calls ``dylo_moe.enable_routing`` if the
+model has LoRA layers. A model that is refused with a ``RoutingError`` stays plain, and the reason is counted. Any other
+exception fails the test.
 
-With ``--routing observe`` the plugin changes no model and only counts those that have LoRA layers.
+With ``--routing observe`` the plugin changes no model and only counts the models with LoRA layers.
 
-It writes one JSON line for each test to ``--records``. Not covered: models made by ``PeftMixedModel`` or
-``inject_adapter_in_model``, which are no ``PeftModel``.
+It writes one JSON line for each test to ``--records``. Not covered: models of ``PeftMixedModel`` and
+``inject_adapter_in_model``, which are not ``PeftModel`` objects.
 """
 
 import functools
@@ -36,11 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the plugin's flags to pytest."""
     group = parser.getgroup("routing")
     group.addoption("--routing", choices=("observe", "enable"), required=True, help="what to do with LoRA models")
-    group.addoption("--records", type=Path, required=True, help="file to write one JSON line a test to")
-    group.addoption("--plan", type=Path, help="file to write the ids of the tests to that may build LoRA models")
+    group.addoption("--records", type=Path, required=True, help="file for one JSON line per test")
+    group.addoption("--plan", type=Path, help="file for the test ids, and whether each may build LoRA models")
     group.addoption("--only", type=Path, help="JSON list of the test ids to run; default: all")
     group.addoption("--test-seconds", type=int, default=300, help="time limit of one test")
-    group.addoption("--offline", action="store_true", help="never ask the Hub, not even for a model's first use")
+    group.addoption(
+        "--offline", action="store_true", help="never contact the Hub, not even for the first use of a model"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Write the plan that was asked for, and deselect the tests that ``--only`` does not name."""
+    """Write the plan if ``--plan`` is given, and deselect the tests that ``--only`` does not name."""
     plan, path = config.getoption("plan"), config.getoption("only")
     if plan is not None:
         ids = [[item.nodeid, may_build_lora(item)] for item in items]
@@ -84,7 +86,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 class ModelRouter:
-    """Applies ``enable_routing`` and notes at the running test what became of each model."""
+    """Enabler of routing, which records the outcome for each model with the running test."""
 
     def __init__(self, *, enable: bool) -> None:
         self.enable = enable
@@ -93,11 +95,11 @@ class ModelRouter:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Remember which test runs."""
+        """Remember the running test."""
         self.item = item
 
     def after(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the method followed by routing its model."""
+        """Return a method that calls ``method`` and then routes its model."""
 
         @functools.wraps(method)
         def patched(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +110,7 @@ class ModelRouter:
         return patched
 
     def route(self, model: PeftModel) -> None:
-        """Enable routing if the model has LoRA layers, and note the outcome."""
+        """Enable routing if the model has LoRA layers, and record the outcome."""
         if not isinstance(model, PeftModel):  # PeftMixedModel borrows PeftModel.load_adapter
             return
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -141,7 +143,7 @@ class ModelRouter:
 
 
 class Recorder:
-    """Writes one JSON line for each test that ended, and one for each file that could not be collected."""
+    """Writer of one JSON line for each finished test and for each file that could not be collected."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,14 +151,14 @@ class Recorder:
         path.write_text("")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the report of a phase; write the test down after the last phase, or when its process died."""
+        """Keep the report of a phase; write the test's record after the last phase, or when its process died."""
         phases = self.phases.setdefault(report.nodeid, [])
         phases.append(report)
         if report.when not in ("setup", "call"):
             self._write(summarize(self.phases.pop(report.nodeid)))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Write down a file that failed to import or skipped itself."""
+        """Write a record for a file that failed to import or skipped itself."""
         if report.outcome != "passed":
             self._write(
                 {"id": report.nodeid, "outcome": f"not collected: {report.outcome}", "error": error_line(report)}
@@ -186,7 +188,7 @@ def config_classes(value: object) -> Iterator[type[PeftConfig]]:
 
 
 def summarize(phases: list[pytest.TestReport]) -> dict[str, Any]:
-    """Return a test's record: its worst outcome, that phase's error, and the notes on its models."""
+    """Return a test's record: its worst outcome, the error of that phase, and the outcomes of its models."""
     worst = min(phases, key=lambda report: WORST_FIRST.index(report.outcome))
     notes: dict[str, list[Any]] = {}
     for key, value in phases[-1].user_properties:
@@ -196,7 +198,7 @@ def summarize(phases: list[pytest.TestReport]) -> dict[str, Any]:
 
 
 def error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Return the first line of what a report failed with, or the reason for which it was skipped."""
+    """Return the first line of a report's error, or the reason for its skip."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).strip().partition("\n")[0]
     crash = getattr(report.longrepr, "reprcrash", None)
@@ -205,12 +207,12 @@ def error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 
 def class_name(cls: type) -> str:
-    """Return the name of a layer's class with its module, without PEFT's own prefix."""
+    """Return a layer class's module and name, without PEFT's own prefix."""
     return f"{cls.__module__.removeprefix('peft.tuners.')}.{cls.__qualname__}"
 
 
 def fingerprint(model: nn.Module) -> list[tuple[str, type, int, int, tuple[str, ...]]]:
-    """Return what a refusal must leave alone: classes, numbers of hooks, and names of attributes."""
+    """Return what a refusal must not change: classes, numbers of hooks, and names of attributes."""
     return [
         (name, type(module), len(module._forward_pre_hooks), len(module._forward_hooks), tuple(vars(module)))
         for name, module in model.named_modules()
@@ -218,7 +220,7 @@ def fingerprint(model: nn.Module) -> list[tuple[str, type, int, int, tuple[str, 
 
 
 def refusal_reason(message: str, layer_names: list[str]) -> str:
-    """Return an error message without the names that differ from model to model."""
+    """Return an error message with the model-specific names replaced."""
     for name in sorted(layer_names, key=len, reverse=True):
         message = re.sub(rf"(?<![\w.]){re.escape(name)}(?![\w.])", "LAYER", message)
     return re.sub(r"'[^']*'", "NAME", message)

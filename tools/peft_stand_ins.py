@@ -1,11 +1,10 @@
-"""Tiny random models in place of those that PEFT's tests load from the Hugging Face Hub.
+"""Tiny random models that replace those that PEFT's tests load from the Hugging Face Hub.
 
-    python tools/peft_stand_ins.py FOLDER    writes them
+    python tools/peft_stand_ins.py FOLDER    write them to FOLDER
 
-``write_stand_ins`` fills a folder of the layout of the Hub's download cache. With ``HF_HUB_CACHE`` set to it and
-``HF_HUB_OFFLINE=1``, ``from_pretrained`` finds the stand-ins under the real names, and no library is patched. The
-architectures are the real ones; sizes, weights and tokenizers are not, so tests that expect numbers of the real
-weights fail.
+``write_stand_ins`` writes a folder with the layout of the Hub's download cache. With ``HF_HUB_CACHE`` set to it and
+``HF_HUB_OFFLINE=1``, ``from_pretrained`` finds the stand-ins under the real names, and no library is patched. Only the
+architectures are real. Sizes, weights and tokenizers are not, so tests that expect the real weights' numbers fail.
 
 Not covered: data sets, diffusers pipelines, quantized checkpoints, processors.
 """
@@ -43,7 +42,7 @@ WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_st
 MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2}
 EXPERTS = GROUPED | {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 32}
 
-# The Hub's name: class of the model, class of its config, the config's values.
+# Name on the Hub: model class, config class, config values.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", "OPTConfig", OPT),
     "peft-internal-testing/opt-125m": ("OPTForCausalLM", "OPTConfig", OPT_125M),
@@ -141,7 +140,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "openai/whisper-large": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
 }
 
-# Adapters on the Hub: the model that they belong to, and PEFT's task type, None for a class that PEFT has no name for.
+# Adapters on the Hub: base model and PEFT's task type; None if PEFT has no name for the model's class.
 ADAPTERS: dict[str, tuple[str, str | None]] = {
     "peft-internal-testing/tiny-OPTForCausalLM-lora": (
         "peft-internal-testing/tiny-random-OPTForCausalLM",
@@ -183,7 +182,7 @@ AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 
-# Further names of the newest revision that tests ask for.
+# Further revision names that the tests request.
 REVISIONS = {
     "peft-internal-testing/tiny-random-BertModel": ("v2.0.0",),
     "peft-internal-testing/tiny-random-BertModel-lora": ("v1.2.3",),
@@ -191,7 +190,7 @@ REVISIONS = {
 
 
 def write_stand_ins(cache: Path) -> None:
-    """Write all stand-ins into a folder of the layout of the Hub's cache."""
+    """Write all stand-ins into a folder with the layout of the Hub's cache."""
     tokenizer = _tokenizer()
     for name in MODELS:
         folder = _new_snapshot(cache, name)
@@ -202,7 +201,7 @@ def write_stand_ins(cache: Path) -> None:
         auto_class = getattr(transformers, AUTO_CLASSES[task_type])
         torch.manual_seed(1)
         model = auto_class.from_pretrained(_snapshot(cache, base))
-        # PEFT has default targets for each of these models but Whisper
+        # PEFT has default targets for each of these models except Whisper
         targets = ["q_proj", "v_proj"] if task_type is None else None
         config = LoraConfig(task_type=task_type, target_modules=targets, init_lora_weights=False)
         get_peft_model(model, config).save_pretrained(folder)
@@ -210,7 +209,7 @@ def write_stand_ins(cache: Path) -> None:
 
 
 def build_model(name: str) -> PreTrainedModel:
-    """Return the stand-in of a model on the Hub; the weights are the same each time."""
+    """Return the stand-in for a model on the Hub, with the same weights each time."""
     model_class, config_class, values = MODELS[name]
     config = getattr(transformers, config_class)(vocab_size=VOCABULARY, **values)
     if hasattr(config, "initializer_range"):

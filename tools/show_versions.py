@@ -1,4 +1,4 @@
-"""Print a table of the versions in this environment that decide whether the tests pass."""
+"""Print the versions in this environment that the tests depend on."""
 
 import platform
 import sys

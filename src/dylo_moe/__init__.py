@@ -26,7 +26,7 @@ __all__ = [
     "enable_routing",
 ]
 
-# bitsandbytes says on import which quicker product for 4 bits is missing, whether or not a model has 4 bits
+# on import, bitsandbytes warns that a faster 4-bit kernel is missing, also where no model has 4 bits
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = version("dylora-moe")
@@ -43,7 +43,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Imports what is asked for only then: the command line has its help, and its say on warnings, before torch."""
+    """Import a public name on first use: the command line shows its help and sets its warning filters before torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -58,12 +58,12 @@ def _register() -> None:
 
 
 def _register_or_wait_for_peft() -> None:
-    # PEFT imports the Auto classes half-way through its own import, and what registers mixtures needs it whole
+    # PEFT imports the Auto classes half-way through its own import, and registration needs all of PEFT
     if not is_being_imported(PEFT):
         _register()
 
 
-# transformers' Auto classes know of mixtures after ``import dylo_moe``, which itself imports neither them nor torch
+# `import dylo_moe` registers mixtures with transformers' Auto classes, and imports neither them nor torch itself
 if AUTO_CLASSES in sys.modules:
     _register()
 else:

@@ -1,4 +1,4 @@
-"""``python -m dylo_moe`` is ``dylora-moe``."""
+"""Entry point of ``python -m dylo_moe``, which is the same as ``dylora-moe``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command ``dylora-moe`` and the one place where errors become exit codes."""
+"""The command ``dylora-moe``, and the one place where errors become exit codes."""
 
 import importlib
 import os
@@ -7,23 +7,22 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from dylo_moe.errors import DISK_REFUSED, EXIT_USER_ERROR, DyLoRAError, did_you_mean
+from dylo_moe.errors import DISK_REFUSED, EXIT_INTERRUPTED, EXIT_USER_ERROR, DyLoRAError, did_you_mean
 
 PROGRAMS = {
     "train": "train a mixture of experts on a frozen base model",
-    "acquire": "learn skills one after the other, each with an expert of its own",
+    "acquire": "learn skills one after another, each with an expert of its own",
     "experts": "show a mixture's experts; rename, freeze, remove, merge, import or export them",
     "benchmark": "score a mixture or a base model on HumanEval(+) and MBPP(+)",
     "generate": "generate text with a trained mixture",
     "submit": "train on Vertex AI, on spot machines",
-    "entrypoint": "what a container runs: train or benchmark, as the platform that it is on wants it",
-    "datasets": "list the datasets, or look into some",
+    "entrypoint": "train or benchmark in a container, with the settings of the platform that it runs on",
+    "datasets": "list the datasets, or show what is in some",
 }
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs ``dylora-moe PROGRAM ...``; returns its exit code."""
+    """Run ``dylora-moe PROGRAM ...`` and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         rows = "\n".join(f"  {name:<10} {what}" for name, what in PROGRAMS.items())
@@ -37,19 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(program: str, arguments: Sequence[str] | None = None, called_as: str | None = None) -> int:
-    """Runs one program; a user's error becomes one line on standard error and a non-zero exit code."""
+    """Run one program and return its exit code; a user's error becomes one line on standard error.
+
+    Args:
+        program: Its name, one of ``PROGRAMS``.
+        arguments: Its command line; that of this process if not given.
+        called_as: Its name in messages; the name of the running script if not given.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # peft asks transformers for a property that the installed transformers has renamed: nothing that a user can mend
+    # peft reads a property that transformers has renamed; users cannot change that
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
-        # imported here: --help and a mistyped program should not wait for torch
+        # a late import: --help and a mistyped program should not wait for torch
         module = importlib.import_module(f"dylo_moe.programs.{program}")
         code: int = module.main(arguments, called_as or os.path.basename(sys.argv[0]))
         return code
     except DyLoRAError as error:
-        return _fail(" ".join(str(error).split()))
+        return _fail(_in_flags(program, " ".join(str(error).split())))
     except RuntimeError:
-        # what waits for a process that has ended fails too, and has nothing to add
+        # another process already reported its error, and this one failed while waiting for it
         if _several() and _processes().another_failed():
             return EXIT_USER_ERROR
         raise
@@ -67,8 +72,16 @@ def _fail(message: str) -> int:
     return EXIT_USER_ERROR
 
 
+def _in_flags(program: str, message: str) -> str:
+    """Return a message of the library with the program's flags for its parameters."""
+    from dylo_moe.config import COMMANDS
+    from dylo_moe.flags import with_flags
+
+    return with_flags(message, COMMANDS[program])
+
+
 def _several() -> bool:
-    """Whether this is one of several processes that run the same program."""
+    """Return whether this is one of several processes that run the same program."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

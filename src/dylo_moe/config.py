@@ -1,23 +1,24 @@
-"""The configuration: every flag of every program, its default, its check and its help text.
+"""The flags of data, training and generation, and the configuration of each program.
 
 A flag comes from the command line, from the file that ``--config`` names, or from its default, in that order;
-``flags.py`` reads them; those of the model are in ``model_config.py``, of benchmarks in ``benchmark_config.py``.
-Everything a program needs is in these dataclasses; nothing below the programs sees them.
+``flags.py`` reads them. Everything a program needs is in these dataclasses; nothing below the programs sees them.
 """
 
 import math
 import os
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from dylo_moe.acquire_config import AcquireArguments, ExpertsArguments, GrowingExpertArguments
-from dylo_moe.benchmark_config import BenchmarkArguments, LiveBenchmarkArguments
-from dylo_moe.cloud_config import SubmitArguments
-from dylo_moe.flags import flag as _flag
-from dylo_moe.flags import names_of, split_names
-from dylo_moe.flags import require as _require
-from dylo_moe.model_config import ExpertArguments, ModelArguments
-from dylo_moe.trainer_fields import PassedOn, other_fields
+from dylo_moe.acquire_config import AcquireArgs, ExpertsArgs, GrowingExpertArgs
+from dylo_moe.benchmark_config import BenchmarkArgs, LiveBenchmarkArgs
+from dylo_moe.cloud_config import SubmitArgs
+from dylo_moe.flags import GROUP, Group, flag, names_of, require, split_names
+from dylo_moe.model_config import ExpertArgs, ModelArgs
+from dylo_moe.trainer_fields import PassthroughArgs, other_fields
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LATEST, AUTO_RESUME = "latest", "auto"
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts")
@@ -25,69 +26,68 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass
-class SourceArguments:
-    """Where datasets are read from, for every program that reads some."""
+class SourceArgs(Group):
+    """The places of datasets, for every program that reads some."""
 
-    data_dir: str | None = _flag(
-        default=None, help="Folder to find datasets in: NAME.jsonl and the like, NAME/, or a datasets cache."
+    data_dir: str | None = flag(
+        None, "Folder to find datasets in: NAME.jsonl and the like, NAME/, or a datasets cache."
     )
-    skip_bad_rows: bool = _flag(default=False, help="Leave out rows that cannot be used, and count them.")
+    skip_bad_rows: bool = flag(False, "Leave out rows that cannot be used, and count them.")
 
 
 @dataclass
-class DataArguments(SourceArguments):
+class DataArgs(SourceArgs):
     """What to train on."""
 
-    _argument_group_name: ClassVar[str] = "data"
+    title = "data"
 
-    datasets: str = _flag(
-        default="code_alpaca,mbpp",
-        help="Datasets, comma-separated: names (see dylora-moe datasets), or name=path for your own files.",
+    datasets: str = flag(
+        "code_alpaca,mbpp",
+        "Datasets, comma-separated: names (see dylora-moe datasets), or name=path for your own files.",
     )
-    training_subset: float = _flag(default=100.0, help="Percent of the training rows to use, chosen at random.")
-    eval_subset: float = _flag(default=100.0, help="Percent of the held-out rows to use, chosen at random.")
-    interleaved_sampling: bool = _flag(
-        default=False, help="Equal shares of all datasets; small ones repeat. Proportional otherwise."
+    training_subset: float = flag(
+        100.0, "Percent of the training rows to use, chosen at random.", gt=0, le=100, wording="a percentage {}"
     )
-    mixing_temperature: float = _flag(
-        default=1.0, help="Shares are proportional to size^(1/T): 1 is proportional, above it small sets get more."
+    eval_subset: float = flag(
+        100.0, "Percent of the held-out rows to use, chosen at random.", gt=0, le=100, wording="a percentage {}"
     )
-    max_seq_length: int = _flag(default=1024, help="Most tokens of an example, and of a packed row.")
-    packing: bool = _flag(default=True, help="Join short training examples into full rows; they do not see each other.")
-    overlong: str = _flag(
-        default="cut", help="Longer examples lose the end of their response (cut) or are left out (drop)."
+    interleaved_sampling: bool = flag(False, "Equal shares of all datasets; small ones repeat. Proportional otherwise.")
+    mixing_temperature: float = flag(
+        1.0, "Shares are proportional to size^(1/T): 1 is proportional, above it small sets get more.", ge=1
     )
-    template: str = _flag(
-        default="auto",
-        help="Around conversations: the model's own (chat), Alpaca's (plain), or auto: chat if it has one.",
+    max_seq_length: int = flag(
+        1024, "Most tokens of an example, and of a packed row.", parameter="max_length", ge=8, wording="{} tokens"
     )
-    decontaminate: bool = _flag(default=True, help="Leave out rows that are tasks of HumanEval(+) or MBPP(+).")
-    preprocessing_workers: int | None = _flag(
-        default=None, help="Processes to tokenise with; as many as there are cores if not given."
+    packing: bool = flag(True, "Join short training examples into full rows; they do not see each other.")
+    overlong: str = flag(
+        "cut",
+        "Longer examples lose the end of their response (cut) or are left out (drop).",
+        choices=("cut", "drop"),
+    )
+    template: str = flag(
+        "auto",
+        "Around conversations: the model's own (chat), Alpaca's (plain), or auto: chat if it has one.",
+        choices=("auto", "chat", "plain"),
+    )
+    decontaminate: bool = flag(True, "Leave out rows that are tasks of HumanEval(+) or MBPP(+).")
+    preprocessing_workers: int | None = flag(
+        None, "Processes to tokenize with; as many as there are cores if not given.", parameter="workers", ge=1
     )
 
     def __post_init__(self) -> None:
-        _require(bool(self.names), "datasets", "at least one dataset name", repr(self.datasets))
+        super().__post_init__()
+        require(bool(self.names), "datasets", "at least one dataset name", repr(self.datasets))
         plain = [name.partition("=")[0] for name in self.names]
         twice = sorted({name for name in plain if plain.count(name) > 1})
-        _require(not twice, "datasets", "different datasets", f"{', '.join(twice)} more than once")
-        for flag in ("training_subset", "eval_subset"):
-            value = getattr(self, flag)
-            _require(0 < value <= 100, flag, "a percentage above 0 and up to 100", value)
-        _require(self.mixing_temperature >= 1, "mixing_temperature", "1 or more", self.mixing_temperature)
+        require(not twice, "datasets", "different datasets", f"{', '.join(twice)} more than once")
         both = self.interleaved_sampling and self.mixing_temperature != 1
-        _require(
+        require(
             not both, "mixing_temperature", "left out where --interleaved_sampling is given", self.mixing_temperature
         )
-        _require(self.max_seq_length >= 8, "max_seq_length", "at least 8 tokens", self.max_seq_length)
-        _require(self.overlong in ("cut", "drop"), "overlong", "cut or drop", repr(self.overlong))
-        _require(self.template in ("auto", "chat", "plain"), "template", "auto, chat or plain", repr(self.template))
-        workers = self.preprocessing_workers
-        _require(workers is None or workers >= 1, "preprocessing_workers", "at least 1", workers)
 
     @property
     def temperature(self) -> float:
-        """The mixing temperature; equal shares are what an infinite one gives."""
+        """The mixing temperature; infinite for equal shares."""
         return math.inf if self.interleaved_sampling else self.mixing_temperature
 
     @property
@@ -102,128 +102,103 @@ class DataArguments(SourceArguments):
 
 
 @dataclass
-class TrainingArgumentsGroup:
+class TrainArgs(Group):
     """How to train."""
 
-    _argument_group_name: ClassVar[str] = "training"
+    title = "training"
 
-    num_epochs: float = _flag(default=3.0, aliases=["--num_train_epochs"], help="Passes over the training data.")
-    max_steps: int = _flag(default=-1, help="Optimiser steps, in the place of --num_epochs; -1 for no limit.")
-    train_batch_size: int = _flag(
-        default=2,
-        aliases=["--per_device_train_batch_size"],
-        help="Examples per device in one forward.",
+    num_epochs: float = flag(3.0, "Passes over the training data.", aliases=["num_train_epochs"], gt=0)
+    max_steps: int = flag(-1, "Optimizer steps, instead of --num_epochs; -1 for no limit.")
+    train_batch_size: int = flag(
+        2, "Examples per device in one forward.", aliases=["per_device_train_batch_size"], ge=1
     )
-    gradient_accumulation_steps: int = _flag(default=32, help="Forwards per optimiser step.")
-    eval_batch_size: int = _flag(
-        default=8,
-        aliases=["--per_device_eval_batch_size"],
-        help="Examples per device in one evaluation forward.",
+    gradient_accumulation_steps: int = flag(32, "Forwards per optimizer step.", ge=1)
+    eval_batch_size: int = flag(
+        8, "Examples per device in one evaluation forward.", aliases=["per_device_eval_batch_size"], ge=1
     )
-    learning_rate: float = _flag(default=2e-4, help="Peak learning rate.")
-    router_learning_rate: float | None = _flag(default=None, help="The router's own; as --learning_rate if not given.")
-    lr_strategy: str | None = _flag(
-        default=None, help="After the warm-up: constant, linear, cosine (if not given) or cosine_restarts (two cycles)."
+    learning_rate: float = flag(2e-4, "Peak learning rate.", gt=0)
+    router_learning_rate: float | None = flag(None, "The router's own; as --learning_rate if not given.", ge=0)
+    lr_strategy: str | None = flag(
+        None,
+        "After the warm-up: constant, linear, cosine (if not given) or cosine_restarts (two cycles).",
+        choices=SCHEDULES,
     )
-    cosine_restarts: bool = _flag(default=False, help="Short for --lr_strategy cosine_restarts.")
-    warmup_ratio: float = _flag(default=0.03, help="Share of the steps in which the learning rate rises.")
-    weight_decay: float = _flag(default=0.0, help="AdamW's weight decay.")
-    max_grad_norm: float = _flag(default=1.0, help="Gradients are clipped to this norm.")
-    label_smoothing: float = _flag(
-        default=0.0,
-        aliases=["--label_smoothing_factor"],
-        help="Share of each target spread over the vocabulary.",
+    cosine_restarts: bool = flag(False, "Short for --lr_strategy cosine_restarts.")
+    warmup_ratio: float = flag(0.03, "Share of the steps in which the learning rate rises.", ge=0, lt=1)
+    weight_decay: float = flag(0.0, "AdamW's weight decay.", ge=0)
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", gt=0)
+    label_smoothing: float = flag(
+        0.0, "Share of each target spread over the vocabulary.", aliases=["label_smoothing_factor"], ge=0, lt=1
     )
-    bf16: bool = _flag(default=False, help="Base model and activations in bfloat16; experts stay in float32.")
-    gradient_checkpointing: bool = _flag(
-        default=False, aliases=["--activation_checkpointing"], help="Less memory, more time."
+    bf16: bool = flag(False, "Base model and activations in bfloat16; experts stay in float32.")
+    gradient_checkpointing: bool = flag(False, "Less memory, more time.", aliases=["activation_checkpointing"])
+    early_stopping_patience: int | None = flag(
+        None, "Stop after this many evaluations without a lower mean loss over the domains.", ge=1
     )
-    early_stopping_patience: int | None = _flag(
-        default=None, help="Stop after this many evaluations without a lower mean loss over the domains."
+    logging_steps: int = flag(10, "Steps between two log entries.", ge=1)
+    report_to: str = flag(
+        "auto",
+        "Trackers, comma-separated: tensorboard, wandb, mlflow, trackio; none; or auto: tensorboard if installed.",
     )
-    logging_steps: int = _flag(default=10, help="Steps between two log entries.")
-    report_to: str = _flag(
-        default="auto",
-        help="Trackers, comma-separated: tensorboard, wandb, mlflow, trackio; none; or auto: tensorboard if installed.",
+    save_total_limit: int = flag(
+        2,
+        "Checkpoints to keep, the newest and the best among them.",
+        ge=2,
+        wording="{}, the newest checkpoint and one to fall back to",
     )
-    save_total_limit: int = _flag(default=2, help="Checkpoints to keep, the newest and the best among them.")
-    seed: int = _flag(default=42, help="Seed of everything random but the data splits, which never move.")
-    output_dir: str = _flag(default="./results", help="Where checkpoints, logs and best_model go.")
-    overwrite_output_dir: bool = _flag(default=False, help="Remove the checkpoints of an earlier run in --output_dir.")
-    save_in_place: bool = _flag(
-        default=False,
-        help="Write checkpoints and the mixture under their own names and rename no folder, for --output_dir on object "
+    seed: int = flag(42, "Seed of everything random except the data splits, which never change.")
+    output_dir: str = flag("./results", "Where checkpoints, logs and best_model go.")
+    overwrite_output_dir: bool = flag(False, "Remove the checkpoints of an earlier run in --output_dir.")
+    save_in_place: bool = flag(
+        False,
+        "Write checkpoints and the mixture under their own names and rename no folder, for --output_dir on object "
         "storage.",
     )
-    save_minutes: float | None = _flag(
-        default=None, help="Also save a checkpoint whenever so many minutes have passed since the last one."
+    save_minutes: float | None = flag(
+        None, "Also save a checkpoint whenever this many minutes have passed since the last one.", gt=0
     )
-    resume_from_checkpoint: str | None = _flag(
-        default=None,
-        help="Go on from this checkpoint folder, or from the newest whole one in --output_dir if no folder is named; "
-        "'auto' begins anew where there is none.",
-        nargs="?",
-        const=LATEST,
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "Resume from this checkpoint folder, or from the newest complete one in --output_dir if no folder is named; "
+        "'auto' starts a new run where there is none.",
+        bare=LATEST,
     )
 
     def __post_init__(self) -> None:
-        _require(self.num_epochs > 0, "num_epochs", "above 0", self.num_epochs)
-        _require(self.max_steps == -1 or self.max_steps > 0, "max_steps", "-1 or at least 1", self.max_steps)
-        for flag in ("train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "logging_steps"):
-            _require(getattr(self, flag) >= 1, flag, "at least 1", getattr(self, flag))
-        _require(
-            self.save_total_limit >= 2,
-            "save_total_limit",
-            "at least 2, the newest checkpoint and one to fall back to",
-            self.save_total_limit,
-        )
-        _require(self.save_minutes is None or self.save_minutes > 0, "save_minutes", "above 0", self.save_minutes)
+        super().__post_init__()
+        require(self.max_steps == -1 or self.max_steps > 0, "max_steps", "-1 or at least 1", self.max_steps)
         fresh = not (self.overwrite_output_dir and self.resume_from_checkpoint)
-        _require(fresh, "overwrite_output_dir", "left out where --resume_from_checkpoint is given", "both")
-        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
-        for flag, lowest in (("router_learning_rate", 0), ("early_stopping_patience", 1)):
-            value = getattr(self, flag)
-            _require(value is None or value >= lowest, flag, f"{lowest} or more", value)
-        self._check_schedule()
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "from 0 up to but not including 1", self.warmup_ratio)
-        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
-        _require(self.max_grad_norm > 0, "max_grad_norm", "above 0", self.max_grad_norm)
-        _require(0 <= self.label_smoothing < 1, "label_smoothing", "from 0 up to 1", self.label_smoothing)
-        trackers = split_names(self.report_to)
-        known = trackers in (["auto"], ["none"]) or (bool(trackers) and set(trackers) <= set(TRACKERS))
-        _require(known, "report_to", f"auto, none or some of {', '.join(TRACKERS)}", repr(self.report_to))
-
-    def _check_schedule(self) -> None:
-        allowed = (None, *SCHEDULES)
-        _require(self.lr_strategy in allowed, "lr_strategy", f"one of {', '.join(SCHEDULES)}", repr(self.lr_strategy))
-        _require(
+        require(fresh, "overwrite_output_dir", "left out where --resume_from_checkpoint is given", "both")
+        require(
             not self.cosine_restarts or self.lr_strategy in (None, "cosine_restarts"),
             "cosine_restarts",
             "left out where --lr_strategy is another one",
             f"--lr_strategy {self.lr_strategy} with it",
         )
+        trackers = split_names(self.report_to)
+        known = trackers in (["auto"], ["none"]) or (bool(trackers) and set(trackers) <= set(TRACKERS))
+        require(known, "report_to", f"auto, none or some of {', '.join(TRACKERS)}", repr(self.report_to))
 
     @property
     def schedule(self) -> str | None:
-        """The learning-rate schedule that was asked for; None where none was."""
+        """The learning-rate schedule that the flags ask for; None if they name none."""
         return "cosine_restarts" if self.cosine_restarts else self.lr_strategy
 
 
 @dataclass
-class WandbArguments:
-    """What goes to Weights & Biases, and comes from there."""
+class WandbArgs(Group):
+    """What is logged to Weights & Biases, and fetched from it."""
 
-    _argument_group_name: ClassVar[str] = "Weights & Biases"
+    title = "Weights & Biases"
 
-    wandb_project: str | None = _flag(
-        default=None, help="Log the run to this project; WANDB_PROJECT or dylora-moe if only other W&B flags are given."
+    wandb_project: str | None = flag(
+        None, "Log the run to this project; WANDB_PROJECT or dylora-moe if only other W&B flags are given."
     )
-    wandb_entity: str | None = _flag(default=None, help="User or team of the project.")
-    wandb_run_name: str | None = _flag(default=None, help="Name of the run; W&B invents one if not given.")
-    wandb_log_model: bool = _flag(default=False, help="Upload checkpoints and the best model as artifacts.")
-    wandb_checkpoint_artifact: str | None = _flag(
-        default=None,
-        help="Go on from this checkpoint, and its run: user/project/artifact:v0, or folder:PATH/artifact:v0.",
+    wandb_entity: str | None = flag(None, "User or team of the project.")
+    wandb_run_name: str | None = flag(None, "Name of the run; W&B invents one if not given.")
+    wandb_log_model: bool = flag(False, "Upload checkpoints and the best model as artifacts.")
+    wandb_checkpoint_artifact: str | None = flag(
+        None, "Resume from this checkpoint, and its run: user/project/artifact:v0, or folder:PATH/artifact:v0."
     )
 
     @property
@@ -236,62 +211,52 @@ class WandbArguments:
 
 
 @dataclass
-class RunArguments:
+class RunArgs(Group):
     """How to run the program itself."""
 
-    _argument_group_name: ClassVar[str] = "run"
+    title = "run"
 
-    config: str | None = _flag(default=None, help="YAML file with any of these flags; the command line wins.")
-    dry_run: bool = _flag(default=False, help="Print the resolved configuration and stop.")
+    config: str | None = flag(None, "YAML file with any of these flags; the command line wins.")
+    dry_run: bool = flag(False, "Print the resolved configuration and stop.")
 
 
 @dataclass
-class GenerateArguments:
+class GenerateArgs(Group):
     """What to generate, and with what."""
 
-    _argument_group_name: ClassVar[str] = "generation"
+    title = "generation"
 
-    trained_model: str = _flag(default="./results/best_model", help="Checkpoint folder, or a Hub id.")
-    base_model: str | None = _flag(
-        default=None, help="Where its base model is now, a folder or Hub id; where the checkpoint says if not given."
+    trained_model: str = flag("./results/best_model", "Checkpoint folder, or a Hub id.")
+    base_model: str | None = flag(
+        None, "Where its base model is now, a folder or Hub id; where the checkpoint says if not given."
     )
-    prompt: str | None = _flag(default=None, help="Text to go on from; read from standard input if not given.")
-    instruction: str | None = _flag(
-        default=None, help="A task in words, put into the template of the instruction datasets."
-    )
-    expert: str | None = _flag(default=None, help="Use this expert alone, in the place of the mixture.")
-    base_only: bool = _flag(default=False, help="Use the base model without any expert.")
-    max_new_tokens: int = _flag(default=128, help="Most tokens to generate.")
-    temperature: float = _flag(default=0.0, help="0 is greedy; above, sampling.")
-    top_p: float = _flag(default=1.0, help="Sample from the smallest set of tokens with this probability.")
-    num_beams: int = _flag(default=1, help="Beams of a beam search; 1 for none.")
-    seed: int = _flag(default=42, help="Seed for sampling.")
+    prompt: str | None = flag(None, "Text to continue; read from standard input if not given.")
+    instruction: str | None = flag(None, "A task in words, put into the template of the instruction datasets.")
+    expert: str | None = flag(None, "Use this expert alone, instead of the mixture.")
+    base_only: bool = flag(False, "Use the base model without any expert.")
+    max_new_tokens: int = flag(128, "Most tokens to generate.", ge=1)
+    temperature: float = flag(0.0, "0 is greedy; above, sampling.", ge=0)
+    top_p: float = flag(1.0, "Sample from the smallest set of tokens with this probability.", gt=0, le=1)
+    num_beams: int = flag(1, "Beams of a beam search; 1 for none.", ge=1)
+    seed: int = flag(42, "Seed of sampling.")
 
     def __post_init__(self) -> None:
-        _require(
-            self.prompt is None or self.instruction is None, "prompt", "left out where --instruction is given", "both"
-        )
-        _require(not (self.base_only and self.expert), "expert", "left out where --base_only is given", self.expert)
-        _require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
-        _require(self.temperature >= 0, "temperature", "0 or more", self.temperature)
-        _require(0 < self.top_p <= 1, "top_p", "above 0 and up to 1", self.top_p)
-        _require(self.num_beams >= 1, "num_beams", "at least 1", self.num_beams)
-        _require(
-            self.num_beams == 1 or self.temperature == 0,
-            "num_beams",
-            "1 where --temperature is above 0",
-            self.num_beams,
-        )
+        super().__post_init__()
+        two = self.prompt is not None and self.instruction is not None
+        require(not two, "prompt", "left out where --instruction is given", "both")
+        require(not (self.base_only and self.expert), "expert", "left out where --base_only is given", self.expert)
+        greedy = self.temperature == 0
+        require(greedy or self.num_beams == 1, "num_beams", "1 where --temperature is above 0", self.num_beams)
 
 
 @dataclass
-class DatasetsArguments(SourceArguments):
+class DatasetsArgs(SourceArgs):
     """What to list."""
 
-    _argument_group_name: ClassVar[str] = "datasets"
+    title = "datasets"
 
-    datasets: str | None = _flag(
-        default=None, help="Read these, as train would, and show what is in them; without it, list what there is."
+    datasets: str | None = flag(
+        None, "Read these, as train would, and show what is in them; without it, list what there is."
     )
 
     @property
@@ -300,51 +265,57 @@ class DatasetsArguments(SourceArguments):
         return split_names(self.datasets or "")
 
 
-_NAMED = (
-    ModelArguments,
-    ExpertArguments,
-    DataArguments,
-    TrainingArgumentsGroup,
-    WandbArguments,
-    LiveBenchmarkArguments,
-    RunArguments,
-)
-_OTHER = other_fields(name for group in _NAMED for name in names_of(group))
+@dataclass(frozen=True)
+class _NamedTrainConfig:
+    """The flags of ``train`` that have a name of their own here."""
 
-TRAIN_GROUPS = (*_NAMED[:4], _OTHER, *_NAMED[4:])
-ACQUIRE_GROUPS = (
-    AcquireArguments,
-    *(GrowingExpertArguments if group is ExpertArguments else group for group in TRAIN_GROUPS),
-)
+    model: ModelArgs
+    experts: ExpertArgs
+    data: DataArgs
+    training: TrainArgs
+    wandb: WandbArgs
+    benchmark: LiveBenchmarkArgs
+    run: RunArgs
 
 
-class TrainFlags(NamedTuple):
-    """All flags of ``train``, parsed, in the order of ``TRAIN_GROUPS``."""
+_OTHER_FIELDS = other_fields(names_of(_NamedTrainConfig))
 
-    model: ModelArguments
-    experts: ExpertArguments
-    data: DataArguments
-    training: TrainingArgumentsGroup
-    passed_on: PassedOn
-    wandb: WandbArguments
-    benchmark: LiveBenchmarkArguments
-    run: RunArguments
+
+@dataclass(frozen=True)
+class TrainConfig(_NamedTrainConfig):
+    """All flags of ``train``."""
+
+    passthrough: PassthroughArgs = field(metadata={GROUP: _OTHER_FIELDS})
 
     @property
     def uses_wandb(self) -> bool:
-        """Whether the run is logged to W&B: a flag of W&B's is given, or it is among the trackers."""
+        """Whether the run is logged to W&B: by one of the W&B flags, or as one of the trackers."""
         return self.wandb.enabled or "wandb" in split_names(self.training.report_to)
 
 
-class AcquireFlags(NamedTuple):
-    """All flags of ``acquire``, parsed: its own, and those of the training of each skill."""
+@dataclass(frozen=True)
+class SkillTrainConfig(TrainConfig):
+    """All flags of ``train``, with the experts that ``acquire`` needs."""
 
-    acquire: AcquireArguments
-    train: TrainFlags
+    experts: GrowingExpertArgs
 
 
-EXPERTS_GROUPS = (ExpertsArguments,)
-GENERATE_GROUPS = (GenerateArguments,)
-BENCHMARK_GROUPS = (BenchmarkArguments,)
-DATASETS_GROUPS = (DatasetsArguments,)
-SUBMIT_GROUPS = (SubmitArguments,)
+@dataclass(frozen=True)
+class AcquireConfig:
+    """All flags of ``acquire``: its own, and those of the training of each skill."""
+
+    acquire: AcquireArgs
+    train: SkillTrainConfig
+
+
+COMMANDS: Mapping[str, tuple[type["DataclassInstance"], ...]] = {
+    "train": (TrainConfig,),
+    "acquire": (AcquireConfig,),
+    "experts": (ExpertsArgs,),
+    "benchmark": (BenchmarkArgs,),
+    "generate": (GenerateArgs,),
+    "datasets": (DatasetsArgs,),
+    "submit": (SubmitArgs, TrainConfig),
+    "entrypoint": (TrainConfig, BenchmarkArgs),
+}
+"""The flags that each program takes."""

@@ -1,7 +1,7 @@
-"""The fields of ``transformers.TrainingArguments`` that are flags although ``config.py`` does not name them.
+"""The fields of ``transformers.TrainingArguments`` that are flags although no group of ``config.py`` names them.
 
-They are passed on as they are given. A field that would break a promise of this package, or that it decides
-itself, is refused with the reason: a flag that is accepted and then ignored would be worse.
+They are passed on unchanged. A field that would break a promise of this package, or that it sets itself, is refused
+with the reason: accepting a flag and ignoring it would be worse.
 """
 
 import dataclasses
@@ -10,16 +10,16 @@ from enum import Enum
 from functools import reduce
 from inspect import isclass
 from operator import or_
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
 from dylo_moe.errors import ConfigError
-from dylo_moe.flags import hidden_flag
+from dylo_moe.flags import Group, hidden_flag
 
 _OWN_SAMPLER = "the order of the data is given by --interleaved_sampling, --mixing_temperature and --seed"
 _BEST = "the best model is the one with the lowest mean loss over the domains, and it is loaded at the end"
-_HUB = "a run publishes nothing; upload OUTPUT_DIR/best_model when it has ended"
+_HUB = "a run publishes nothing; upload OUTPUT_DIR/best_model after it has ended"
 _METRICS = "evaluation gathers sums per example, and they are needed whole"
 _ALWAYS = "train always trains, and evaluates as --eval_strategy says"
 
@@ -55,42 +55,43 @@ REFUSED = {
     "do_train": _ALWAYS,
     "do_eval": _ALWAYS,
     "do_predict": _ALWAYS,
-    "parallelism_config": "it is no text; set it up with accelerate config",
+    "parallelism_config": "it is not text; set it up with accelerate config",
     "local_rank": "torchrun and accelerate launch set it",
 }
-"""The fields that are refused, and why."""
+"""The refused fields, each with the reason."""
 
 
 @dataclasses.dataclass
-class PassedOn:
+class PassthroughArgs(Group):
     """Any other field of ``transformers.TrainingArguments`` is a flag too, and a key of the YAML file."""
 
-    _argument_group_name: ClassVar[str] = "any field of transformers.TrainingArguments"
+    title = "any field of transformers.TrainingArguments"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.given:
             if name in REFUSED:
                 raise ConfigError(f"--{name} cannot be given: {REFUSED[name]}")
 
     @property
     def given(self) -> dict[str, Any]:
-        """The fields that were given, with their values."""
+        """The given fields, with their values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
 
-def other_fields(named: Iterable[str]) -> type[PassedOn]:
-    """The dataclass of all fields of ``TrainingArguments`` but those that are ``named`` already."""
+def other_fields(named: Iterable[str]) -> type[PassthroughArgs]:
+    """Return the dataclass of all fields of ``TrainingArguments`` except those that are ``named`` already."""
     taken = set(named)
     fields = [
         (name, (Any if name in REFUSED else _without_enums(hint)) | None, hidden_flag())
         for name, hint in get_type_hints(TrainingArguments).items()
         if name in TrainingArguments.__dataclass_fields__ and name not in taken
     ]
-    return dataclasses.make_dataclass("OtherFields", fields, bases=(PassedOn,))
+    return dataclasses.make_dataclass("OtherFields", fields, bases=(PassthroughArgs,))
 
 
 def _without_enums(hint: Any) -> Any:
-    """``str`` for ``SomeEnum | str``: text is all that a file can hold, and TrainingArguments makes the enum of it."""
+    """Return ``str`` for ``SomeEnum | str``: a file holds text, which ``TrainingArguments`` converts to the enum."""
     kept = [part for part in get_args(hint) if not (isclass(part) and issubclass(part, Enum))]
     return reduce(or_, kept) if str in kept else hint

@@ -129,7 +129,7 @@ def test_building_alone_needs_no_project(tmp_path: Path) -> None:
     [
         (["--region", "r"], False, "--project is missing"),
         (["--project", "p"], False, "--region is missing"),
-        (["--project", "p", "--region", "r"], True, "the tree has changes"),
+        (["--project", "p", "--region", "r"], True, "uncommitted changes"),
         (["--target", "tpu"], False, "--target must be cuda or cpu"),
         (["--nonsense"], False, "unknown argument '--nonsense'"),
         (["--project"], False, "--project needs a value"),

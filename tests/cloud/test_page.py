@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dylo_moe.cli import main
-from dylo_moe.config import BENCHMARK_GROUPS, TRAIN_GROUPS
+from dylo_moe.config import BenchmarkArgs, TrainConfig
 from dylo_moe.flags import parse
 from planted import TOKEN
 
@@ -22,7 +22,7 @@ def blocks_of(page: str) -> list[str]:
 
 BLOCKS = blocks_of((ROOT / "docs" / "cloud.md").read_text())
 README = blocks_of((ROOT / "README.md").read_text().partition("## In a cloud\n")[2].partition("\n## ")[0])
-GROUPS = {"--train": TRAIN_GROUPS, "--benchmark": BENCHMARK_GROUPS}
+GROUPS = {"--train": TrainConfig, "--benchmark": BenchmarkArgs}
 
 
 def commands(blocks: list[str]) -> Iterator[list[str]]:

@@ -8,10 +8,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from dylo_moe.config import TRAIN_GROUPS, TrainFlags
-from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.config import TrainConfig
+from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from dylo_moe.flags import parse
-from dylo_moe.training.interruption import EXIT_STOPPED
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "cloud"
 SCHEMAS = Path(__file__).with_name("schemas")
@@ -80,7 +79,7 @@ def test_the_kubernetes_job_resumes_an_interrupted_run() -> None:
     assert rules == {"FailJob": [EXIT_USER_ERROR], "Ignore": [EXIT_STOPPED]}
     (container,) = pod["containers"]
     assert container["args"][0] == "--train"
-    flags = TrainFlags(*parse(TRAIN_GROUPS, "train", "", container["args"][1:]))
+    flags = parse(TrainConfig, "train", "", container["args"][1:])
     assert flags.training.resume_from_checkpoint == "auto"
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert mounts[str(Path(flags.training.output_dir).parent)] == "data"
@@ -117,7 +116,7 @@ def test_the_sky_task_resumes_an_interrupted_run() -> None:
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_STOPPED]
     assert task["secrets"] == {"HF_TOKEN": None}
     command = task["run"].replace("\\\n", "").partition("--train")[2].replace('"', "").split()
-    flags = TrainFlags(*parse(TRAIN_GROUPS, "train", "", command))
+    flags = parse(TrainConfig, "train", "", command)
     assert flags.training.resume_from_checkpoint == "auto" and flags.training.save_in_place
     (mount,) = task["file_mounts"]
     assert Path(flags.training.output_dir).is_relative_to(mount)

@@ -1,4 +1,4 @@
-"""The ``benchmark`` program as people run it, on HumanEval's own problems and with the real judge."""
+"""``benchmark`` run on the original HumanEval problems, with the real judge."""
 
 import json
 import os
@@ -24,24 +24,24 @@ ORIGINAL = ["--no_evalplus", "--max_samples", "4", "--max_new_tokens", "48", "--
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base model's folder, and that of a mixture on it, which solves one task; the base alone solves none."""
+    """Return the folders of a base model that solves no task and of a mixture on it that solves one."""
     folder = tmp_path_factory.mktemp("models")
     base, tokenizer = tiny_base()
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    # loaded from the folder, so that the mixture knows where its base is
+    # loaded from its folder, so that the mixture records where its base is
     base = LlamaForCausalLM.from_pretrained(folder / "base")
     problem = read_problems()[TASK]
     answer = problem["canonical_solution"].rstrip()
-    asked = f"{problem['prompt'].strip()}\n"  # as style complete asks it
-    mixture = taught_mixture(base, AutoTokenizer.from_pretrained(folder / "base"), asked, answer)
+    prompt = f"{problem['prompt'].strip()}\n"  # the prompt of style complete
+    mixture = taught_mixture(base, AutoTokenizer.from_pretrained(folder / "base"), prompt, answer)
     mixture.save_pretrained(folder / "mixture")
     return folder / "base", folder / "mixture"
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is written goes to a folder of the test's own."""
+def work_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write all files of a test, also the cache, into its own folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DYLO_MOE_CACHE", str(tmp_path / "cache"))
 
@@ -81,7 +81,7 @@ def test_a_mixture_from_a_store_is_scored(models: tuple[Path, Path], capsys: pyt
     assert "--wandb_artifact must be left out where --trained_model is given" in capsys.readouterr().err
 
 
-def test_the_script_is_the_program_and_a_run_that_was_killed_goes_on(models: tuple[Path, Path]) -> None:
+def test_the_script_resumes_a_killed_run(models: tuple[Path, Path]) -> None:
     def script(*extra: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, str(ROOT / "benchmark.py"), *ORIGINAL, "--trained-model", str(models[1]), *extra],
@@ -103,7 +103,7 @@ def test_the_script_is_the_program_and_a_run_that_was_killed_goes_on(models: tup
     assert cut.generated_tokens == sum(json.loads(line)["tokens"] for line in lines[3:])
 
 
-def test_two_models_are_compared_in_the_style_of_the_mixture(
+def test_a_comparison_uses_the_prompt_style_of_the_mixture(
     models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, mixture = map(str, models)
@@ -111,8 +111,8 @@ def test_two_models_are_compared_in_the_style_of_the_mixture(
     shown = capsys.readouterr().out
     assert "gained: " in shown and shown.count("Result: results/benchmarks/") == 2
     results = [read_result(path) for path in Path("results/benchmarks").glob("*.json")]
-    assert sorted(one.model.kind for one in results) == ["base", "mixture"]
-    assert {one.settings.prompt_style for one in results} == {"complete"}, "neither has a template"
+    assert sorted(result.model.kind for result in results) == ["base", "mixture"]
+    assert {result.settings.prompt_style for result in results} == {"complete"}, "neither has a template"
 
 
 def test_sampling_gives_pass_at_ten(models: tuple[Path, Path]) -> None:
@@ -122,7 +122,7 @@ def test_sampling_gives_pass_at_ten(models: tuple[Path, Path]) -> None:
     assert beams.benchmarks["humaneval"].passed()[TASK] == 1.0
 
 
-def test_mbpps_own_problems(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_original_mbpp_is_scored(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--base_model", models[0], "--benchmarks", "mbpp", "--data_dir", ".", "--max_new_tokens", "4"]
     row = {
         "task_id": 11,
@@ -133,7 +133,7 @@ def test_mbpps_own_problems(models: tuple[Path, Path], capsys: pytest.CaptureFix
     Path("mbpp.jsonl").write_text(json.dumps(row) + "\n")
     found = run(*arguments)
     assert list(found.benchmarks["mbpp"].verdicts) == ["Mbpp/11"]
-    # a row of the training split alone: nothing to score is no score
+    # only a row of the training split: no task to score is an error
     Path("mbpp.jsonl").write_text(json.dumps({**row, "task_id": 700}) + "\n")
     assert main(["benchmark", *ORIGINAL, *map(str, arguments), "--output", "none.json"]) == EXIT_USER_ERROR
     assert "its data holds no task to ask" in capsys.readouterr().err and not Path("none.json").exists()
@@ -144,12 +144,12 @@ def test_evalplus_benchmarks_share_their_answers(models: tuple[Path, Path], monk
     data = os.environ.get("DYLO_MOE_DATA")
     if data is None:
         pytest.skip("DYLO_MOE_DATA names no folder with HumanEvalPlus.jsonl.gz")
-    # EvalPlus reads the variable when it is imported, and another test may have done that
+    # EvalPlus reads the variable on import, which another test may have caused already
     path = str(Path(data) / "HumanEvalPlus.jsonl.gz")
     monkeypatch.setattr("evalplus.data.humaneval.HUMANEVAL_OVERRIDE_PATH", path)
     arguments = ["--benchmarks", "humaneval,humanevalplus", "--max_samples", "3", "--max_new_tokens", "48"]
-    where = ["--prompt_style", "complete", "--trained_model", str(models[1]), "--output", "plus.json"]
-    assert main(["benchmark", *arguments, *where]) == 0
+    arguments += ["--prompt_style", "complete", "--trained_model", str(models[1]), "--output", "plus.json"]
+    assert main(["benchmark", *arguments]) == 0
     found = read_result(Path("plus.json"))
     assert found.samples == 3
     for benchmark in ("humaneval", "humanevalplus"):
@@ -160,7 +160,7 @@ def test_evalplus_benchmarks_share_their_answers(models: tuple[Path, Path], monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "there is no mixture in results/best_model yet: name one by --trained_model, or give --base_model"),
+        ([], "there is no mixture in results/best_model yet: name one with --trained_model, or give --base_model"),
         (["--trained_model", "gone"], "there is no folder 'gone'"),
         (["--base_model", "./gone"], "there is no folder './gone'"),
         (["--benchmarks", "humanevil"], "got 'humanevil'; did you mean 'humaneval'"),
@@ -168,7 +168,7 @@ def test_evalplus_benchmarks_share_their_answers(models: tuple[Path, Path], monk
         (["--n_samples", "5"], "--n_samples must be 1 where --temperature is 0, got 5"),
         (["--num_beams", "2", "--temperature", "1"], "--num_beams must be 1 where --temperature is above 0"),
         (["--max_samples", "0"], "--max_samples must be at least 1, got 0"),
-        (["--output", "result"], "--output must be a .json file, got result"),
+        (["--output", "result"], "--output must be a .json file, got 'result'"),
         (["--base_model", "BASE", "--max_new_tokens", "2000"], "the model has 2048 positions"),
         (["--base_model", "BASE", "--prompt_style", "chat"], "--prompt_style chat needs a model with a chat template"),
         (["--base_model", "BASE", "--output", "file/result.json"], "--output: file cannot be written: File exists"),
@@ -180,19 +180,19 @@ def test_evalplus_benchmarks_share_their_answers(models: tuple[Path, Path], monk
         (["--compare", "one.json", "two.json", "--output", "x.json"], "--compare must be given without"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_no_score(
+def test_a_user_error_is_one_line_and_no_score(
     arguments: list[str], message: str, models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()
     places = {"BASE": str(models[0])}
     assert main(["benchmark", *ORIGINAL, *(places.get(word, word) for word in arguments)]) == EXIT_USER_ERROR
-    said = capsys.readouterr()
-    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
-    assert message in line and "pass@" not in said.out
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert message in line and "pass@" not in printed.out
     assert not list(Path().rglob("*.json"))
 
 
-def test_where_nothing_contains_an_answer_no_answer_runs(
+def test_no_answer_runs_without_a_sandbox(
     models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("dylo_moe.evaluation.canary.candidates", lambda: [])

@@ -1,4 +1,4 @@
-"""The entrypoint under platforms that are made up: what runs, where it writes, and that preemptions cost nothing."""
+"""The entrypoint on simulated platforms: the program it runs, where that writes, and recovery from preemption."""
 
 import json
 import os
@@ -13,9 +13,8 @@ import pytest
 
 import flat_bucket
 from dylo_moe.cli import main
-from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from dylo_moe.training import checkpoints
-from dylo_moe.training.interruption import EXIT_STOPPED
 from killed_run import STEPS, arguments, same, write_data
 from planted import TOKEN, files_with_it, processes_with_it
 from tiny_folder import write_tiny_folder
@@ -25,14 +24,14 @@ PREEMPTIONS = 3
 WORKERS = ("workerpool0", "workerpool1")
 CLUSTER_STEPS = 10
 SECONDS = 900
-"""After which a process that does not end is a failure, on however busy a machine."""
+"""Time limit of one process; generous, for a busy machine."""
 
 Process = subprocess.Popen[bytes]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model and data."""
+    """Return a folder with a base model and data."""
     made = tmp_path_factory.mktemp("entrypoint")
     write_tiny_folder(made / "base")
     write_data(made)
@@ -40,16 +39,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(folder: Path, *more: str) -> list[str]:
-    """A run's, without those that the platform gives."""
-    every = arguments(folder / "base", Path("given-by-the-platform"), folder)
+    """Return the flags of a run, without those that the platform sets."""
+    given = arguments(folder / "base", Path("given-by-the-platform"), folder)
     for name in ("--output_dir", "--resume_from_checkpoint"):
-        at = every.index(name)
-        del every[at : at + 2]
-    return ["--train", *every, *more]
+        index = given.index(name)
+        del given[index : index + 2]
+    return ["--train", *given, *more]
 
 
 def vertex(store: Path, **more: str) -> dict[str, str]:
-    """The environment of a job on Vertex AI that keeps its things in ``store``, a bucket without folders."""
+    """Return the environment of a job on Vertex AI that writes to ``store``, a bucket without folders."""
     return {
         **os.environ,
         **flat_bucket.environment(store, store.with_name(f"{store.name}-python")),
@@ -64,7 +63,7 @@ def vertex(store: Path, **more: str) -> dict[str, str]:
     }
 
 
-def started(environment: dict[str, str], log: Path, arguments: list[str]) -> Process:
+def start(environment: dict[str, str], log: Path, arguments: list[str]) -> Process:
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "entrypoint.py"), *arguments],
@@ -86,17 +85,17 @@ def wait_for_a_checkpoint_after(step: int, store: Path, process: Process, log: P
 
 
 def supervised(store: Path, log: Path, arguments: list[str]) -> list[int]:
-    """Takes the machine back some times, and starts the same command again until it ends well, as Vertex AI does."""
+    """Preempt a command ``PREEMPTIONS`` times, and restart it until it succeeds, as Vertex AI does."""
     codes: list[int] = []
     while 0 not in codes:
         assert len(codes) <= PREEMPTIONS, log.read_text()
-        process, before = started(vertex(store), log, arguments), steps_of(store)
+        process, before = start(vertex(store), log, arguments), steps_of(store)
         if len(codes) < PREEMPTIONS:
             wait_for_a_checkpoint_after(before, store, process, log)
             process.send_signal(signal.SIGTERM)
             assert processes_with_it() == []
         codes.append(process.wait(timeout=SECONDS))
-        assert codes[-1] == 0 or before < steps_of(store) < STEPS, "the signal came in the middle"
+        assert codes[-1] == 0 or before < steps_of(store) < STEPS, "the signal did not come in the middle"
     return codes
 
 
@@ -104,10 +103,10 @@ def test_preemptions_cost_nothing_and_show_no_token(folder: Path, tmp_path: Path
     undisturbed, store, log = tmp_path / "undisturbed", tmp_path / "store", tmp_path / "log"
     assert main(["train", *arguments(folder / "base", undisturbed, folder)]) == 0
     codes = supervised(store, log, flags(folder))
-    said = log.read_text()
-    assert codes == [EXIT_STOPPED] * PREEMPTIONS + [0], said
-    assert said.count("Going on from") == PREEMPTIONS and "Traceback" not in said
-    assert said.count("Running on Vertex AI, job 42") == said.count("on object storage: --save_in_place")
+    printed = log.read_text()
+    assert codes == [EXIT_STOPPED] * PREEMPTIONS + [0], printed
+    assert printed.count("Resuming from") == PREEMPTIONS and "Traceback" not in printed
+    assert printed.count("Running on Vertex AI, job 42") == printed.count("on object storage: --save_in_place")
     same(undisturbed, store / "checkpoints")
     mixture = [file for file in (store / "checkpoints" / "best_model").rglob("*") if file.is_file()]
     assert len(mixture) == 16
@@ -119,7 +118,7 @@ def test_preemptions_cost_nothing_and_show_no_token(folder: Path, tmp_path: Path
 
 
 class Cluster:
-    """A job on two workers, which are two processes of this machine."""
+    """A job on two workers, simulated by two processes on this machine."""
 
     def __init__(self, store: Path, log: Path, arguments: list[str]) -> None:
         self.store, self.log = store, log
@@ -131,9 +130,10 @@ class Cluster:
         for pool in WORKERS:
             spec = json.dumps({"cluster": pools, "environment": "cloud", "task": {"type": pool, "index": 0}})
             environment = vertex(store, CLUSTER_SPEC=spec, NPROC_PER_NODE="1")
-            self.processes.append(started(environment, log, arguments))
+            self.processes.append(start(environment, log, arguments))
 
-    def ended(self) -> list[int]:
+    def wait(self) -> list[int]:
+        """Wait for both workers, and return their exit codes."""
         try:
             return [process.wait(timeout=SECONDS) for process in self.processes]
         finally:
@@ -143,42 +143,40 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def two_workers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a job on two workers, and its log beside."""
+    """Return a folder with the store and the log of a finished job on two workers."""
     made = tmp_path_factory.mktemp("workers")
     job = Cluster(made / "store", made / "log", flags(folder, "--max_steps", str(CLUSTER_STEPS)))
-    assert job.ended() == [0, 0], job.log.read_text()
+    assert job.wait() == [0, 0], job.log.read_text()
     return made
 
 
 def test_two_workers_of_a_cluster_train_to_one_checkpoint(two_workers: Path) -> None:
-    said = (two_workers / "log").read_text()
-    assert "Machine 2 of 2" in said and said.count("Evaluating the trained mixture") == 1
+    printed = (two_workers / "log").read_text()
+    assert "Machine 2 of 2" in printed and printed.count("Evaluating the trained mixture") == 1
     whole, skipped = checkpoints.newest_whole(two_workers / "store" / "checkpoints")
     assert whole is not None and whole.name == f"checkpoint-{CLUSTER_STEPS}" and not skipped
-    assert len(list(whole.glob("rng_state_*"))) == 2, "both have trained"
+    assert len(list(whole.glob("rng_state_*"))) == 2, "both workers trained"
     assert (two_workers / "store" / "model" / "dylo_moe.json").is_file()
     assert files_with_it(two_workers) == []
 
 
-def test_a_worker_that_is_taken_back_stops_all_and_costs_nothing(
-    two_workers: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_a_preempted_worker_stops_all_and_costs_nothing(two_workers: Path, folder: Path, tmp_path: Path) -> None:
     store, log, command = tmp_path / "store", tmp_path / "log", flags(folder, "--max_steps", str(CLUSTER_STEPS))
     job = Cluster(store, log, command)
     wait_for_a_checkpoint_after(0, store, job.processes[0], log)
     job.processes[1].send_signal(signal.SIGTERM)
     assert processes_with_it() == []
-    assert job.ended() == [EXIT_STOPPED, EXIT_STOPPED], log.read_text()
-    assert 0 < steps_of(store) < CLUSTER_STEPS, "the signal came in the middle"
-    assert Cluster(store, log, command).ended() == [0, 0], log.read_text()
-    assert log.read_text().count("Going on from") == 1
+    assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED], log.read_text()
+    assert 0 < steps_of(store) < CLUSTER_STEPS, "the signal did not come in the middle"
+    assert Cluster(store, log, command).wait() == [0, 0], log.read_text()
+    assert log.read_text().count("Resuming from") == 1
     trained = [file.relative_to(two_workers) for file in (two_workers / "store/model").rglob("*.safetensors")]
     assert len(trained) == 5
     for file in trained:
         assert (tmp_path / file).read_bytes() == (two_workers / file).read_bytes()
 
 
-def test_the_program_s_exit_code_passes_through(tmp_path: Path) -> None:
+def test_the_exit_code_of_the_program_is_returned(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "entrypoint.py"), "--train", "--lora-r", "-1"],
         env=vertex(tmp_path / "store"),
@@ -196,12 +194,12 @@ def test_another_program_is_refused(given: list[str], capsys: pytest.CaptureFixt
 
 
 def test_benchmark_gets_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    got: list[list[str]] = []
+    calls: list[list[str]] = []
 
     def benchmark(flags: list[str], program: str) -> int:
-        got.append(list(flags))
+        calls.append(list(flags))
         return 7
 
     monkeypatch.setattr("dylo_moe.programs.benchmark.main", benchmark)
     assert main(["entrypoint", "--benchmark", "--base-model", "--max-samples", "20"]) == 7
-    assert got == [["--base-model", "--max-samples", "20"]]
+    assert calls == [["--base-model", "--max-samples", "20"]]

@@ -1,4 +1,4 @@
-"""``train.py`` under torchrun: two processes, one voice, one report, one checkpoint, one error."""
+"""``train.py`` under torchrun: two processes print, report, save and fail once."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def torchrun(*arguments: str, **environment: str) -> "subprocess.CompletedProces
     )
 
 
-def test_two_processes_speak_and_write_once(base: Path, data: str, tmp_path: Path) -> None:
+def test_two_processes_print_and_write_once(base: Path, data: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     common = ["--model_name", str(base), "--datasets", data, *SHORT, "--num_epochs", "1"]
     done = torchrun(*common, "--output_dir", str(output), HF_DATASETS_CACHE=str(tmp_path / "cache"))
@@ -55,7 +55,7 @@ def test_two_processes_speak_and_write_once(base: Path, data: str, tmp_path: Pat
     assert report["mixture"]["loss/mine"] < report["base"]["loss/mine"]
     assert DyLoRA_MoE.from_pretrained(output / "best_model").router.maturity == [1, 1, 1, 1]
     assert main(["train", *common[:-1], "2", "--output_dir", str(output), "--resume_from_checkpoint"]) == 0
-    # one process takes twice the steps of two for an epoch, and counts on from theirs
+    # one process takes twice the steps of two per epoch, and continues their count
     assert json.loads((output / "report.json").read_text())["steps"] > report["steps"]
 
 
@@ -68,7 +68,7 @@ def test_two_processes_speak_and_write_once(base: Path, data: str, tmp_path: Pat
         (["--wandb_checkpoint_artifact", "nonsense"], "must be like user/project/artifact:v0"),
     ],
 )
-def test_an_error_ends_all_and_is_told_once(
+def test_an_error_ends_all_processes_and_is_printed_once(
     base: Path, data: str, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     given = ["--model_name", str(base), "--datasets", data, *SHORT, "--output_dir", str(tmp_path / "out")]
@@ -79,7 +79,7 @@ def test_an_error_ends_all_and_is_told_once(
     assert "dylo_moe/" not in done.stderr, "a traceback of this package"
 
 
-def test_a_full_disk_of_the_process_that_writes_ends_all(base: Path, data: str, tmp_path: Path) -> None:
+def test_a_full_disk_ends_all_processes(base: Path, data: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     given = ["--model_name", str(base), "--datasets", data, *SHORT, "--output_dir", str(output), "--max_steps", "1"]
     done = torchrun(*given, **full_disk.environment("report.json", tmp_path / "python"))
@@ -89,7 +89,7 @@ def test_a_full_disk_of_the_process_that_writes_ends_all(base: Path, data: str, 
     ]
 
 
-def test_a_run_goes_on_from_an_artifact(base: Path, data: str, tmp_path: Path) -> None:
+def test_a_run_resumes_from_an_artifact(base: Path, data: str, tmp_path: Path) -> None:
     common = ["train", "--model_name", str(base), "--datasets", data, *SHORT]
     assert main([*common, "--num_epochs", "1", "--output_dir", str(tmp_path / "first")]) == 0
     steps = json.loads((tmp_path / "first" / "report.json").read_text())["steps"]

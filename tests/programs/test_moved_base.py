@@ -1,4 +1,4 @@
-"""Every program that loads a mixture, after its base model was moved: ``--base_model`` says where that is now."""
+"""Every program that loads a mixture finds a moved base model with ``--base_model``."""
 
 import json
 import os
@@ -11,12 +11,12 @@ import torch
 from transformers import AutoTokenizer
 
 from dylo_moe import DyLoRA_MoE
+from dylo_moe.benchmark_config import BenchmarkArgs
 from dylo_moe.cli import main
-from dylo_moe.config import BENCHMARK_GROUPS
 from dylo_moe.core.base_model import load_base_model
 from dylo_moe.errors import EXIT_USER_ERROR
 from dylo_moe.flags import parse
-from dylo_moe.programs.benchmark import _each_model, load_model
+from dylo_moe.programs.benchmark import _args_per_model, load_model
 from dylo_moe.programs.mixtures import load_mixture
 from families import stir
 from tiny_folder import write_tiny_folder
@@ -35,7 +35,7 @@ def rows(file: Path) -> Path:
 
 @pytest.fixture
 def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``mixture``, ``sql`` (an adapter) and ``data.jsonl`` here; the base is in ``away``, and was in ``base``."""
+    """Return a folder with ``mixture``, ``sql`` (an adapter), ``data.jsonl``, and the base moved to ``away``."""
     monkeypatch.chdir(tmp_path)
     base = write_tiny_folder(tmp_path / "base")
     torch.manual_seed(1)
@@ -62,7 +62,7 @@ def only_error(capsys: pytest.CaptureFixture[str]) -> str:
     ],
     ids=["generate", "import", "rename"],
 )
-def test_with_the_flag_it_works_and_without_it_is_named(
+def test_a_moved_base_needs_the_base_model_flag(
     moved: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == EXIT_USER_ERROR
@@ -80,15 +80,13 @@ def test_experts_are_shown_and_exported_without_the_base(moved: Path, capsys: py
 
 
 def benchmark_model(*words: str) -> tuple[str, str]:
-    """The class of the model that ``benchmark`` scores, and its name."""
-    (args,) = parse(BENCHMARK_GROUPS, "benchmark", "", list(words))
+    """Return the class and the name of the model that ``benchmark`` scores."""
+    args = parse(BenchmarkArgs, "benchmark", "", list(words))
     model, _, name = load_model(args)
     return type(model).__name__, name
 
 
-def test_benchmark_scores_the_mixture_on_the_base_that_is_named(
-    moved: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_benchmark_scores_a_mixture_on_the_given_base(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixture = ("--trained_model", "mixture")
     assert benchmark_model(*mixture, "--base_model", "away") == ("DyLoRA_MoE", "mixture")
     assert benchmark_model("--base_model", "away") == ("LlamaForCausalLM", "away")
@@ -104,17 +102,17 @@ def test_benchmark_scores_the_mixture_on_the_base_that_is_named(
 
 
 def test_a_comparison_finds_the_base_of_its_mixture(moved: Path) -> None:
-    (args,) = parse(BENCHMARK_GROUPS, "benchmark", "", ["--compare", "away", "mixture", "--base_model", "away"])
-    plain, mixture = (load_model(one) for one in _each_model(args))
+    args = parse(BenchmarkArgs, "benchmark", "", ["--compare", "away", "mixture", "--base_model", "away"])
+    plain, mixture = (load_model(one) for one in _args_per_model(args))
     assert (type(plain[0]).__name__, type(mixture[0]).__name__) == ("LlamaForCausalLM", "DyLoRA_MoE")
 
 
 def train(*words: str) -> int:
-    where = ["--datasets", "mine=data.jsonl", "--num_experts", "2", *SHORT, "--output_dir", "run"]
-    return main(["train", *where, *words])
+    flags = ["--datasets", "mine=data.jsonl", "--num_experts", "2", *SHORT, "--output_dir", "run"]
+    return main(["train", *flags, *words])
 
 
-def test_training_goes_on_with_a_base_that_moved(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_resumes_with_a_moved_base(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.move("away", "base")
     assert train("--base_model", "base", "--max_steps", "2", "--save_steps", "2") == 0
     shutil.move("base", "away")
@@ -123,15 +121,15 @@ def test_training_goes_on_with_a_base_that_moved(moved: Path, capsys: pytest.Cap
     assert "there is no folder './base'; check --base_model" in only_error(capsys)
     assert train("--base_model", "away", "--max_steps", "4", "--resume_from_checkpoint") == 0
     assert json.loads(Path("run/report.json").read_text())["steps"] == 4
-    said = json.loads(Path("run/best_model/dylo_moe.json").read_text())["base_model"]
-    assert (said["name"], said["from_here"]) == (str(moved / "away"), "../../away")
+    saved = json.loads(Path("run/best_model/dylo_moe.json").read_text())["base_model"]
+    assert (saved["name"], saved["from_here"]) == (str(moved / "away"), "../../away")
 
 
 def acquire(*words: str) -> int:
     return main(["acquire", *SHORT, "--max_steps", "2", "--sample_rows", "8", "--output_dir", "run", *words])
 
 
-def test_acquiring_goes_on_with_a_base_that_moved(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_acquire_resumes_with_a_moved_base(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.move("away", "base")
     assert acquire("--base_model", "base", "--skill", "one=data.jsonl") == 0
     shutil.move("base", "away")
@@ -144,14 +142,14 @@ def test_acquiring_goes_on_with_a_base_that_moved(moved: Path, capsys: pytest.Ca
     assert acquire("--base_model", "other", *two) == EXIT_USER_ERROR
     assert "is another one" in only_error(capsys) and Path("run/model/dylo_moe.json").read_bytes() == before
     assert acquire("--base_model", "away", *two) == 0
-    said = json.loads(Path("run/model/dylo_moe.json").read_text())
-    assert said["base_model"]["name"] == str(moved / "away") and len(said["experts"]) == 2
+    saved = json.loads(Path("run/model/dylo_moe.json").read_text())
+    assert saved["base_model"]["name"] == str(moved / "away") and len(saved["experts"]) == 2
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 
-def test_a_mixtures_own_tokenizer_comes_first(moved: Path) -> None:
+def test_the_tokenizer_of_the_mixture_comes_first(moved: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained("away")
     tokenizer.add_tokens(["<mine>"])
     tokenizer.save_pretrained("mixture")
@@ -161,7 +159,7 @@ def test_a_mixtures_own_tokenizer_comes_first(moved: Path) -> None:
     assert "<mine>" not in load_mixture("mixture", "away")[1].get_vocab()
 
 
-def test_a_base_without_a_tokenizer_does_for_a_mixture_that_has_one(moved: Path) -> None:
+def test_the_base_needs_no_tokenizer_if_the_mixture_has_one(moved: Path) -> None:
     load_base_model("away").save_pretrained("weights")
     model, tokenizer = load_mixture("mixture", "weights")
     assert model.base_name == str(moved / "weights") and tokenizer.eos_token == "<eos>"
@@ -171,6 +169,6 @@ LOADERS: list[Callable[[], object]] = [lambda: load_mixture("./gone"), lambda: l
 
 
 @pytest.mark.parametrize("load", LOADERS)
-def test_a_mixture_that_is_not_there_is_one_line(moved: Path, load: Callable[[], object]) -> None:
+def test_a_missing_mixture_is_a_one_line_error(moved: Path, load: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=r"^(\./)?gone(/a/b)? is not a checkpoint of this program"):
         load()

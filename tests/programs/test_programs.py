@@ -1,4 +1,4 @@
-"""The programs as people run them: a tiny base model in a folder, real local data, real processes."""
+"""The programs run with a tiny base model, local data and real processes."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def script(name: str, *arguments: str, stdin: str = "", **environment: str) -> "
 
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A finished training run, by ``python train.py``: its output folder and what it printed."""
+    """Return the output folder of a finished ``python train.py`` and its standard output and error."""
     output = tmp_path_factory.mktemp("run")
     arguments = [
         "--model_name",
@@ -68,7 +68,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
     yield output, done.stdout + done.stderr
 
 
-def test_training_lowers_the_held_out_loss_and_says_so(run: tuple[Path, str]) -> None:
+def test_training_lowers_the_held_out_loss_and_reports_it(run: tuple[Path, str]) -> None:
     output, printed = run
     report = json.loads((output / "report.json").read_text())
     for domain in ("python_stdlib", "cpp_headers"):
@@ -82,7 +82,7 @@ def test_training_lowers_the_held_out_loss_and_says_so(run: tuple[Path, str]) ->
     assert f"generate --trained_model {output / 'best_model'} --prompt" in printed
 
 
-def test_the_report_says_what_became_of_the_data(run: tuple[Path, str]) -> None:
+def test_the_report_describes_the_data(run: tuple[Path, str]) -> None:
     data = json.loads((run[0] / "report.json").read_text())["data"]
     assert [found["dataset"] for found in data["contamination"]] == ["python_stdlib", "cpp_headers"]
     assert [found["name"] for found in data["datasets"]] == ["python_stdlib", "cpp_headers"]
@@ -103,27 +103,25 @@ def own_file(folder: Path, *extra: str) -> str:
     return f"mine={path}"
 
 
-def test_a_file_of_the_users_trains(base: Path, tmp_path: Path) -> None:
+def test_a_user_file_can_be_trained_on(base: Path, tmp_path: Path) -> None:
     wanted = own_file(tmp_path)
     arguments = ["train", "--model_name", str(base), *SHORT, "--datasets", wanted, "--training_subset", "100"]
     assert main([*arguments, "--eval_subset", "100", "--max_steps", "2", "--output_dir", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["domains"] == ["mine"]
 
 
-def test_a_model_that_cannot_be_packed_is_refused_with_the_way_out(
+def test_a_model_that_cannot_be_packed_is_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("dylo_moe.programs.building.supports_packing", lambda model: False)
     arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path)]
     assert main(arguments) == EXIT_USER_ERROR
-    said = capsys.readouterr().err
-    assert "LlamaForCausalLM lets the examples of a packed row see each other" in said and "--no_packing" in said
+    errors = capsys.readouterr().err
+    assert "LlamaForCausalLM lets the examples of a packed row see each other" in errors and "--no_packing" in errors
     assert main([*arguments, "--no_packing"]) == 0
 
 
-def test_a_bad_row_of_the_users_is_named_by_file_and_line(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_row_is_reported_by_file_and_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = own_file(tmp_path, '{"instruction": "Say it."}')
     assert main(["train", "--model_name", str(base), *SHORT, "--datasets", wanted]) == EXIT_USER_ERROR
     assert f"{tmp_path}/mine.jsonl line 81: its columns are instruction" in capsys.readouterr().err
@@ -131,7 +129,7 @@ def test_a_bad_row_of_the_users_is_named_by_file_and_line(
     assert "1 rows; the first:" in capsys.readouterr().out
 
 
-def test_the_datasets_are_listed_and_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_datasets_are_listed_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["datasets"]) == 0
     listed = capsys.readouterr().out
     assert "code_alpaca" in listed and "sharegpt" in listed.lower()
@@ -158,7 +156,7 @@ def test_the_saved_mixture_is_mature_and_has_the_reported_routing(run: tuple[Pat
     assert model.routing == json.loads((run[0] / "report.json").read_text())["routing"] == "per_layer"
 
 
-def test_a_new_process_generates_what_the_model_generates(run: tuple[Path, str]) -> None:
+def test_a_new_process_generates_from_the_checkpoint(run: tuple[Path, str]) -> None:
     checkpoint = str(run[0] / "best_model")
     arguments = ["--trained_model", checkpoint, "--max_new_tokens", "12"]
     done = subprocess.run(
@@ -187,12 +185,12 @@ def test_mixture_expert_base_and_beams_generate(run: tuple[Path, str], capsys: p
         assert main([*common, *extra]) == 0
         texts.append(capsys.readouterr().out)
     assert all(text.startswith("def f(x):\n") for text in texts)
-    assert texts[0] != texts[2], "the mixture must not be the base model"
+    assert texts[0] != texts[2], "the mixture generated the text of the base model"
     assert main([*common[:3], "--instruction", "Add.", "--max_new_tokens", "2"]) == 0
     assert capsys.readouterr().out.startswith("### Instruction:\nAdd.\n\n### Response:\n")
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(base: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_from_its_newest_checkpoint(base: Path, tmp_path: Path) -> None:
     arguments = ["train", "--model_name", str(base), *SHORT, "--output_dir", str(tmp_path)]
     assert main([*arguments, "--num_epochs", "1"]) == 0
     steps = json.loads((tmp_path / "report.json").read_text())["steps"]
@@ -215,7 +213,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(base: Path, tmp_path: Path) ->
     ],
     ids=lambda flags: flags[0],
 )
-def test_flags_train(base: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_each_set_of_flags_trains(base: Path, tmp_path: Path, flags: list[str]) -> None:
     arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "2", "--output_dir", str(tmp_path)]
     assert main([*arguments, *flags]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
@@ -223,11 +221,13 @@ def test_flags_train(base: Path, tmp_path: Path, flags: list[str]) -> None:
     assert all(torch.isfinite(torch.tensor(value)) for value in report["mixture"].values())
 
 
-def test_a_run_that_gets_no_better_stops_early(base: Path, tmp_path: Path) -> None:
+def test_a_run_without_improvement_stops_early(base: Path, tmp_path: Path) -> None:
     arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "9", "--output_dir", str(tmp_path)]
     still = ["--learning_rate", "1e-30", "--eval_steps", "1", "--early_stopping_patience", "2"]
     assert main([*arguments, *still]) == 0
-    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 3, "the first evaluation, and two as bad"
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 3, (
+        "the first evaluation, and two that are no better"
+    )
 
 
 def test_experts_per_layer_and_the_bias_are_in_the_checkpoint(base: Path, tmp_path: Path) -> None:
@@ -240,14 +240,14 @@ def test_experts_per_layer_and_the_bias_are_in_the_checkpoint(base: Path, tmp_pa
     assert [len(layer.self_attn.q_proj.r) for layer in layers] == [1, 1, 4, 4]
 
 
-def test_a_dry_run_prints_a_configuration_and_touches_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_configuration_and_writes_nothing(tmp_path: Path) -> None:
     done = script("train.py", "--dry-run", "--bf16", "--output_dir", str(tmp_path / "out"))
     assert done.returncode == 0
     assert "bf16: true" in done.stdout and "model_name: google/codegemma-2b" in done.stdout
     assert not (tmp_path / "out").exists()
 
 
-def test_help_is_there_for_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_program_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
     for program in ("train", "benchmark", "generate", "datasets"):
@@ -258,7 +258,7 @@ def test_help_is_there_for_everything(capsys: pytest.CaptureFixture[str]) -> Non
         assert "--" in capsys.readouterr().out
 
 
-def test_scripts_and_verbs_are_the_same_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_and_its_verb_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--dry_run"]) == 0
     assert script("train.py", "--dry_run").stdout == capsys.readouterr().out
 
@@ -295,14 +295,14 @@ def test_scripts_and_verbs_are_the_same_code(capsys: pytest.CaptureFixture[str])
         (["train", "--report_to", "paper"], "--report_to must be auto, none or some of tensorboard, wandb"),
         (["train", "--model_name", "BASE", *SHORT, "--fsdp", "full_shard"], "cannot be used: Using fsdp only works"),
         (["train", "--push_to_hub"], "--push_to_hub cannot be given: a run publishes nothing"),
-        (["train", "--overlong", "keep"], "--overlong must be cut or drop, got 'keep'"),
-        (["train", "--mixing_temperature", "0.5"], "--mixing_temperature must be 1 or more, got 0.5"),
+        (["train", "--overlong", "keep"], "--overlong must be one of cut, drop, got 'keep'"),
+        (["train", "--mixing_temperature", "0.5"], "--mixing_temperature must be at least 1, got 0.5"),
         (["datasets", "--datasets", "mine=gone.jsonl"], "there is no file or folder gone.jsonl"),
         (["datasets", "--data_dir", "gone", "--datasets", "mbpp"], "--data_dir must be a folder, got gone"),
         (["train", "--model_name", "BASE", *SHORT, "--routing", "prefix:9"], "prefix:K needs K from 0 to 3"),
         (["train", "--model_name", "BASE", *SHORT, "--target_modules", "qproj"], "did you mean 'q_proj'"),
         (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint", "gone"], "there is no folder gone"),
-        (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint"], "holds no checkpoint yet"),
+        (["train", "--model_name", "BASE", *DATA, "--resume_from_checkpoint"], "holds no checkpoint"),
         (["generate", "--trained_model", "gone", "--prompt", "x"], "there is no folder 'gone'"),
         (
             ["generate", "--trained_model", "RUN", "--prompt", "x", "--expert", "expert_7"],
@@ -310,7 +310,7 @@ def test_scripts_and_verbs_are_the_same_code(capsys: pytest.CaptureFixture[str])
         ),
     ],
 )
-def test_a_users_mistake_is_one_line_and_a_code(
+def test_a_user_error_is_one_line_and_an_exit_code(
     arguments: list[str],
     message: str,
     base: Path,
@@ -322,14 +322,14 @@ def test_a_users_mistake_is_one_line_and_a_code(
     monkeypatch.chdir(tmp_path)
     places = {"BASE": str(base), "RUN": str(run[0] / "best_model")}
     assert main([places.get(word, word) for word in arguments]) == EXIT_USER_ERROR
-    said = capsys.readouterr().err
+    errors = capsys.readouterr().err
     if arguments:
-        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert message in line
-    assert "Traceback" not in said
+    assert "Traceback" not in errors
 
 
-def test_a_folder_that_cannot_be_written_ends_before_training(base: Path, tmp_path: Path) -> None:
+def test_an_unwritable_folder_fails_before_training(base: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = script("train.py", "--model_name", str(base), *SHORT, "--output_dir", str(tmp_path / "file" / "out"))
     assert done.returncode == EXIT_USER_ERROR
@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_written_ends_before_training(base: Path, tmp_pa
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_disk_that_is_full_at_the_last_step_keeps_the_mixture_and_the_old_report(base: Path, tmp_path: Path) -> None:
+def test_a_full_disk_at_the_end_keeps_the_mixture_and_the_old_report(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "report.json").write_text("of an earlier run")
@@ -350,7 +350,7 @@ def test_a_disk_that_is_full_at_the_last_step_keeps_the_mixture_and_the_old_repo
 
 
 class _GatedHub(BaseHTTPRequestHandler):
-    """What the Hub answers for a gated model to somebody without a token."""
+    """The answer of the Hub to a request for a gated model without a token."""
 
     def do_GET(self) -> None:
         self.send_response(401)
@@ -367,8 +367,12 @@ class _GatedHub(BaseHTTPRequestHandler):
 def test_a_gated_model_without_a_token_asks_for_one(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _GatedHub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
-        place = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        done = script("train.py", *DATA, "--output_dir", str(tmp_path / "out"), **place)
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+        }
+        done = script("train.py", *DATA, "--output_dir", str(tmp_path / "out"), **environment)
         hub.shutdown()
     assert done.returncode == EXIT_USER_ERROR
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,4 @@
-"""What ``train`` writes for trackers, and how it ends where a loss is not finite."""
+"""``train`` logs to trackers, and ends with an error if a loss is not finite."""
 
 import json
 import os
@@ -31,13 +31,13 @@ def newest_history(output: Path) -> list[dict[str, float]]:
     return history
 
 
-def test_the_log_is_in_the_checkpoints_and_with_tensorboard(
+def test_the_log_is_in_the_checkpoints_and_in_tensorboard(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.chdir(tmp_path)  # where a writer that nobody gave a folder would write
+    monkeypatch.chdir(tmp_path)  # the default folder of a writer
     arguments = ["--max_steps", "2", "--output_dir", str(tmp_path / "out")]
     assert main(["train", "--model_name", str(base), *SHORT, *arguments]) == 0
     (events,) = tmp_path.rglob("events.out.tfevents.*")
@@ -50,14 +50,14 @@ def test_the_log_is_in_the_checkpoints_and_with_tensorboard(
     assert {"grad_norm/expert_0", "grad_norm/router", "router/dead_experts", "memory_mib"} <= logged
 
 
-def test_without_a_tracker_nothing_is_written_for_one(base: Path, tmp_path: Path) -> None:
+def test_without_a_tracker_no_tracker_files_are_written(base: Path, tmp_path: Path) -> None:
     arguments = ["--max_steps", "1", "--report_to", "none", "--output_dir", str(tmp_path)]
     assert main(["train", "--model_name", str(base), *SHORT, *arguments]) == 0
     assert not (tmp_path / "runs").exists()
     assert "grad_norm/router" in newest_history(tmp_path)[0]
 
 
-def test_a_tracker_that_cannot_be_had_is_one_line(
+def test_a_missing_tracker_is_a_one_line_error(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(trackers.INSTALLED, "mlflow", lambda: False)
@@ -71,7 +71,7 @@ def test_a_tracker_that_cannot_be_had_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_learning_rate_that_explodes_ends_with_a_line_and_a_code(base: Path, tmp_path: Path) -> None:
+def test_a_diverging_run_ends_with_one_line_and_an_exit_code(base: Path, tmp_path: Path) -> None:
     arguments = ["--learning_rate", "1e38", "--warmup_ratio", "0", "--num_epochs", "4", "--output_dir", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "--model_name", str(base), *SHORT, *arguments],

@@ -1,26 +1,26 @@
-"""From flags to the Trainer's arguments: what is ours, what is passed on, what does not go together."""
+"""The arguments of the trainer: defaults, fields that are passed through, and contradictions."""
 
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
-from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+from dylo_moe.config import TrainConfig
 from dylo_moe.errors import ConfigError
 from dylo_moe.flags import parse
 from dylo_moe.programs.trainer_arguments import trainer_arguments
 
 
-def made(tmp_path: Path, *flags: str) -> TrainingArguments:
+def parse_arguments(tmp_path: Path, *flags: str) -> TrainingArguments:
     words = ["--output_dir", str(tmp_path), "--report_to", "none", *flags]
-    return trainer_arguments(TrainFlags(*parse(TRAIN_GROUPS, "train", "", words)))
+    return trainer_arguments(parse(TrainConfig, "train", "", words))
 
 
-def test_what_is_passed_on_reaches_the_trainer_and_comes_first(tmp_path: Path) -> None:
-    usual = made(tmp_path)
-    assert (usual.adam_beta2, usual.warmup_steps, usual.logging_nan_inf_filter) == (0.999, 0.03, False)
+def test_passed_through_fields_override_defaults(tmp_path: Path) -> None:
+    defaults = parse_arguments(tmp_path)
+    assert (defaults.adam_beta2, defaults.warmup_steps, defaults.logging_nan_inf_filter) == (0.999, 0.03, False)
     flags = ["--adam_beta2", "0.95", "--warmup_steps", "7", "--report_to", "tensorboard", "--optim", "sgd"]
-    args = made(tmp_path, *flags, "--dataloader_num_workers", "2", "--disable_tqdm", "true")
+    args = parse_arguments(tmp_path, *flags, "--dataloader_num_workers", "2", "--disable_tqdm", "true")
     assert (args.adam_beta2, args.warmup_steps, args.report_to) == (0.95, 7, ["tensorboard"])
     assert (args.optim, args.dataloader_num_workers, args.disable_tqdm) == ("sgd", 2, True)
 
@@ -35,8 +35,8 @@ def test_what_is_passed_on_reaches_the_trainer_and_comes_first(tmp_path: Path) -
         (["--lr_scheduler_type", "polynomial"], "polynomial"),
     ],
 )
-def test_the_schedule_is_the_one_that_was_asked_for(tmp_path: Path, flags: list[str], wanted: str) -> None:
-    assert made(tmp_path, *flags).lr_scheduler_type == wanted
+def test_the_schedule_is_the_requested_one(tmp_path: Path, flags: list[str], wanted: str) -> None:
+    assert parse_arguments(tmp_path, *flags).lr_scheduler_type == wanted
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_the_schedule_is_the_one_that_was_asked_for(tmp_path: Path, flags: list[
         (["--save_strategy", "best"], ("epoch", None), ("best", 500), True),
     ],
 )
-def test_evaluating_and_saving_go_together(
+def test_evaluation_and_saving_use_one_strategy(
     tmp_path: Path, flags: list[str], evaluates: tuple[str, int], saves: tuple[str, int], best: bool
 ) -> None:
-    args = made(tmp_path, *flags)
+    args = parse_arguments(tmp_path, *flags)
     assert (args.eval_strategy, args.eval_steps) == evaluates
     assert (args.save_strategy, args.save_steps) == saves
     assert args.load_best_model_at_end is best
@@ -77,7 +77,7 @@ def test_evaluating_and_saving_go_together(
         (["--fp16", "--bf16"], "At most one of fp16 and bf16"),
     ],
 )
-def test_flags_that_do_not_go_together_are_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
+def test_contradicting_flags_are_a_one_line_error(tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
-        made(tmp_path, *flags)
+        parse_arguments(tmp_path, *flags)
     assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""The curves that are drawn are the logged ones."""
+"""The plots show the logged values."""
 
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ HISTORY: list[dict[str, Any]] = [
 ]
 
 
-def test_curves_are_the_values_at_their_steps() -> None:
+def test_curves_hold_the_logged_values_by_step() -> None:
     assert curves(HISTORY, "eval_loss") == {"a": ([10, 20], [1.5, 1.0]), "b": ([10, 20], [2.5, 2.0])}
     assert curves(HISTORY, "expert_usage") == {"expert_0": ([20], [0.4])}
     assert curves(HISTORY, "grad_norm") == {"expert_0": ([10, 20], [3.0, 2.0]), "router": ([10], [4.0])}
 
 
-def test_each_panel_has_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_panel_shows_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     training_curves(HISTORY, tmp_path / "curves.png")
     loss, usage, norms = pyplot.gcf().axes
@@ -36,6 +36,6 @@ def test_each_panel_has_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pyplot.close("all")
 
 
-def test_a_history_without_figures_is_an_empty_picture(tmp_path: Path) -> None:
+def test_an_empty_history_makes_an_empty_plot(tmp_path: Path) -> None:
     training_curves([], tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").stat().st_size > 0

@@ -1,4 +1,4 @@
-"""The table shows the report's figures, each where it belongs."""
+"""The tables show the figures of the report in the right cells."""
 
 import re
 
@@ -39,24 +39,24 @@ def rendered() -> str:
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The cells of each table row, by its first cell."""
+    """Return the cells of each table row, by its first cell."""
     cells = [re.split(r"\s*│\s*", line.strip("│ ")) for line in text.splitlines() if line.startswith("│")]
     return {first: rest for first, *rest in cells}
 
 
-def test_losses_stand_beside_their_change() -> None:
+def test_losses_are_shown_with_their_change() -> None:
     table = rows(rendered())
     assert table["python"] == ["2.000", "1.500", "-25.0%"]
-    assert table["cpp"] == ["4.000", "4.400", "+10.0%"], "a loss that rose must say so"
+    assert table["cpp"] == ["4.000", "4.400", "+10.0%"], "a rise must be shown"
 
 
-def test_usage_is_a_row_for_each_expert_and_a_column_for_each_domain() -> None:
+def test_usage_has_a_row_per_expert_and_a_column_per_domain() -> None:
     table = rows(rendered())
     assert table["expert_0"] == ["25.0%", "60.0%"]
     assert table["expert_1"] == ["75.0%", "40.0%"]
 
 
-def test_parameters_are_absolute_and_a_share_of_the_base() -> None:
+def test_parameters_are_shown_as_number_and_share() -> None:
     text = rendered()
     assert "12,345 parameters, 1.23% of the base's 1,000,000" in text
     assert "7 steps, 8,901 tokens, 1.5 min" in text

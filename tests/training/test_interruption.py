@@ -14,10 +14,9 @@ from accelerate import Accelerator
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dylo_moe.cli import main
-from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from dylo_moe.training import checkpoints
 from dylo_moe.training.interruption import (
-    EXIT_STOPPED,
     EvaluationInterrupted,
     InterruptionCallback,
     StopRequest,
@@ -72,13 +71,13 @@ def test_a_signal_saves_and_the_resumed_run_is_bit_equal(
         patch.setattr("dylo_moe.programs.train.InterruptionCallback", StopsIn)
         assert main(["train", *wanted]) == EXIT_STOPPED
     said = capsys.readouterr()
-    assert "saving after this step" in said.err and "Go on with --resume_from_checkpoint" in said.out
+    assert "saving after this step" in said.err and "Resume with --resume_from_checkpoint" in said.out
     assert not (tmp_path / "stopped" / "best_model").exists()
     whole, skipped = checkpoints.newest_whole(tmp_path / "stopped")
     assert whole is not None and not skipped
     assert int(whole.name.partition("-")[2]) >= step
     assert main(["train", *wanted]) == 0
-    assert f"Going on from {whole}" in capsys.readouterr().out.replace("\n", "")
+    assert f"Resuming from {whole}" in capsys.readouterr().out.replace("\n", "")
     report = json.loads((tmp_path / "stopped" / "report.json").read_text())
     assert report["steps"] == STEPS, "a run that has taken all its steps takes no more"
     same(undisturbed / "undisturbed", tmp_path / "stopped")

@@ -56,7 +56,7 @@ def test_a_run_killed_during_its_first_checkpoint_starts_again(
     flat_bucket.install(output, monkeypatch.setattr)
     assert main(["train", *flags]) == 0
     said = capsys.readouterr().out
-    assert f"Skipping {torn}: it was not finished" in said and "Going on from" not in said
+    assert f"Skipping {torn}: it was not finished" in said and "Resuming from" not in said
     assert (output / "best_model" / "dylo_moe.json").is_file() and not list(output.glob(".unfinished-*"))
     whole, skipped = checkpoints.newest_whole(output)
     assert whole is not None and whole.name == "checkpoint-3" and not skipped

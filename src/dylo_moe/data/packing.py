@@ -5,6 +5,7 @@ positions and masks the attention at each example, so that the loss is the same 
 kept as a list of example numbers, and joined when a batch is made.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -18,6 +19,8 @@ from typing_extensions import override
 
 from dylo_moe.core.losses import IGNORE_INDEX
 from dylo_moe.data.mixing import FILLER
+
+_EXAMPLES_A_READ = 1000
 
 
 class Item(TypedDict):
@@ -97,7 +100,6 @@ class TokenRows(TorchDataset[Item]):
 
     Attributes:
         packed: Whether rows may hold several examples.
-        fingerprint: Hash of the examples.
         domains: Domain of each row: ``(rows,)``.
         lengths: Tokens of each row: ``(rows,)``.
     """
@@ -110,7 +112,6 @@ class TokenRows(TorchDataset[Item]):
         capacity: int | None = None,
     ) -> None:
         self.packed = capacity is not None
-        self.fingerprint: str = examples._fingerprint
         self._examples = examples.with_format("numpy", columns=["input_ids", "prompt_length"])
         self._rows: list[NDArray[np.int64]] | None = None
         self.domains, self.lengths = domains, lengths
@@ -123,6 +124,20 @@ class TokenRows(TorchDataset[Item]):
             ]
             self.domains = np.array([domains[row[0]] for row in self._rows])
             self.lengths = np.array([lengths[row].sum() for row in self._rows])
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the rows: token ids, prompt lengths, domains and the examples of each row.
+
+        It depends on the contents alone, so that it stays the same in a later version of this package.
+        """
+        digest = hashlib.sha256(self.domains.astype("<i8").tobytes())
+        for row in self._rows or ():
+            digest.update(np.asarray([len(row), *row], dtype="<i8").tobytes())
+        for examples in self._examples.iter(_EXAMPLES_A_READ):
+            lengths = [len(ids) for ids in examples["input_ids"]]
+            digest.update(np.asarray([lengths, examples["prompt_length"]], dtype="<i8").tobytes())
+            digest.update(np.concatenate(examples["input_ids"]).astype("<i4").tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)

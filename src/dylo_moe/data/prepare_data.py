@@ -4,6 +4,8 @@ Datasets are read, decontaminated, split, tokenized and packed. Each step caches
 of its input. The order of training is in ``mixing.py``.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -102,8 +104,9 @@ class PreparedData:
         )
 
     def identity(self, **order: object) -> str:
-        """Return a hash of the training rows and of the parameters of their order."""
-        return str(Hasher.hash([self.train.fingerprint, self.capacity, order]))
+        """Return the SHA-256 of the training rows and of the parameters of their order, which JSON must hold."""
+        key = json.dumps([self.train.digest(), self.capacity, order], sort_keys=True)
+        return hashlib.sha256(key.encode()).hexdigest()
 
     def record(self) -> dict[str, object]:
         """Return the part of a run's report that describes its data, for JSON."""

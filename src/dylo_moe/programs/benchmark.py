@@ -1,7 +1,6 @@
-"""``benchmark``: pass@k of a mixture or of a base model on HumanEval(+) and MBPP(+), and how two of them compare."""
+"""``benchmark``: measure pass@k of a mixture or a base model on HumanEval(+) and MBPP(+), or compare two models."""
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.benchmark_config import OWN_BASE, BenchmarkArguments
-from dylo_moe.config import BENCHMARK_GROUPS
+from dylo_moe.benchmark_config import OWN_BASE, BenchmarkArgs
 from dylo_moe.core.base_model import DTYPES, load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
 from dylo_moe.core.model import DyLoRA_MoE
@@ -32,8 +30,9 @@ from dylo_moe.evaluation.prompts import COMPLETE, PromptStyle
 from dylo_moe.evaluation.results import BenchmarkResult, compare_results, read_result, write_result
 from dylo_moe.evaluation.run import BenchmarkPrompts, BenchmarkRun
 from dylo_moe.flags import parse
-from dylo_moe.model_config import ModelArguments
+from dylo_moe.model_config import ModelArgs
 from dylo_moe.programs.mixtures import load_mixture, to_device
+from dylo_moe.programs.output_folder import check_writable
 from dylo_moe.reports.benchmark_tables import comparison_table, result_table
 from dylo_moe.training.fetching import fetched_mixture
 
@@ -43,13 +42,12 @@ ARTIFACTS = Path("results") / "artifacts"
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe benchmark") -> int:
-    """Runs the program; returns its exit code.
+    """Run the program and return its exit code.
 
     Raises:
-        DyLoRAError: The user can mend it.
+        DyLoRAError: The user can fix it.
     """
-    (args,) = parse(BENCHMARK_GROUPS, program, "Score a mixture or a base model on code benchmarks.", arguments)
-    assert isinstance(args, BenchmarkArguments)
+    args = parse(BenchmarkArgs, program, "Score a mixture or a base model on code benchmarks.", arguments)
     transformers.logging.disable_progress_bar()
     console = Console()
     if args.compare is None:
@@ -57,19 +55,26 @@ def main(arguments: Sequence[str], program: str = "dylora-moe benchmark") -> int
         return 0
     before, after = (
         read_result(Path(name)) if name.endswith(".json") else benchmark(one, console)
-        for name, one in zip(args.compare, _each_model(args), strict=True)
+        for name, one in zip(args.compare, _args_per_model(args), strict=True)
     )
     console.print(comparison_table(compare_results(before, after), before.model, after.model))
     return 0
 
 
-def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
-    """Scores one model, writes its result and shows it.
+def benchmark(args: BenchmarkArgs, console: Console) -> BenchmarkResult:
+    """Score one model, write its result to a file and print it.
+
+    Args:
+        args: The flags of the program.
+        console: Receives the progress messages and the table of scores.
+
+    Returns:
+        The result, with the verdict on every sample.
 
     Raises:
-        DyLoRAError: The user can mend it.
+        DyLoRAError: The user can fix it.
     """
-    _check_output(args)
+    check_writable(Path(args.output).parent if args.output else RESULTS, "--output")
     problems = chosen_problems(args)
     choice = choose_sandbox(args.unsafe_no_sandbox)
     console.print(choice.describe(), highlight=False, soft_wrap=True)
@@ -85,15 +90,16 @@ def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
             evalplus=args.evalplus,
         )
         run = BenchmarkRun(model, name, tokenizer, prompts, _sampling(args))
-        output = Path(args.output) if args.output else RESULTS / f"{_plain(name)}-{run.digest[:8]}.json"
+        stem = re.sub(r"[^\w.-]+", "-", Path(name).name) or "model"
+        output = Path(args.output) if args.output else RESULTS / f"{stem}-{run.digest[:8]}.json"
         with _progress(console) as progress:
             task = progress.add_task("Answering", total=None, speed="")
             result = run.run(
                 judge,
                 output.with_suffix(".samples.jsonl"),
                 sandbox=choice.sandbox.name,
-                progress=lambda done, of, speed: progress.update(
-                    task, completed=done, total=of, speed=f"{speed:.0f} tokens/s"
+                progress=lambda done, total, speed: progress.update(
+                    task, completed=done, total=total, speed=f"{speed:.0f} tokens/s"
                 ),
             )
     write_result(output, result)
@@ -102,23 +108,26 @@ def benchmark(args: BenchmarkArguments, console: Console) -> BenchmarkResult:
     return result
 
 
-def load_model(args: BenchmarkArguments) -> tuple[Model, PreTrainedTokenizerBase, str]:
-    """The model that was asked for, its tokenizer, and what to call it.
+def load_model(args: BenchmarkArgs) -> tuple[Model, PreTrainedTokenizerBase, str]:
+    """Load the mixture or base model that the flags name.
+
+    Returns:
+        The model, its tokenizer, and its name for the report.
 
     Raises:
-        DyLoRAError: It cannot be had.
+        DyLoRAError: A part of it is missing or cannot be loaded.
     """
     if args.scores_mixture:
-        folder = _checkpoint(args)
+        folder = _mixture_folder(args)
         mixture, tokenizer = load_mixture(folder, args.base_model)
         return mixture, tokenizer, str(folder)
     assert args.base_model is not None
     name, revision = args.base_model, args.revision
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     if name == OWN_BASE:
-        name = ModelArguments.model_name
+        name = ModelArgs.model_name
         if args.trained_model is not None or args.wandb_artifact is not None:
-            folder = _checkpoint(args)
+            folder = _mixture_folder(args)
             entry = read_description(folder).base_model
             name, revision = place_of_base(folder, entry)
             dtype = DTYPES[entry.dtype]
@@ -127,26 +136,26 @@ def load_model(args: BenchmarkArguments) -> tuple[Model, PreTrainedTokenizerBase
     return base, load_tokenizer(name, revision=revision), name
 
 
-def _checkpoint(args: BenchmarkArguments) -> Path:
-    """The folder of the mixture, fetched where it is an artifact."""
+def _mixture_folder(args: BenchmarkArgs) -> Path:
+    """Return the folder of the mixture; an artifact is downloaded first."""
     if args.wandb_artifact is not None:
         return fetched_mixture(args.wandb_artifact, ARTIFACTS)
     folder = Path(args.trained_model or DEFAULT_MIXTURE)
     if args.trained_model is None and not (folder / DESCRIPTION_FILE).is_file():
-        raise ConfigError(f"there is no mixture in {folder} yet: name one by --trained_model, or give --base_model")
+        raise ConfigError(f"there is no mixture in {folder} yet: name one with --trained_model, or give --base_model")
     return folder
 
 
 def style_of(choice: str, template: str | None, tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
-    """How tasks are put to a model.
+    """Return the style of the prompts for a model.
 
     Args:
         choice: ``auto``, ``complete``, ``chat`` or ``plain``.
-        template: What stood around conversations when the model was trained; None where that is not known.
-        tokenizer: The model's.
+        template: Name of the template that the model was trained with; None if unknown.
+        tokenizer: The tokenizer of the model.
 
     Raises:
-        ConfigError: ``chat`` is asked for, and the model has no chat template.
+        ConfigError: ``choice`` is ``chat``, and the model has no chat template.
     """
     if choice == AUTO:
         choice = template or ("chat" if tokenizer.chat_template else COMPLETE)
@@ -158,24 +167,24 @@ def style_of(choice: str, template: str | None, tokenizer: PreTrainedTokenizerBa
     return PromptStyle(choice, lambda instruction: chosen.render(user_message(instruction)))
 
 
-def chosen_problems(args: BenchmarkArguments) -> dict[str, list[Problem]]:
-    """The problems of each benchmark.
+def chosen_problems(args: BenchmarkArgs) -> dict[str, list[Problem]]:
+    """Load the problems of each benchmark in ``--benchmarks``, by the benchmark's name.
 
     Raises:
-        DyLoRAError: They cannot be had.
+        DyLoRAError: The data of a benchmark cannot be read, or holds no task.
     """
     rows: list[Row] | None = None
     if "mbpp" in (args.benchmarks or []) and not args.evalplus:
         rows = read_rows(resolve("mbpp", args.data_dir))
-    found = {name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []}
-    for name, problems in found.items():
+    chosen = {name: load_problems(name, args.evalplus, rows)[: args.max_samples] for name in args.benchmarks or []}
+    for name, problems in chosen.items():
         if not problems:
             raise EvaluationError(f"--benchmarks {name}: its data holds no task to ask; check --data_dir")
-    return found
+    return chosen
 
 
-def _each_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:
-    """The flags of each run of a comparison; all are asked in the style of the first mixture among them."""
+def _args_per_model(args: BenchmarkArgs) -> list[BenchmarkArgs]:
+    """Return the flags of both runs of a comparison; both use the prompt style of the first mixture."""
     assert args.compare is not None
     mixtures = [Path(name) for name in args.compare if (Path(name) / DESCRIPTION_FILE).is_file()]
     style = args.prompt_style
@@ -193,7 +202,7 @@ def _each_model(args: BenchmarkArguments) -> list[BenchmarkArguments]:
     ]
 
 
-def _sampling(args: BenchmarkArguments) -> GenerationSettings:
+def _sampling(args: BenchmarkArgs) -> GenerationSettings:
     return GenerationSettings(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -202,21 +211,6 @@ def _sampling(args: BenchmarkArguments) -> GenerationSettings:
         batch_size=args.batch_size,
         seed=args.seed,
     )
-
-
-def _check_output(args: BenchmarkArguments) -> None:
-    """A place that cannot be written is found before hours are spent."""
-    folder = Path(args.output).parent if args.output else RESULTS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--output: {folder} cannot be written: {error.strerror}") from error
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", Path(name).name) or "model"
 
 
 def _progress(console: Console) -> Progress:

@@ -1,8 +1,6 @@
-"""The parts of a training run, built as its flags say."""
+"""Build the parts of a training run from its flags: data, model and trainer."""
 
-import tempfile
 from itertools import islice
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -10,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from dylo_moe.config import DataArguments, TrainFlags
+from dylo_moe.config import DataArgs, TrainConfig
 from dylo_moe.core.base_model import check_base_model
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.packed import supports_packing
@@ -21,26 +19,27 @@ from dylo_moe.data.registry import refuse_for_training, resolve
 from dylo_moe.data.templates import template_of
 from dylo_moe.errors import ConfigError, ModelError, first_line
 from dylo_moe.flags import split_names
+from dylo_moe.programs.output_folder import check_writable
 from dylo_moe.training.fetching import store_of
 from dylo_moe.training.monitoring import monitoring_callbacks
 from dylo_moe.training.trackers import resolve_trackers
 from dylo_moe.training.trainer import DyLoRATrainer
 
 EVA_BATCHES = 16
-"""To look for principal directions in; PEFT goes through them until the directions settle."""
+"""Number of batches for the EVA initialization; PEFT stops early once the principal directions converge."""
 
 
-def check_inputs(flags: TrainFlags) -> None:
-    """What can be known to fail, fails before anything is read or computed.
+def check_inputs(flags: TrainConfig) -> None:
+    """Check all that can be checked without reading data or loading a model, and create the output folder.
 
     Raises:
-        DyLoRAError: It will.
+        DyLoRAError: The run would fail later.
     """
     resolve_trackers(split_names(flags.training.report_to))
     if flags.experts.init == "pissa" and flags.training.weight_decay:
         raise ConfigError(
             "--weight_decay must be 0 with --init pissa, got "
-            f"{flags.training.weight_decay}: it would wear away the constant that the experts begin with"
+            f"{flags.training.weight_decay}: it would shrink the constant part that PiSSA gives each expert"
         )
     if flags.model.bits is not None:
         check_quantisation(flags.model.bits)
@@ -49,17 +48,11 @@ def check_inputs(flags: TrainFlags) -> None:
     for name in flags.data.names:
         refuse_for_training(resolve(name, flags.data.data_dir))
     check_base_model(flags.model.model_name, revision=flags.model.revision)
-    output = flags.training.output_dir
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--output_dir {output} cannot be written: {error.strerror}") from error
+    check_writable(flags.training.output_dir, "--output_dir")
 
 
-def prepare(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
-    """The data of a run."""
+def prepare(args: DataArgs, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
+    """Read, tokenize, split and pack the datasets of a run, as the flags say."""
     return prepare_data(
         args.names,
         tokenizer,
@@ -78,10 +71,14 @@ def prepare(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) 
 
 
 def check_packing(model: DyLoRA_MoE, data: PreparedData, console: Console) -> None:
-    """Makes sure that the examples of a packed row do not see each other."""
+    """Check that the base model keeps the examples of a packed row apart, and print how full the rows are.
+
+    Raises:
+        ModelError: Attention of the base model crosses the examples of a row.
+    """
     with model.base_only():
-        apart = supports_packing(model.experts.base_model)
-    if not apart:
+        supported = supports_packing(model.experts.base_model)
+    if not supported:
         raise ModelError(
             f"--packing: {type(model.experts.base_model).__name__} lets the examples of a packed row see each other; "
             "train it with --no_packing"
@@ -90,8 +87,8 @@ def check_packing(model: DyLoRA_MoE, data: PreparedData, console: Console) -> No
     console.print(f"Packed into {len(data.train):,} rows, {1 - share:.1%} padding", highlight=False)
 
 
-def build_model(flags: TrainFlags) -> DyLoRA_MoE:
-    """The base model with its experts and router."""
+def build_model(flags: TrainConfig) -> DyLoRA_MoE:
+    """Build the base model with new experts and a new router."""
     model, experts = flags.model, flags.experts
     return DyLoRA_MoE(
         model.model_name,
@@ -101,7 +98,7 @@ def build_model(flags: TrainFlags) -> DyLoRA_MoE:
         dropout=experts.lora_dropout,
         target_modules=experts.targets,
         use_rslora=experts.use_rslora,
-        # EVA needs data, and follows
+        # EVA needs batches, so it runs once the trainer has them
         init="default" if experts.init == "eva" else experts.init,
         experts_per_layer=experts.blocks,
         routing=experts.routing,
@@ -117,16 +114,16 @@ def build_model(flags: TrainFlags) -> DyLoRA_MoE:
 
 
 def build_trainer(
-    flags: TrainFlags,
+    flags: TrainConfig,
     model: DyLoRA_MoE,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     arguments: TrainingArguments,
 ) -> DyLoRATrainer:
-    """The Trainer, with the callbacks that every run has.
+    """Build the trainer, with the callbacks that every run needs.
 
     Raises:
-        ConfigError: The Trainer refuses the flags.
+        ConfigError: The trainer refuses the flags.
     """
     experts, args = flags.experts, flags.training
     flash = "flash" in str(model.config._attn_implementation)
@@ -152,17 +149,17 @@ def build_trainer(
             data_collator=TokenCollator(tokenizer.pad_token_id, flatten=flash),
             callbacks=monitoring_callbacks(data.domains),
         )
-    except (ValueError, ImportError, RuntimeError) as error:  # of what only the Trainer checks
+    except (ValueError, ImportError, RuntimeError) as error:  # from checks that only the Trainer makes
         raise ConfigError(f"the training flags cannot be used: {first_line(error)}") from error
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
     return trainer
 
 
-def first_batches(trainer: DyLoRATrainer) -> list[dict[str, torch.Tensor]]:
-    """The batches that training begins with, the same in every process."""
+def first_batches(trainer: DyLoRATrainer, data: PreparedData) -> list[dict[str, torch.Tensor]]:
+    """Return the first ``EVA_BATCHES`` training batches, the same in every process."""
     loader = DataLoader(
-        trainer.train_dataset,  # type: ignore[arg-type]
+        data.train,
         batch_size=trainer.args.train_batch_size,
         sampler=trainer.train_sampler,
         collate_fn=trainer.data_collator,

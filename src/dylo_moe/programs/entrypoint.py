@@ -1,8 +1,8 @@
-"""``entrypoint``: what a container runs. Finds out what it runs on, and trains or benchmarks as that wants it.
+"""``entrypoint``: the program of a container: detect the platform, then train or benchmark with its settings.
 
-The flags after ``--train`` or ``--benchmark`` are those of the same programs. One process runs the program itself, so
-signals and exit codes are the program's own. Several processes run under torchrun's launcher; what the first of them
-to fail exited with is then the exit code. Wherever it was stopped, starting the same command again goes on.
+The flags after ``--train`` or ``--benchmark`` are those of that program. With one process the program runs in this
+process, so signals and exit codes are its own. With several it runs under torchrun's launcher, and the exit code is
+that of the first process to fail. After an interruption the same command resumes.
 """
 
 import importlib
@@ -17,59 +17,59 @@ from typing import NoReturn
 
 from dylo_moe.cloud.platform import BARE, Platform, detect
 from dylo_moe.cloud.secrets import load_secrets
-from dylo_moe.errors import EXIT_USER_ERROR, ConfigError
+from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 
 PROGRAMS = ("train", "benchmark")
 SHUTDOWN_SECONDS = 600
-"""How long the launcher waits for a step to end and its checkpoint to be written; who stopped us may kill us sooner."""
+"""Time in which the processes may finish their step and save; the platform may kill them sooner."""
 _USAGE = """usage: {program} --train [--flag value ...]
        {program} --benchmark [--flag value ...]
 
-Runs train or benchmark with these flags, as the platform wants it: Vertex AI, Vast.ai, a container, or none of them.
-NPROC_PER_NODE is the number of processes to train with on this machine; as many as it has GPUs if not set.
+Runs train or benchmark with these flags and the settings of the platform: Vertex AI, Vast.ai, a container, or none.
+NPROC_PER_NODE is the number of training processes on this machine; by default one for each GPU.
 """
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe entrypoint") -> int:
-    """Runs the program; returns its exit code.
+    """Run the program and return its exit code.
 
     Raises:
-        DyLoRAError: The user can mend it.
+        DyLoRAError: The user can fix it.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE.format(program=program))
         return 0 if arguments else EXIT_USER_ERROR
-    what = arguments[0].removeprefix("--")
-    if what not in PROGRAMS or not arguments[0].startswith("--"):
+    verb = arguments[0].removeprefix("--")
+    if verb not in PROGRAMS or not arguments[0].startswith("--"):
         raise ConfigError(f"the first flag must be --train or --benchmark, got {arguments[0]!r}; see {program} --help")
     platform = detect(os.environ)
     for line in platform.describe():
-        _say(line)
+        _print(line)
     os.environ.update(platform.settings)
     if platform.tensorboard_dir is not None:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(platform.tensorboard_dir))
     os.environ.update(load_secrets(os.environ))
-    if what == "benchmark":
+    if verb == "benchmark":
         return _benchmark(platform, arguments[1:])
-    signal.signal(signal.SIGTERM, _stopped_outside_of_training)
+    signal.signal(signal.SIGTERM, _exit_stopped)
     return _train(platform, [*platform_flags(platform, arguments[1:]), *arguments[1:]])
 
 
 def platform_flags(platform: Platform, given: Sequence[str]) -> list[str]:
-    """The flags of ``train`` that the platform decides, but for those that are given."""
+    """Return the flags of ``train`` that the platform sets, except those in ``given``."""
     names = _names(given)
     flags: dict[str, str] = {}
     if platform.checkpoint_dir is not None:
         flags["output_dir"] = str(platform.checkpoint_dir)
     if platform.name != BARE and not names & {"overwrite_output_dir", "wandb_checkpoint_artifact"}:
-        flags["resume_from_checkpoint"] = "auto"  # a container is started again by somebody who cannot be asked
+        flags["resume_from_checkpoint"] = "auto"  # a platform restarts the same command
     if platform.cores is not None:
         flags["preprocessing_workers"] = str(platform.cores)
     return [text for name, value in flags.items() if name not in names for text in (f"--{name}", value)]
 
 
 def benchmark_flags(platform: Platform, given: Sequence[str]) -> list[str]:
-    """The flags of ``benchmark`` that the platform decides, but for those that are given."""
+    """Return the flags of ``benchmark`` that the platform sets, except those in ``given``."""
     names, folder = _names(given), platform.checkpoint_dir
     if folder is None or "compare" in names:
         return []
@@ -84,7 +84,7 @@ def _names(flags: Sequence[str]) -> set[str]:
 
 
 def _benchmark(platform: Platform, flags: Sequence[str]) -> int:
-    """Benchmarks on the first machine; the others have nothing to do."""
+    """Benchmark on the first machine, and return 0 at once on every other."""
     if platform.cluster is not None and platform.cluster.rank > 0:
         return 0
     flags = [*benchmark_flags(platform, flags), *flags]
@@ -93,86 +93,87 @@ def _benchmark(platform: Platform, flags: Sequence[str]) -> int:
 
 
 def _train(platform: Platform, flags: Sequence[str]) -> int:
-    from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+    from dylo_moe.config import TrainConfig
     from dylo_moe.flags import parse
     from dylo_moe.programs import train
 
-    # read here as well: a mistake is told once, before any process is launched
-    parsed = TrainFlags(*parse(TRAIN_GROUPS, "entrypoint.py --train", "", flags))
+    # parsed here too, so that a mistake is reported once and before any launch
+    parsed = parse(TrainConfig, "entrypoint.py --train", "", flags)
     if platform.is_bucket(Path(parsed.training.output_dir)) and "save_in_place" not in _names(flags):
         flags = [*flags, "--save_in_place"]
-        _say(f"{parsed.training.output_dir} is on object storage: --save_in_place")
-    processes = _processes_here()
+        _print(f"{parsed.training.output_dir} is on object storage: --save_in_place")
+    processes = _count_processes()
     if (platform.cluster is None and processes == 1) or parsed.run.dry_run:
         code = train.main(flags, "entrypoint.py --train")
     else:
-        code = _launched(platform, processes, flags)
+        code = _launch(platform, processes, flags)
     first = platform.cluster is None or platform.cluster.rank == 0
     if code == 0 and first and platform.model_dir is not None and not parsed.run.dry_run:
         _publish(Path(parsed.training.output_dir), platform.model_dir)
     return code
 
 
-def _processes_here() -> int:
+def _count_processes() -> int:
+    """Return the number of training processes on this machine.
+
+    Raises:
+        ConfigError: ``NPROC_PER_NODE`` is not a positive number.
+    """
     import torch
 
     if "WORLD_SIZE" in os.environ:
-        return 1  # somebody else's launcher has started this process as one of several
-    asked = os.environ.get("NPROC_PER_NODE")
-    if asked is None:
+        return 1  # a launcher started this process, and others
+    given = os.environ.get("NPROC_PER_NODE")
+    if given is None:
         return max(1, torch.accelerator.device_count())
-    if not asked.isdecimal() or int(asked) < 1:
-        raise ConfigError(f"NPROC_PER_NODE must be a number of processes, at least 1, got {asked!r}")
-    return int(asked)
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"NPROC_PER_NODE must be a number of processes, at least 1, got {given!r}")
+    return int(given)
 
 
-def _launched(platform: Platform, processes: int, flags: Sequence[str]) -> int:
-    """Trains in several processes, on one machine or on several."""
+def _launch(platform: Platform, processes: int, flags: Sequence[str]) -> int:
+    """Train in several processes on one or more machines, and return the exit code."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    from dylo_moe.training.interruption import EXIT_STOPPED
-
     if platform.cores is not None and "OMP_NUM_THREADS" in platform.settings:
         os.environ["OMP_NUM_THREADS"] = str(max(1, platform.cores // processes))
     cluster = platform.cluster
-    where = (
+    options = (
         ["--standalone", f"--nproc-per-node={processes}"] if cluster is None else cluster.launch_arguments(processes)
     )
-    where.append(f"--shutdown-timeout={SHUTDOWN_SECONDS}")
-    config, command, command_arguments = config_from_args(parse_args([*where, "-m", "dylo_moe", "train", *flags]))
+    options.append(f"--shutdown-timeout={SHUTDOWN_SECONDS}")
+    config, command, command_arguments = config_from_args(parse_args([*options, "-m", "dylo_moe", "train", *flags]))
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         code = int(failure.exitcode)
-        return code if code > 0 else 128 - code  # a process that a signal ended, as a shell says it
+        return code if code > 0 else 128 - code  # 128 + n for signal n, as in a shell
     except SignalException as stop:
-        # the launcher has passed it on and waited; what the processes exited with it does not say
+        # the launcher forwarded the signal and waited, but hides the exit codes
         return EXIT_STOPPED if stop.sigval == signal.SIGTERM else 128 + stop.sigval
     return 0
 
 
 def _publish(output: Path, model_dir: Path) -> None:
-    """Copies the finished mixture to where the platform looks for it."""
+    """Copy the finished mixture to the folder in which the platform expects the model."""
     from dylo_moe.core.checkpoint import DESCRIPTION_FILE
     from dylo_moe.durable import atomic_directory
     from dylo_moe.programs.train import BEST_MODEL
 
     with atomic_directory(model_dir, marker=DESCRIPTION_FILE, in_place=True) as folder:
         shutil.copytree(output / BEST_MODEL, folder, dirs_exist_ok=True)
-    _say(f"Copied {output / BEST_MODEL} to {model_dir}")
+    _print(f"Copied {output / BEST_MODEL} to {model_dir}")
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
-def _stopped_outside_of_training(number: int, frame: FrameType | None) -> NoReturn:
-    """Before and after the steps there is nothing to save: end at once, and say that starting again goes on."""
-    from dylo_moe.training.interruption import EXIT_STOPPED
-
+def _exit_stopped(number: int, frame: FrameType | None) -> NoReturn:
+    """Exit with the code that asks for a restart: outside the training loop there is nothing to save."""
     raise SystemExit(EXIT_STOPPED)

@@ -1,12 +1,11 @@
-"""``experts``: show the experts of a checkpoint and their skills; rename, freeze, remove, merge, im- or export them."""
+"""``experts``: show the experts of a checkpoint and their skills, or change, import and export experts."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from dylo_moe.acquire_config import ExpertsArguments
-from dylo_moe.config import EXPERTS_GROUPS
+from dylo_moe.acquire_config import ExpertsArgs
 from dylo_moe.flags import parse
 from dylo_moe.reports.skill_tables import experts_table, exported_line, loss_table, stream_metrics_line
 from dylo_moe.skills.lifecycle import (
@@ -22,17 +21,16 @@ from dylo_moe.skills.lifecycle import (
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
-    """Runs the program; returns its exit code.
+    """Run the program and return its exit code.
 
     Raises:
-        DyLoRAError: The user can mend it.
+        DyLoRAError: The user can fix it.
     """
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--checkpoint")
     description = "Show the experts of a checkpoint, or change them: dylora-moe experts CHECKPOINT."
-    (args,) = parse(EXPERTS_GROUPS, program, description, arguments)
-    assert isinstance(args, ExpertsArguments)
+    args = parse(ExpertsArgs, program, description, arguments)
     path, console = Path(args.checkpoint), Console()
     if args.rename is not None:
         old, new = (part.strip() for part in args.rename.split("="))

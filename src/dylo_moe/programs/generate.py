@@ -1,4 +1,4 @@
-"""``generate``: text from a trained mixture, one of its experts, or its base model."""
+"""``generate``: generate text with a trained mixture, one of its experts, or its base model."""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from dylo_moe.config import GENERATE_GROUPS, GenerateArguments
+from dylo_moe.config import GenerateArgs
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.rows import user_message
 from dylo_moe.data.templates import AUTO, template_of
@@ -19,15 +19,14 @@ from dylo_moe.programs.mixtures import load_mixture
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
-    """Runs the program; returns its exit code.
+    """Run the program and return its exit code.
 
     Raises:
-        DyLoRAError: The user can mend it.
+        DyLoRAError: The user can fix it.
     """
-    (args,) = parse(GENERATE_GROUPS, program, "Generate text with a trained mixture.", arguments)
-    assert isinstance(args, GenerateArguments)
+    args = parse(GenerateArgs, program, "Generate text with a trained mixture.", arguments)
     transformers.logging.disable_progress_bar()
-    prompt = None if args.instruction is not None else _prompt(args)
+    prompt = None if args.instruction is not None else _read_prompt(args)
     model, tokenizer = load_mixture(args.trained_model, args.base_model)
     if prompt is None:
         prompt = template_of(model.prompt_template or AUTO, tokenizer).render(user_message(str(args.instruction)))
@@ -42,19 +41,19 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     return 0
 
 
-def _prompt(args: GenerateArguments) -> str:
+def _read_prompt(args: GenerateArgs) -> str:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     if not prompt:
-        raise ConfigError("--prompt must have some text, got none")
+        raise ConfigError("--prompt must not be empty: give --prompt, --instruction or text on standard input")
     return prompt
 
 
-def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArguments) -> None:
-    """Writes prompt and completion to standard output, token by token where there is one beam."""
+def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArgs) -> None:
+    """Write the prompt and its completion to standard output, token by token unless there are several beams."""
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
-    )
+    sampling: dict[str, Any] = {"do_sample": False}
+    if args.temperature:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_beams == 1 else None
     output = model.generate(
         input_ids=ids,
@@ -63,7 +62,7 @@ def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str
         num_beams=args.num_beams,
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
-        **({"do_sample": False} | sampling),
+        **sampling,
     )
     if streamer is None:
         sys.stdout.write(f"{tokenizer.decode(output[0], skip_special_tokens=True)}\n")

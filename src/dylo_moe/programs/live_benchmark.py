@@ -1,14 +1,13 @@
-"""Benchmarks of the mixture while it is trained: its live weights, after each epoch or once at the end."""
+"""Benchmark the mixture during training: its current weights, after each epoch or once at the end."""
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from dylo_moe.config import TrainFlags
+from dylo_moe.config import TrainConfig
 from dylo_moe.data.tokenization import encode_prompt
 from dylo_moe.evaluation.canary import choose_sandbox
 from dylo_moe.evaluation.generation import GenerationSettings
@@ -23,22 +22,22 @@ RESULT_FILE = "benchmark.json"
 
 
 class LiveBenchmark(TrainerCallback):
-    """Scores the model that a Trainer trains, greedily and on a few tasks, and logs the scores.
+    """A callback that scores the model in training by greedy decoding on a few tasks, and logs the scores.
 
-    The log has ``eval_benchmark_<name>_pass_at_1`` and its ``..._standard_error``, fractions from 0 to 1, and the
-    output folder has the newest result with every verdict, ``benchmark.json``. Neither the weights, nor the mode of
-    any module, nor the random state of the training is changed. Where the model cannot be scored, the training ends
-    with the error. Of several processes the first scores; the others wait for it.
+    Logged are ``eval_benchmark_<name>_pass_at_1`` and ``eval_benchmark_<name>_standard_error``, fractions from 0 to 1;
+    ``benchmark.json`` in the output folder holds the newest result with every verdict. Weights, module modes and the
+    random state of the training do not change. If the model cannot be scored, training ends with the error. With
+    several processes the first one scores, and the others wait.
 
     Args:
-        flags: When, on what, and how much.
-        console: Told the scores.
+        flags: The flags of the training run.
+        console: Receives the scores.
 
     Raises:
-        DyLoRAError: Problems are missing, or nothing here can contain the answers: known before the training begins.
+        DyLoRAError: Problems are missing, or no sandbox works on this machine. Raised before training starts.
     """
 
-    def __init__(self, flags: TrainFlags, console: Console) -> None:
+    def __init__(self, flags: TrainConfig, console: Console) -> None:
         args = flags.benchmark
         self._args, self._seed, self._console = args, flags.training.seed, console
         self._problems: dict[str, list[Problem]] = {}
@@ -48,24 +47,24 @@ class LiveBenchmark(TrainerCallback):
         self._trainer: DyLoRATrainer | None = None
 
     def attach(self, trainer: DyLoRATrainer) -> None:
-        """Lets a Trainer call this, and gives it the scores."""
+        """Add this callback to a trainer, which then also logs the scores."""
         self._trainer = trainer
         trainer.add_callback(self)
 
     @override
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self._args.benchmark_strategy == "epoch":
             self.score()
 
     def score_final(self) -> None:
-        """Scores the model once it is trained, where that is wanted."""
+        """Score the trained model if ``--benchmark_strategy`` is ``final``."""
         if self._args.benchmark_strategy == "final":
             self.score()
 
     def score(self) -> BenchmarkResult | None:
-        """Scores the model as it is now and logs the scores; None in a process that is not the first."""
+        """Score the current weights and log the scores; return None in every process but the first."""
         trainer = self._trainer
         assert trainer is not None
         if not trainer.is_world_process_zero():
@@ -90,8 +89,8 @@ class LiveBenchmark(TrainerCallback):
             estimate = record.pass_at[1]
             scores[f"eval_benchmark_{name}_pass_at_1"] = estimate.value
             scores[f"eval_benchmark_{name}_standard_error"] = estimate.standard_error
-            said = f"{name}: pass@1 {estimate.value:.3f} ± {estimate.standard_error:.3f}"
-            self._console.print(f"{said} on {len(record.verdicts)} tasks", highlight=False)
+            score = f"{name}: pass@1 {estimate.value:.3f} ± {estimate.standard_error:.3f}"
+            self._console.print(f"{score} on {len(record.verdicts)} tasks", highlight=False)
         write_result(Path(trainer.args.output_dir or ".") / RESULT_FILE, result)
         trainer.log(scores)
         trainer.accelerator.wait_for_everyone()

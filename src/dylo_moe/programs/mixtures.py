@@ -1,4 +1,4 @@
-"""Load a mixture for a program: with its tokenizer, on the accelerator where there is one."""
+"""Load a mixture and its tokenizer, onto the accelerator if there is one."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ def load_mixture(path: str | Path, base_model: str | None = None) -> tuple[DyLoR
     """Return a mixture that is ready to evaluate, and its tokenizer.
 
     Args:
-        path: Its folder, or a Hub id.
-        base_model: Where its base is, if not where the mixture says.
+        path: Folder of the mixture, or its id on the Hub.
+        base_model: Folder or Hub id of the base model, if it has moved since the mixture was saved.
 
     Raises:
-        DyLoRAError: The mixture, its base or its tokenizer cannot be had.
+        DyLoRAError: The mixture, its base model or its tokenizer cannot be loaded.
     """
     model = DyLoRA_MoE.from_pretrained(path, base_model)
     to_device(model)
@@ -26,10 +26,10 @@ def load_mixture(path: str | Path, base_model: str | None = None) -> tuple[DyLoR
 
 
 def tokenizer_of(model: DyLoRA_MoE) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a loaded mixture's folder; its base model's where the folder has none.
+    """Return the tokenizer in the folder of a loaded mixture, or else that of its base model.
 
     Raises:
-        ModelError: It cannot be had.
+        ModelError: The tokenizer cannot be loaded.
     """
     folder = Path(model.name_or_path or "")
     if (folder / "tokenizer_config.json").is_file():
@@ -38,6 +38,6 @@ def tokenizer_of(model: DyLoRA_MoE) -> PreTrainedTokenizerBase:
 
 
 def to_device(model: nn.Module) -> None:
-    """Move a model to the accelerator, where there is one."""
+    """Move a model to the accelerator, if there is one."""
     if torch.accelerator.is_available():
         nn.Module.to(model, torch.accelerator.current_accelerator())

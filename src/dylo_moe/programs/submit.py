@@ -1,4 +1,4 @@
-"""``submit``: a training run as a custom job of Vertex AI, on spot machines."""
+"""``submit``: start a training run as a custom job on Vertex AI, on spot machines."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from dylo_moe.cloud.settings import resolve
 from dylo_moe.cloud.vertex import JobSpec, connect, create_request, send, watch
-from dylo_moe.cloud_config import SubmitArguments
-from dylo_moe.config import SUBMIT_GROUPS, TRAIN_GROUPS, TrainFlags
+from dylo_moe.cloud_config import SubmitArgs
+from dylo_moe.config import TrainConfig
 from dylo_moe.flags import parse
 
 FULL_TRAINING = (
@@ -18,20 +18,19 @@ FULL_TRAINING = (
     "--num_experts=4",
     "--save_minutes=15",
 )
-"""What the job trains where nothing follows ``--``."""
+"""Flags of ``train`` that the job gets if nothing follows ``--``."""
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe submit") -> int:
-    """Runs the program; returns its exit code.
+    """Run the program and return its exit code.
 
     Raises:
-        DyLoRAError: The user can mend it.
+        DyLoRAError: The user can fix it.
     """
     given, training = _split(arguments)
-    description = "Train on Vertex AI. What follows -- are flags of train; without any: " + " ".join(FULL_TRAINING)
-    (args,) = parse(SUBMIT_GROUPS, program, description, given)
-    assert isinstance(args, SubmitArguments)
-    TrainFlags(*parse(TRAIN_GROUPS, f"{program} --", "", training))  # a mistake costs seconds here, and an hour there
+    description = "Train on Vertex AI. Flags after -- are those of train; by default: " + " ".join(FULL_TRAINING)
+    args = parse(SubmitArgs, program, description, given)
+    parse(TrainConfig, f"{program} --", "", training)  # a mistake costs seconds here, and an hour there
     settings = resolve(os.environ, project=args.project, region=args.region, bucket=args.bucket, image=args.image)
     job = _job_spec(args)
     request = create_request(job, settings, training)
@@ -40,23 +39,23 @@ def main(arguments: Sequence[str], program: str = "dylora-moe submit") -> int:
         return 0
     client = connect(settings.region)
     name = send(request, client)
-    _say(f"Created {name}")
-    _say(
+    _print(f"Created {name}")
+    _print(
         f"https://console.cloud.google.com/vertex-ai/locations/{settings.region}/training/{name.rpartition('/')[2]}"
         f"?project={settings.project}"
     )
-    _say(
+    _print(
         f"{args.replicas} x {args.machine_type} for at most {args.timeout_hours:g} hours: "
         f"at most {job.machine_hours:g} machine-hours"
     )
     if not args.watch:
         return 0
-    succeeded, hours = watch(name, client, _say)
-    _say(f"Took {args.replicas * hours:.2f} machine-hours of {args.machine_type}")
+    succeeded, hours = watch(name, client, _print)
+    _print(f"Took {args.replicas * hours:.2f} machine-hours of {args.machine_type}")
     return 0 if succeeded else 1
 
 
-def _job_spec(args: SubmitArguments) -> JobSpec:
+def _job_spec(args: SubmitArgs) -> JobSpec:
     """Return the description of the job that the flags ask for."""
     return JobSpec(
         name=args.job_name,
@@ -79,14 +78,14 @@ def _pairs(entries: Sequence[str] | None) -> dict[str, str]:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags of the job, and those of ``train``, which come after ``--``."""
+    """Split the arguments at ``--`` into the flags of the job and those of ``train``."""
     arguments = list(arguments)
     if "--" not in arguments:
         return arguments, list(FULL_TRAINING)
-    at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :] or list(FULL_TRAINING)
+    separator = arguments.index("--")
+    return arguments[:separator], arguments[separator + 1 :] or list(FULL_TRAINING)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

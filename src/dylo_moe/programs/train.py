@@ -1,4 +1,4 @@
-"""``train``: from flags to a saved mixture and a table of what it bought."""
+"""``train``: train a mixture, save it, and report its held-out loss next to that of the base model."""
 
 import platform
 import shlex
@@ -16,10 +16,11 @@ import transformers
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from dylo_moe.config import TRAIN_GROUPS, TrainFlags
+from dylo_moe.config import TrainConfig
 from dylo_moe.core.base_model import load_tokenizer
 from dylo_moe.data.prepare_data import PreparedData
 from dylo_moe.durable import atomic_file
+from dylo_moe.errors import EXIT_STOPPED
 from dylo_moe.flags import parse, to_yaml
 from dylo_moe.programs.building import build_model, build_trainer, check_inputs, check_packing, first_batches, prepare
 from dylo_moe.programs.live_benchmark import LiveBenchmark
@@ -29,26 +30,26 @@ from dylo_moe.reports.tables import TrainingReport, training_table
 from dylo_moe.training import checkpoints, wandb_store
 from dylo_moe.training.artifacts import ArtifactCallback
 from dylo_moe.training.callbacks import BaseEvaluation, TokenProgressCallback
-from dylo_moe.training.interruption import EXIT_STOPPED, InterruptionCallback, StopRequest
+from dylo_moe.training.interruption import InterruptionCallback, StopRequest
 from dylo_moe.training.processes import decided_by_first, found_by_any
 from dylo_moe.training.trainer import DyLoRATrainer
 
 BEST_MODEL = "best_model"
 REPORT_FILE = "report.json"
-_RECORDED = ("dylora-moe", "torch", "transformers", "peft")
+_REPORTED_PACKAGES = ("dylora-moe", "torch", "transformers", "peft")
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe train") -> int:
-    """Runs the program; returns its exit code.
+    """Run the program and return its exit code.
 
     Raises:
-        DyLoRAError: The user can mend it.
+        DyLoRAError: The user can fix it.
     """
     description = (
-        "Train a mixture of LoRA experts on a frozen language model. Any other field of "
-        "transformers.TrainingArguments is a flag as well: --adam_beta2 0.95, --save_steps 100, ..."
+        "Train a mixture of LoRA experts on a frozen language model. Every other field of "
+        "transformers.TrainingArguments is a flag too: --adam_beta2 0.95, --save_steps 100, ..."
     )
-    flags = TrainFlags(*parse(TRAIN_GROUPS, program, description, arguments))
+    flags = parse(TrainConfig, program, description, arguments)
     if flags.run.dry_run:
         sys.stdout.write(to_yaml(flags))
         return 0
@@ -56,35 +57,39 @@ def main(arguments: Sequence[str], program: str = "dylora-moe train") -> int:
     return EXIT_STOPPED if report is None else 0
 
 
-def train(flags: TrainFlags, console: Console) -> TrainingReport | None:
-    """Trains, evaluates and saves; tells ``console`` what it does. Every process of a launch runs it.
+def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
+    """Train, evaluate and save a mixture. Every process of a launch runs this.
+
+    Args:
+        flags: The flags of the program.
+        console: Receives the progress messages and the report.
 
     Returns:
-        The report; None where the run was asked to stop, with a checkpoint to go on from.
+        The report; None if a signal stopped the run, which left a checkpoint to resume from.
 
     Raises:
-        DyLoRAError: The user can mend it.
+        DyLoRAError: The user can fix it.
     """
     check_inputs(flags)
     arguments = trainer_arguments(flags)
     first = arguments.process_index == 0
     if not first:
-        console = _be_quiet()
+        console = _silence_process()
     if first and flags.uses_wandb:
         wandb_store.check_access()
     resume_from = decided_by_first(partial(resume_folder, flags, console))
     uploads = _start_wandb(flags, console, resumes=resume_from is not None) if first else None
     live = LiveBenchmark(flags, console)
-    trainer, data = _built(flags, arguments, console)
+    trainer, data = _build(flags, arguments, console)
     live.attach(trainer)
     if flags.experts.init == "eva" and resume_from is None:
-        console.print("Beginning the experts from the first training batches", highlight=False)
-        trainer.model.initialise_eva(first_batches(trainer))
+        console.print("Initializing the experts from the first training batches", highlight=False)
+        trainer.model.initialise_eva(first_batches(trainer, data))
     base = BaseEvaluation(partial(_evaluate_base, trainer, console))
     trainer.add_callback(base)
     if uploads is not None:
         trainer.add_callback(uploads)
-    if not runs_to_the_end(trainer, flags, resume_from, console):
+    if not run_training(trainer, flags, resume_from, console):
         return None
     seconds = time.monotonic() - base.ended
     report = _report(trainer, data, base.metrics, _evaluate_mixture(trainer, console), seconds)
@@ -100,15 +105,15 @@ def train(flags: TrainFlags, console: Console) -> TrainingReport | None:
     return report
 
 
-def _be_quiet() -> Console:
-    """What one process says is enough: the others show no progress and no warnings, and get a console that is quiet."""
+def _silence_process() -> Console:
+    """Turn off progress bars and warnings in a process that is not the first; return a quiet console for it."""
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     return Console(quiet=True)
 
 
-def _start_wandb(flags: TrainFlags, console: Console, *, resumes: bool) -> ArtifactCallback | None:
-    """Starts the W&B run where one was asked for; returns what uploads artifacts to it, where that was asked for."""
+def _start_wandb(flags: TrainConfig, console: Console, *, resumes: bool) -> ArtifactCallback | None:
+    """Start the W&B run if the flags ask for one; return the callback that uploads artifacts, if wanted."""
     if not flags.uses_wandb:
         return None
     output, args = flags.training.output_dir, flags.wandb
@@ -117,7 +122,7 @@ def _start_wandb(flags: TrainFlags, console: Console, *, resumes: bool) -> Artif
     )
     if wandb_store.is_offline():
         console.print(
-            f"W&B is offline: metrics and uploads stay in {output}/wandb until `wandb sync`; of the flags, only "
+            f"W&B is offline: metrics and uploads stay in {output}/wandb until `wandb sync`; only "
             "--wandb_checkpoint_artifact needs the network",
             highlight=False,
             soft_wrap=True,
@@ -125,7 +130,8 @@ def _start_wandb(flags: TrainFlags, console: Console, *, resumes: bool) -> Artif
     return ArtifactCallback(wandb_store.WandbStore(run), run.id) if args.wandb_log_model else None
 
 
-def _built(flags: TrainFlags, arguments: TrainingArguments, console: Console) -> tuple[DyLoRATrainer, PreparedData]:
+def _build(flags: TrainConfig, arguments: TrainingArguments, console: Console) -> tuple[DyLoRATrainer, PreparedData]:
+    """Prepare the data, then build the model and its trainer."""
     transformers.logging.disable_progress_bar()
     seed = flags.training.seed
     with arguments.main_process_first(desc="preparing the data"):
@@ -141,8 +147,18 @@ def _built(flags: TrainFlags, arguments: TrainingArguments, console: Console) ->
     return build_trainer(flags, model, tokenizer, data, arguments), data
 
 
-def runs_to_the_end(trainer: DyLoRATrainer, flags: TrainFlags, resume_from: str | None, console: Console) -> bool:
-    """Trains; whether it was not asked to stop. Where it was, there is a checkpoint to go on from."""
+def run_training(trainer: DyLoRATrainer, flags: TrainConfig, resume_from: str | None, console: Console) -> bool:
+    """Train until the end, or until a signal stops the run.
+
+    Args:
+        trainer: The trainer; gets the callbacks for progress, signals and early stopping.
+        flags: The flags of the run.
+        resume_from: Checkpoint to resume from; None to start at the first step.
+        console: Receives the message about a stop.
+
+    Returns:
+        Whether training finished. If not, a checkpoint to resume from is on disk.
+    """
     args, progress, request = flags.training, TokenProgressCallback(), StopRequest()
     if not trainer.args.disable_tqdm:
         trainer.add_callback(progress)
@@ -155,7 +171,7 @@ def runs_to_the_end(trainer: DyLoRATrainer, flags: TrainFlags, resume_from: str 
     if stopped_by is None:
         return True
     saved = checkpoints.folder_of(Path(args.output_dir), trainer.state.global_step)
-    console.print(f"Stopped by {stopped_by.name}; saved {saved}. Go on with --resume_from_checkpoint", highlight=False)
+    console.print(f"Stopped by {stopped_by.name}; saved {saved}. Resume with --resume_from_checkpoint", highlight=False)
     return False
 
 
@@ -191,7 +207,7 @@ def _report(
         train_seconds=seconds,
         routing=model.routing,
         held_out_rows=len(data.validation),
-        versions={"python": platform.python_version()} | {name: version(name) for name in _RECORDED},
+        versions={"python": platform.python_version()} | {name: version(name) for name in _REPORTED_PACKAGES},
         seed=trainer.args.seed,
         data=data.record(),
     )
@@ -199,7 +215,7 @@ def _report(
 
 def _show(report: TrainingReport, console: Console) -> None:
     console.print(training_table(report))
-    # as it can be typed here: the environment's commands need not be on the path
+    # the environment's commands need not be on PATH
     program = ["dylora-moe"] if shutil.which("dylora-moe") else [sys.executable, "-m", "dylo_moe"]
     command = [*program, "generate", "--trained_model", report.checkpoint, "--prompt", "def reverse(text):"]
     console.print(f"\nGenerate with it:\n  {shlex.join(command)}", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""Scores of a benchmark run, and the difference between two, as tables for a terminal."""
+"""Format the scores of a benchmark run, or the difference between two runs, as tables for a terminal."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from dylo_moe.evaluation.results import BenchmarkResult, Difference, Estimate, M
 
 
 def result_table(result: BenchmarkResult) -> RenderableType:
-    """pass@k of every benchmark, with standard error and interval, and what it cost."""
+    """Return a table of pass@k for every benchmark, with standard error, 95% interval, tokens and time."""
     table = Table(title=f"{result.model.name} ({result.model.kind} {result.model.digest[:8]})", title_justify="left")
     table.add_column("benchmark")
     for column in ("tasks", "pass@k", "score", "95% interval"):
@@ -29,24 +29,24 @@ def result_table(result: BenchmarkResult) -> RenderableType:
 
 
 def comparison_table(differences: Mapping[str, Difference], before: ModelRecord, after: ModelRecord) -> RenderableType:
-    """Both scores of each benchmark, the difference with its interval, and the tasks that changed."""
+    """Return a table of both pass@1 scores per benchmark, their difference with its interval, and the changed tasks."""
     table = Table(title=f"{before.name} → {after.name}, pass@1", title_justify="left")
     table.add_column("benchmark")
     for column in ("tasks", "before", "after", "difference", "95% interval"):
         table.add_column(column, justify="right")
     lines: list[Text] = []
-    for name, found in differences.items():
+    for name, change in differences.items():
         table.add_row(
             name,
-            f"{found.tasks:,}",
-            _score(found.before),
-            _score(found.after),
-            f"{found.difference:+.3f}",
-            _interval(found.interval, "+.3f"),
+            f"{change.tasks:,}",
+            _score(change.before),
+            _score(change.after),
+            f"{change.difference:+.3f}",
+            _interval(change.interval, "+.3f"),
         )
         lines += [
             Text(f"{name}, {title}: {', '.join(tasks) or 'none'}")
-            for title, tasks in (("gained", found.gained), ("lost", found.lost))
+            for title, tasks in (("gained", change.gained), ("lost", change.lost))
         ]
     return Group(table, *lines)
 

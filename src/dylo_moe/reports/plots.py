@@ -1,11 +1,10 @@
-"""Curves of a training run, from the log that the Trainer keeps.
+"""Plot the curves of a training run from the trainer's log.
 
 Needs matplotlib: ``pip install 'dylora-moe[plots]'``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib import pyplot
@@ -14,16 +13,16 @@ from matplotlib.ticker import MaxNLocator
 matplotlib.use("agg")
 
 Curve = tuple[list[int], list[float]]
-"""Steps, and the value at each."""
+"""Steps, and the value at each step."""
 
 
-def training_curves(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws held-out loss per domain, usage per expert and gradient norms over the steps, one panel each.
+def training_curves(log_history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Plot held-out loss per domain, usage per expert and gradient norms over the steps, one panel each.
 
     Args:
         log_history: ``trainer.state.log_history``, or ``log_history`` of a checkpoint's ``trainer_state.json``, with
-            the names of ``docs/training.md``. What was not logged leaves its panel empty.
-        path: The picture; its suffix says which kind.
+            the names of ``docs/training.md``. The panel of a metric that was not logged stays empty.
+        path: The image file; its suffix sets the format.
     """
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained", sharex=True)
     panels = (
@@ -31,13 +30,13 @@ def training_curves(log_history: Sequence[Mapping[str, Any]], path: Path) -> Non
         ("Usage, share of the routing weight", curves(log_history, "expert_usage")),
         ("Gradient norm, before clipping", curves(log_history, "grad_norm")),
     )
-    for axis, (title, found) in zip(axes, panels, strict=True):
+    for axis, (title, lines) in zip(axes, panels, strict=True):
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel("optimizer step")
         axis.spines[["top", "right"]].set_visible(False)
-        for name, (steps, values) in found.items():
+        for name, (steps, values) in lines.items():
             axis.plot(steps, values, label=name, linewidth=1.4, marker="." if len(steps) < 40 else None)
-        if found:
+        if lines:
             axis.legend(frameon=False, fontsize=8)
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].set_ylim(bottom=0)
@@ -47,14 +46,14 @@ def training_curves(log_history: Sequence[Mapping[str, Any]], path: Path) -> Non
     pyplot.close(figure)
 
 
-def curves(log_history: Iterable[Mapping[str, Any]], group: str) -> dict[str, Curve]:
-    """The curves of ``group/<name>``, by name; deeper names, such as usage per domain, are left out."""
-    found: dict[str, Curve] = {}
+def curves(log_history: Iterable[Mapping[str, float]], group: str) -> dict[str, Curve]:
+    """Return the curves of ``group/<name>``, by name; leave out longer names, such as usage per domain."""
+    by_name: dict[str, Curve] = {}
     for entry in log_history:
         for key, value in entry.items():
             prefix, _, name = key.rpartition("/")
             if prefix == group:
-                steps, values = found.setdefault(name, ([], []))
+                steps, values = by_name.setdefault(name, ([], []))
                 steps.append(int(entry["step"]))
                 values.append(float(value))
-    return found
+    return by_name

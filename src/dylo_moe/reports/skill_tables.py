@@ -1,4 +1,4 @@
-"""Skills and experts as tables for a terminal. Every figure comes from the checkpoint or its model."""
+"""Format skills and experts as tables for a terminal. Every figure comes from the checkpoint or its model."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from dylo_moe.skills.lifecycle import ExpertFacts, ExportedAdapter
 
 
 def novelty_line(name: str, report: NoveltyReport, expert: str, rank: int) -> str:
-    """What was judged of a skill, and which expert learns it, in one line."""
+    """Return one line about the novelty of a skill and the expert that learns it."""
     learns = f"{expert} of rank {rank} learns it"
     if report.nearest is None:
         return f"{name}: the first skill; {learns}"
@@ -24,29 +24,31 @@ def novelty_line(name: str, report: NoveltyReport, expert: str, rank: int) -> st
 
 
 def exported_line(name: str, folder: str, exported: ExportedAdapter) -> str:
-    """Return what was exported, in one line."""
+    """Return one line about an expert that was exported."""
     line = f"Exported {name} to {folder}: rank {exported.rank}, lora_alpha {exported.alpha:g}"
     if exported.trained_rank is None:
         return line
-    return f"{line}; twice the {exported.trained_rank} that are trained, as PiSSA's constant takes the other half"
+    return f"{line}; twice the {exported.trained_rank} that are trained, as the other half holds PiSSA's constant part"
 
 
 def experts_table(experts: Sequence[ExpertFacts], library: SkillLibrary | None) -> Table:
-    """Each expert with its skills, rank, size and maturity, and its share of each skill's tokens at the last look."""
+    """Return a table of the experts: skills, rank, size, maturity, and newest share of the tokens of each skill."""
     table = Table(title="Experts", title_justify="left")
     for column in ("expert", "skills", "rank", "parameters", "maturity", "usage"):
         table.add_column(column, overflow="fold")
-    last = library.skills[-1].usage if library and library.skills else {}
-    for one in experts:
-        skills = [skill.name for skill in library.skills if skill.expert == one.name] if library else []
-        usage = [f"{skill} {shares.get(one.name, 0.0):.1%}" for skill, shares in last.items()]
-        maturity = ("mature" if one.maturity else "young") + (", frozen" if one.frozen else "")
-        table.add_row(one.name, ", ".join(skills), str(one.rank), f"{one.parameters:,}", maturity, ", ".join(usage))
+    newest = library.skills[-1].usage if library and library.skills else {}
+    for expert in experts:
+        skills = [skill.name for skill in library.skills if skill.expert == expert.name] if library else []
+        usage = [f"{skill} {shares.get(expert.name, 0.0):.1%}" for skill, shares in newest.items()]
+        maturity = ("mature" if expert.maturity else "young") + (", frozen" if expert.frozen else "")
+        table.add_row(
+            *(expert.name, ", ".join(skills), str(expert.rank), f"{expert.parameters:,}", maturity, ", ".join(usage))
+        )
     return table
 
 
 def loss_table(library: SkillLibrary) -> Table:
-    """Held-out loss of each skill (a column), right after each was learned (a row)."""
+    """Return a table of held-out losses: a column for each skill, a row for the state after learning each skill."""
     table = Table(title="Held-out loss, nats per token", title_justify="left")
     table.add_column("after")
     for name in library.names:

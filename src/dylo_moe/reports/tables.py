@@ -1,7 +1,6 @@
-"""What a training run bought, as a table for people and a file for programs. Every figure comes from the run."""
+"""Report a training run as a table for people and a file for programs. Every figure comes from the run."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
@@ -15,19 +14,19 @@ class TrainingReport(BaseModel):
     Attributes:
         domains: Names of the domains.
         experts: Names of the experts.
-        base: Metrics of the base model on the held-out rows, as ``training.metrics.domain_metrics`` names them.
-        mixture: The same of the trained mixture as it was saved.
-        trainable_parameters: Counted.
-        base_parameters: Counted.
-        checkpoint: Where the mixture was saved.
-        steps: Optimiser steps.
-        train_tokens: Real tokens that were trained on.
+        base: Metrics of the base model on the held-out rows, named as by ``training.metrics.domain_metrics``.
+        mixture: The same metrics of the trained mixture, as saved.
+        trainable_parameters: Number of parameters that were trained.
+        base_parameters: Number of parameters of the base model.
+        checkpoint: Folder of the saved mixture.
+        steps: Number of optimizer steps.
+        train_tokens: Number of training tokens, without padding.
         train_seconds: Wall-clock time of the training, evaluations included.
         routing: The routing mode.
-        held_out_rows: Rows of the evaluation.
-        versions: Of Python and the libraries that matter.
-        seed: The run's seed.
-        data: What became of the datasets, and what of them belongs to a benchmark.
+        held_out_rows: Number of rows that the losses are measured on.
+        versions: Versions of Python and the main packages.
+        seed: Seed of the run.
+        data: Number of rows used and left out per dataset, and the rows that match a benchmark task.
     """
 
     domains: list[str]
@@ -44,16 +43,16 @@ class TrainingReport(BaseModel):
     held_out_rows: int
     versions: dict[str, str]
     seed: int
-    data: dict[str, Any] = {}
+    data: dict[str, object] = {}
 
 
 def training_table(report: TrainingReport) -> RenderableType:
-    """The report as tables for a terminal."""
+    """Return the report as tables for a terminal."""
     share = report.trainable_parameters / report.base_parameters
     facts = Table.grid(padding=(0, 2))
-    base = f"{share:.2%} of the base's {report.base_parameters:,}"
+    share_of_base = f"{share:.2%} of the base's {report.base_parameters:,}"
     minutes = report.train_seconds / 60
-    facts.add_row("Trainable", f"{report.trainable_parameters:,} parameters, {base}")
+    facts.add_row("Trainable", f"{report.trainable_parameters:,} parameters, {share_of_base}")
     facts.add_row("Trained", f"{report.steps:,} steps, {report.train_tokens:,} tokens, {minutes:.1f} min")
     facts.add_row("Checkpoint", Text(report.checkpoint))
     return Group(_loss_table(report), _usage_table(report.domains, report.experts, report.mixture), facts)

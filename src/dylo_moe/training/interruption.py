@@ -1,8 +1,8 @@
 """Graceful interruption: a signal ends training after the current step, with a checkpoint.
 
 Clouds announce with SIGTERM that they take a machine back; people press Ctrl-C. The first signal lets the step end,
-saves and stops; a second one stops at once. An interrupted run exits with ``EXIT_STOPPED``, the one exit code that
-means "start me again with --resume_from_checkpoint".
+saves and stops; a second one stops at once. An interrupted run exits with ``errors.EXIT_STOPPED``, the one exit code
+that means "start me again with --resume_from_checkpoint".
 """
 
 import signal
@@ -16,9 +16,6 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
-
-EXIT_STOPPED = 75
-"""``EX_TEMPFAIL`` of sysexits.h: a temporary failure, worth another try."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
