@@ -165,7 +165,7 @@ MISTAKES = {
     "a module": (["--import", "ADAPTER", "--as", "q_proj"], "a module has that name"),
     "another base": (["--import", "FOREIGN"], "cannot become an expert of this model: it has .* not belong there"),
     "another shape": (["--import", "WIDE"], "cannot become an expert of this model: its .* is needed"),
-    "layers below": (["--import", "BELOW"], r"it adapts model\.layers\.0\..*routing prefix:K has none below layer K"),
+    "layers below": (["--import", "BELOW"], r"adapts model\.layers\.0\..*routing prefix:K, layers below K carry none"),
     "as alone": (["--as", "sql"], "--as must be left out without --import, got 'sql'"),
     "revision alone": (["--revision", "v1"], "--revision must be left out without --import, got 'v1'"),
     "base gone": (["--import", "ADAPTER", "--base_model", "./gone"], r"no folder './gone'; check --base_model"),

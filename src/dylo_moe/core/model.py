@@ -117,7 +117,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
                 )
             experts = model.experts
             super().__init__(experts)
-            self.base_name, self.revision, self.routing_mode = model.base_name, model.revision, model.routing
+            self.base_name, self.revision, self.routing_mode = model.base_name, model.revision, model.routing_mode
             self.losses, self.prompt_template = model.loss_weights, model.prompt_template
             self.tokenizer: PreTrainedTokenizerBase | None = None
             self.model = experts.peft_model
@@ -132,11 +132,6 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
                 base, decoder, self.routing_mode, self.router, experts.routing_state, experts.active_indices
             )
             self._mark_config(hooks.undo)
-
-    @property
-    def routing(self) -> str:
-        """The routing mode as text, such as ``prefix:4``."""
-        return str(self.routing_mode)
 
     def forward(
         self,

@@ -51,7 +51,7 @@ class OrdinaryModel(PreTrainedModel):
         experts: The mixture's experts, with its base model.
 
     Attributes:
-        routing_mode: Where the router reads its input.
+        routing_mode: Routing mode, with its layer.
     """
 
     supports_gradient_checkpointing = True
@@ -99,6 +99,11 @@ class OrdinaryModel(PreTrainedModel):
     def base_model(self) -> nn.Module:
         """The mixture without its head: a routed forward that returns ``last_hidden_state``."""
         return self.experts.decoder.backbone
+
+    @property
+    def routing(self) -> str:
+        """The routing mode as text, such as ``prefix:4``."""
+        return str(self.routing_mode)
 
     @property
     def device(self) -> torch.device:
@@ -234,11 +239,10 @@ class OrdinaryModel(PreTrainedModel):
         return self.experts.base_model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
 
     def _check_paged(self) -> None:
-        mode = self.routing_mode
-        if mode.needs_router_cache:
+        if self.routing_mode.needs_router_cache:
             raise RoutingError(
-                f"`routing` {mode.kind} does not work with continuous batching, whose cache holds keys and values "
-                "alone; use generate, or a mixture with routing per_layer or prefix:K"
+                f"`routing` {self.routing_mode.kind} does not work with continuous batching, whose cache has keys and "
+                "values alone; use generate, or a mixture with routing per_layer or prefix:K"
             )
 
     @contextmanager

@@ -42,7 +42,7 @@ class Parts:
     Attributes:
         base_name: Name that loads the base model from any working directory.
         revision: Revision of the base model on the Hub.
-        routing: Routing mode.
+        routing_mode: Routing mode, with its layer.
         experts: The experts, with their base model.
         router: The router, which grows with the experts.
         loss_weights: Weights of the router's losses.
@@ -51,7 +51,7 @@ class Parts:
 
     base_name: str
     revision: str | None
-    routing: RoutingMode
+    routing_mode: RoutingMode
     experts: ExpertManager
     router: DynamicHybridRouter
     loss_weights: AuxLossWeights
@@ -86,14 +86,14 @@ def build_parts(
         ModelError: The base model cannot carry the experts.
         RoutingError: The mode does not fit the model, or a number is out of its range.
     """
-    routing = RoutingMode.parse(spec.routing, len(experts.decoder.layers))
+    mode = RoutingMode.parse(spec.routing, len(experts.decoder.layers))
     # before the experts: an impossible router is refused while the base model is unchanged
     top_k = min(2, num_experts) if spec.top_k is None else spec.top_k
-    router = make_router(experts, routing, num_experts, top_k, spec.temperature, spec.experts_per_block)
-    experts.place_on_layers(routing.first_expert_layer, spec.experts_per_block)
+    router = make_router(experts, mode, num_experts, top_k, spec.temperature, spec.experts_per_block)
+    experts.place_on_layers(mode.first_expert_layer, spec.experts_per_block)
     add_experts(experts)
     experts.on_added.append(router.add_expert)
-    return Parts(base_name, revision, routing, experts, router, loss_weights, prompt_template)
+    return Parts(base_name, revision, mode, experts, router, loss_weights, prompt_template)
 
 
 def new_parts(

@@ -75,14 +75,14 @@ def select_targets(
 
 
 def check_experts_per_block(
-    experts_per_block: Sequence[int] | None, num_experts: int, routing: RoutingMode, num_layers: int
+    experts_per_block: Sequence[int] | None, num_experts: int, mode: RoutingMode, num_layers: int
 ) -> None:
     """Check the numbers of experts that blocks of layers are to carry.
 
     Args:
         experts_per_block: A number for each block, lowest block first; None for all experts in all layers.
         num_experts: Number of experts of the new mixture.
-        routing: The routing mode; only ``per_layer`` has a gate for each layer.
+        mode: Routing mode; it must have a gate for each layer.
         num_layers: Number of decoder layers.
 
     Raises:
@@ -100,8 +100,8 @@ def check_experts_per_block(
             f"`experts_per_layer` must have at most one number for each layer ({num_layers}), got "
             f"{len(experts_per_block)}"
         )
-    if not routing.has_gate_per_layer:
-        raise ExpertError(f"`experts_per_layer` needs `routing` per_layer, got {routing}")
+    if not mode.has_gate_per_layer:
+        raise ExpertError(f"`experts_per_layer` needs `routing` per_layer, got {mode}")
 
 
 def experts_per_layer(experts_per_block: Sequence[int], num_layers: int) -> list[int]:
