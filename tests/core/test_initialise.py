@@ -22,7 +22,7 @@ def started(init: str, family: str = "llama", *, base: Any = None, **options: An
     model = DyLoRA_MoE(base, init="default" if init == "eva" else init, **options)
     model.router.double()
     if init == "eva":
-        model.initialise_eva(data())
+        model.initialize_eva(data())
     return model.eval()
 
 
@@ -105,7 +105,7 @@ def test_eva_leaves_padding_out() -> None:
             joined = {"input_ids": torch.cat([batch["input_ids"], junk], dim=1)}
             joined["attention_mask"] = torch.cat([batch["attention_mask"], torch.zeros_like(junk)], dim=1)
             batches.append(joined)
-        model.initialise_eva(batches)
+        model.initialize_eva(batches)
         return model.get_parameter("model.base_model.model.model.layers.2.self_attn.q_proj.lora_A.expert_0.weight")
 
     torch.testing.assert_close(started_from(0).abs(), started_from(5).abs(), rtol=1e-3, atol=1e-4)

@@ -13,9 +13,9 @@ from dylo_moe.evaluation.generation import (
     Model,
     Prompt,
     Sample,
-    batches_of,
     check_lengths,
     generate_samples,
+    make_batches,
 )
 from tiny_models import taught_mixture, tiny_base, tiny_mixture
 
@@ -29,7 +29,7 @@ def prompts_of(tokenizer: PreTrainedTokenizerFast, stops: tuple[str, ...] = ("no
 def sampled(
     model: Model, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], settings: GenerationSettings
 ) -> dict[tuple[str, int], Sample]:
-    batches = batches_of(prompts, settings, set())
+    batches = make_batches(prompts, settings, set())
     return {
         (sample.task_id, sample.index): sample
         for batch in generate_samples(model, tokenizer, batches, settings)
@@ -185,7 +185,7 @@ def test_batches_hold_similar_lengths_and_leave_out_what_is_done() -> None:
     tokenizer = tiny_base()[1]
     prompts = prompts_of(tokenizer)
     settings = GenerationSettings(n_samples=2, temperature=1.0, batch_size=3)
-    batches = batches_of(prompts, settings, {("task/2", 0), ("task/1", 1)})
+    batches = make_batches(prompts, settings, {("task/2", 0), ("task/1", 1)})
     lengths = [len(prompt.ids) for batch in batches for prompt, _ in batch]
     assert lengths == sorted(lengths, reverse=True) and [len(batch) for batch in batches] == [3, 3]
     keys = {(prompt.task_id, index) for batch in batches for prompt, index in batch}
@@ -195,7 +195,7 @@ def test_batches_hold_similar_lengths_and_leave_out_what_is_done() -> None:
 def test_prompts_with_other_stop_strings_are_in_another_batch() -> None:
     tokenizer = tiny_base()[1]
     one, other, *_ = prompts_of(tokenizer)
-    batches = batches_of([one, other._replace(stops=("end",))], GenerationSettings(), set())
+    batches = make_batches([one, other._replace(stops=("end",))], GenerationSettings(), set())
     assert sorted(len(batch) for batch in batches) == [1, 1]
 
 

@@ -14,11 +14,11 @@ import pytest
 
 import dylo_moe
 from dylo_moe.evaluation import comparer, sandbox
-from dylo_moe.evaluation.canary import leaks_of
+from dylo_moe.evaluation.canary import find_leaks
 from dylo_moe.evaluation.candidate import codec, process
 from dylo_moe.evaluation.exposure import visible_files
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox import ResourceLimits, Sandbox, candidates
+from dylo_moe.evaluation.sandbox import ResourceLimits, Sandbox, available_sandboxes
 from hostile import ENTRY_POINT, HOSTILE, INPUTS, REFERENCE, program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandboxes are Linux's")
@@ -46,10 +46,10 @@ def readable(paths):
 @pytest.fixture(scope="module", params=["bubblewrap", "landlock"])
 def tier(request: pytest.FixtureRequest) -> Sandbox:
     """Each tier of this machine."""
-    found = {candidate.name: candidate for candidate in candidates()}.get(request.param)
+    found = {candidate.name: candidate for candidate in available_sandboxes()}.get(request.param)
     if found is None:
         pytest.skip(f"no {request.param} on this machine")
-    leaks = leaks_of(found)
+    leaks = find_leaks(found)
     assert not any(leak.startswith("the canary could") for leak in leaks), leaks
     if leaks:
         pytest.skip(f"{request.param} does not work here: {', '.join(leaks)}")

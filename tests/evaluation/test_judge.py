@@ -11,7 +11,7 @@ import pytest
 
 from dylo_moe.errors import EvaluationError
 from dylo_moe.evaluation import canary, comparer, preparation, sandbox
-from dylo_moe.evaluation.canary import choose_sandbox, leaks_of
+from dylo_moe.evaluation.canary import choose_sandbox, find_leaks
 from dylo_moe.evaluation.candidate import process
 from dylo_moe.evaluation.judge import Judge, Verdict
 from dylo_moe.evaluation.problems import Problem
@@ -231,13 +231,13 @@ def test_limits_follow_the_canonical_solution(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_sandbox_that_does_not_hold_is_detected() -> None:
-    assert "the canary could read a private file" in leaks_of(UNSAFE)
-    assert leaks_of(Sandbox("bubblewrap", "/bin/false", ""))[0].startswith("the canary did not run")
-    assert leaks_of(Sandbox("bubblewrap", "/absent", ""))[0].startswith("it cannot be started")
+    assert "the canary could read a private file" in find_leaks(UNSAFE)
+    assert find_leaks(Sandbox("bubblewrap", "/bin/false", ""))[0].startswith("the canary did not run")
+    assert find_leaks(Sandbox("bubblewrap", "/absent", ""))[0].startswith("it cannot be started")
 
 
 def test_going_without_a_sandbox_is_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(canary, "candidates", lambda: [UNSAFE])
+    monkeypatch.setattr(canary, "available_sandboxes", lambda: [UNSAFE])
     with pytest.raises(EvaluationError, match="`unsafe_no_sandbox`"):
         choose_sandbox()
     choice = choose_sandbox(unsafe=True)

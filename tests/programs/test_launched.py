@@ -50,7 +50,7 @@ def test_two_processes_print_and_write_once(base: Path, data: str, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     for once in ("Packed into", "Evaluating the base model", "Evaluating the trained mixture", "Generate with it"):
         assert done.stdout.count(once) == 1
-    assert sum("Tokenising mine train" in line and "  0%" in line for line in done.stderr.splitlines()) == 1
+    assert sum("Tokenizing mine train" in line and "  0%" in line for line in done.stderr.splitlines()) == 1
     report = json.loads((output / "report.json").read_text())
     assert report["mixture"]["loss/mine"] < report["base"]["loss/mine"]
     assert DyLoRA_MoE.from_pretrained(output / "best_model").router.maturity == [1, 1, 1, 1]

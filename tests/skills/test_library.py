@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dylo_moe.core.router import rms_normalize
-from dylo_moe.skills.library import MEASURES, SkillEntry, SkillLibrary
+from dylo_moe.skills.library import MEASURES, SkillLibrary, SkillRecord
 
 WIDTH = 24
 KNOWN, NEW = ("a", "b", "c"), 9
@@ -25,7 +25,7 @@ def library() -> SkillLibrary:
     for index, name in enumerate(KNOWN):
         made.gate.learn(rows(index, 200, seed=index), index)
         samples = [rows(index, 40, seed=10 * index + part) for part in range(3)]
-        made.add(SkillEntry(name=name, expert=f"expert_{index}"), *samples)
+        made.add(SkillRecord(name=name, expert=f"expert_{index}"), *samples)
     return made
 
 
@@ -59,7 +59,7 @@ def test_with_one_expert_the_entropy_falls_back_to_a_distance() -> None:
     seen = rows(0, 20, seed=1)
     assert library.judge(seen, seen).novel
     library.gate.learn(seen, 0)
-    library.add(SkillEntry(name="a", expert="expert_0"), seen, seen, seen)
+    library.add(SkillRecord(name="a", expert="expert_0"), seen, seen, seen)
     report = library.judge(rows(NEW, 20, seed=2), rows(NEW, 20, seed=2), "entropy")
     assert report.measure == "cosine" and report.high_entropy_share is None and report.novel
 
@@ -76,7 +76,7 @@ def test_a_saved_library_gives_the_same_reports(library: SkillLibrary, tmp_path:
 def with_losses(*losses: dict[str, float]) -> SkillLibrary:
     library, seen = SkillLibrary(WIDTH), rows(0, 5, seed=1)
     for name, measured in zip(KNOWN, losses, strict=False):
-        library.add(SkillEntry(name=name, expert=f"expert_{name}", losses=measured), seen, seen, seen)
+        library.add(SkillRecord(name=name, expert=f"expert_{name}", losses=measured), seen, seen, seen)
     return library
 
 

@@ -8,8 +8,8 @@ import torch
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
 from dylo_moe.errors import ExpertError
-from dylo_moe.skills.library import SkillEntry, SkillLibrary, save_with_skills
-from dylo_moe.skills.lifecycle import library_of, list_experts, merge_experts, remove_expert, rename_expert
+from dylo_moe.skills.library import SkillLibrary, SkillRecord, save_with_skills
+from dylo_moe.skills.lifecycle import list_experts, merge_experts, read_library, remove_expert, rename_expert
 from families import HIDDEN, mixture, tiny, token_ids
 from tiny_folder import write_tiny_folder
 
@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
         rows = torch.randn(20, HIDDEN, generator=generator)
         library.gate.learn(rows, expert)
         usage = {name: {one: 1 / 3 for one in model.experts.names}}
-        entry = SkillEntry(name=name, expert=f"expert_{expert}", losses={"a": 1.0}, usage=usage)
+        entry = SkillRecord(name=name, expert=f"expert_{expert}", losses={"a": 1.0}, usage=usage)
         library.add(entry, rows, rows[:5], rows[:5])
     with torch.no_grad():
         model.router.gates[0].copy_(library.gate.weight())
@@ -66,7 +66,7 @@ def test_the_list_shows_the_experts_and_their_skills(path: Path, capsys: pytest.
 def test_forgetting_and_backward_transfer_are_shown_if_all_losses_were_measured(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, library = loaded(path), library_of(path)
+    model, library = loaded(path), read_library(path)
     assert library is not None
     for number, skill in enumerate(library.skills):
         skill.losses = {name: 1.0 + 0.25 * number for name in library.names[: number + 1]}
@@ -84,7 +84,7 @@ def test_a_renamed_expert_is_the_same_expert(path: Path) -> None:
     assert after.experts.names == ["expert_0", "cpp", "expert_2"]
     with torch.no_grad():
         assert torch.equal(after(IDS).logits, before)
-    library = library_of(path)
+    library = read_library(path)
     assert library is not None and library.skills[1].expert == "cpp" and "cpp" in library.skills[0].usage["a"]
 
 
@@ -115,7 +115,7 @@ def test_an_expert_cannot_have_the_name_of_a_module(tmp_path: Path) -> None:
 def test_removing_an_expert_does_not_change_the_others(path: Path) -> None:
     before = logits(loaded(path), [0.3, 0.0, 0.7])
     remove_expert(path, "expert_1")
-    after, library = loaded(path), library_of(path)
+    after, library = loaded(path), read_library(path)
     assert after.experts.names == ["expert_0", "expert_2"]
     assert torch.allclose(logits(after, [0.3, 0.7]), before, atol=1e-5)
     assert library is not None and library.names == ["a", "c", "d"] and library.gate.num_experts == 2
@@ -127,7 +127,7 @@ def test_without_skills_the_router_keeps_the_columns_of_the_remaining_experts(tm
     model.save_pretrained(tmp_path / "model")
     before = [gate.clone() for gate in model.router.gates]
     remove_expert(tmp_path / "model", "expert_1")
-    assert library_of(tmp_path / "model") is None
+    assert read_library(tmp_path / "model") is None
     for gate, old in zip(loaded(tmp_path / "model").router.gates, before, strict=True):
         assert torch.equal(gate, old[[0, 2]])
 
@@ -137,7 +137,7 @@ def test_a_merged_expert_adds_the_sum_of_both_updates(path: Path) -> None:
     # both at full weight, which routing weights that sum to 1 never give
     before = logits(model, [1.0, 0.0, 1.0])
     merge_experts(path, "expert_0", "expert_2")
-    after, library = loaded(path), library_of(path)
+    after, library = loaded(path), read_library(path)
     assert [(one.name, one.rank) for one in list_experts(path)] == [("expert_0", 10), ("expert_1", 4)]
     assert torch.allclose(logits(after, [1.0, 0.0]), before, atol=1e-5)
     assert library is not None and [skill.expert for skill in library.skills] == [
@@ -149,9 +149,9 @@ def test_a_merged_expert_adds_the_sum_of_both_updates(path: Path) -> None:
 
 
 def test_a_merged_column_is_the_sum_of_both_columns(path: Path) -> None:
-    before = library_of(path)
+    before = read_library(path)
     merge_experts(path, "expert_0", "expert_2")
-    after = library_of(path)
+    after = read_library(path)
     assert before is not None and after is not None
     # the columns of a linear regression add up as its targets do
     assert torch.allclose(after.gate.solution()[0], before.gate.solution()[[0, 2]].sum(dim=0), atol=1e-9)

@@ -13,7 +13,7 @@ import flat_bucket
 from dylo_moe.errors import ArtifactError, CheckpointError, ConfigError, DyLoRAError
 from dylo_moe.training import checkpoints
 from dylo_moe.training.artifacts import RETRY_SECONDS, ArtifactCallback, ArtifactStore, FolderStore
-from dylo_moe.training.fetching import fetched_checkpoint, fetched_mixture, store_of, went_on_from
+from dylo_moe.training.fetching import fetch_checkpoint, fetch_mixture, store_of, was_resumed_from
 
 
 def checkpoint(output: Path, step: int, weights: str = "weights") -> Path:
@@ -85,7 +85,7 @@ def test_a_note_of_the_artifact_that_cannot_be_written_leaves_the_old_one(
 
     monkeypatch.setattr(Path, "open", on_a_full_disk)
     with pytest.raises(OSError, match="No space left"):
-        fetched_checkpoint(reference, output)
+        fetch_checkpoint(reference, output)
     assert (output / "fetched.json").read_text() == "old"
     assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
 
@@ -102,15 +102,15 @@ def test_the_error_for_a_malformed_reference_shows_the_format(reference: str) ->
 def test_a_fetched_checkpoint_gets_its_name_and_its_run_continues(tmp_path: Path) -> None:
     reference = stored(FolderStore(tmp_path / "store"), tmp_path)
     output = tmp_path / "out"
-    assert not went_on_from(reference, output)
-    found = fetched_checkpoint(reference, output)
+    assert not was_resumed_from(reference, output)
+    found = fetch_checkpoint(reference, output)
     assert found == output / "checkpoint-7"
     assert files(found) == files(tmp_path / "before" / "checkpoint-7")
     assert json.loads((output / "wandb_run.json").read_text())["id"] == "r1"
-    assert went_on_from(reference, output)
-    assert not went_on_from(stored(FolderStore(tmp_path / "store"), tmp_path, step=8), output)
+    assert was_resumed_from(reference, output)
+    assert not was_resumed_from(stored(FolderStore(tmp_path / "store"), tmp_path, step=8), output)
     (found / "trainer_state.json").unlink()
-    assert not went_on_from(reference, output), "nothing is left to resume from"
+    assert not was_resumed_from(reference, output), "nothing is left to resume from"
     assert leftovers(output) == ["checkpoint-7"]
 
 
@@ -123,9 +123,9 @@ def test_checkpoints_of_another_run_are_removed_only_after_the_fetched_one_is_ve
     old = [checkpoint(output, 7, "other weights"), checkpoint(output, 9)]
     (output / "wandb_run.json").write_text('{"id": "another"}')
     with pytest.raises(ArtifactError, match="is not what was put there"):
-        fetched_checkpoint(damaged, output, replacing=old)
+        fetch_checkpoint(damaged, output, replacing=old)
     assert [checkpoints.find_corruption(folder) for folder in old] == [None, None]
-    found = fetched_checkpoint(whole, output, replacing=old)
+    found = fetch_checkpoint(whole, output, replacing=old)
     assert checkpoints.newest_first(output) == [found]
     assert files(found) == files(tmp_path / "before" / "checkpoint-7")
     assert json.loads((output / "wandb_run.json").read_text())["id"] == "r1"
@@ -139,7 +139,7 @@ def test_a_checkpoint_is_fetched_to_object_storage_without_renaming(
     flat_bucket.install(output, monkeypatch.setattr)
     old = checkpoint(tmp_path / "before", 9)
     shutil.copytree(old, output / old.name)
-    found = fetched_checkpoint(reference, output, replacing=[output / old.name], in_place=True)
+    found = fetch_checkpoint(reference, output, replacing=[output / old.name], in_place=True)
     assert checkpoints.newest_whole(output) == (found, []) and checkpoints.newest_first(output) == [found]
     assert files(found) == files(tmp_path / "before" / "checkpoint-7")
     assert leftovers(output) == []
@@ -151,12 +151,12 @@ def test_a_damaged_checkpoint_and_a_model_are_refused_and_nothing_is_left(tmp_pa
     (folder / "experts" / "adapter.safetensors").write_text("weights of 8")
     reference = store.put(folder, "damaged", {})
     with pytest.raises(CheckpointError, match=r"damaged: experts/adapter.safetensors has other contents"):
-        fetched_checkpoint(reference, tmp_path / "out")
+        fetch_checkpoint(reference, tmp_path / "out")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "dylo_moe.json").write_text("{}")
     for metadata in ({}, {"kind": "model"}):
         with pytest.raises(ArtifactError, match=r"not a training checkpoint|is a model"):
-            fetched_checkpoint(store.put(tmp_path / "model", "model", metadata), tmp_path / "out")
+            fetch_checkpoint(store.put(tmp_path / "model", "model", metadata), tmp_path / "out")
     assert leftovers(tmp_path / "out") == []
 
 
@@ -166,24 +166,24 @@ def test_a_mixture_is_fetched_once_per_digest_and_other_artifacts_are_refused(tm
     model.mkdir()
     (model / "weights").write_text("first")
     with pytest.raises(ArtifactError, match=r"is not a mixture: it has no dylo_moe.json"):
-        fetched_mixture(store.put(model, "model", {}), root)
+        fetch_mixture(store.put(model, "model", {}), root)
     (model / "dylo_moe.json").write_text("{}")
-    first = fetched_mixture(store.put(model, "model", {}), root)
+    first = fetch_mixture(store.put(model, "model", {}), root)
     assert files(first) == files(model)
     # the name now means another version: the newest is fetched, and the old folder stays as it was
     reference = f"folder:{tmp_path / 'store'}/model:latest"
-    assert fetched_mixture(reference, root) == first
+    assert fetch_mixture(reference, root) == first
     (model / "weights").write_text("second")
     store.put(model, "model", {})
-    assert files(fetched_mixture(reference, root)) == files(model) != files(first)
+    assert files(fetch_mixture(reference, root)) == files(model) != files(first)
     damaged = store.put(model, "x", {})
     (tmp_path / "store/x/v0/files/weights").write_text("other")
     shutil.rmtree(root)
     with pytest.raises(ArtifactError, match="is not what was put there"):
-        fetched_mixture(damaged, root)
+        fetch_mixture(damaged, root)
     assert leftovers(root) == []
     with pytest.raises(ConfigError, match="`wandb_artifact` must be like"):
-        fetched_mixture("model", root)
+        fetch_mixture("model", root)
 
 
 def test_only_the_first_process_uploads(tmp_path: Path) -> None:

@@ -276,5 +276,5 @@ def test_evaluating_draws_none_of_the_random_numbers_of_training(folder: Path, t
     trainer = trainer_of(folder, tmp_path)
     before = torch.get_rng_state()
     trainer.evaluate()
-    trainer.evaluate_apart("apart")
+    trainer.evaluate_without_logging("apart")
     assert torch.equal(torch.get_rng_state(), before)

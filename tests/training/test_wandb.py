@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from dylo_moe.errors import ArtifactError, ConfigError
 from dylo_moe.training import checkpoints, wandb_store
 from dylo_moe.training.artifacts import ArtifactCallback
-from dylo_moe.training.fetching import fetched_checkpoint
+from dylo_moe.training.fetching import fetch_checkpoint
 from dylo_moe.training.wandb_store import WandbStore
 from fake_wandb import KEY, FakeWandb
 from test_artifacts import checkpoint, files, leftovers, stored
@@ -56,12 +56,12 @@ def test_a_checkpoint_comes_back_from_wandb(wandb: FakeWandb, tmp_path: Path) ->
     store = wandb_run(tmp_path)
     assert stored(store, tmp_path) == REFERENCE
     store.wait()
-    found = fetched_checkpoint(REFERENCE, tmp_path / "out")
+    found = fetch_checkpoint(REFERENCE, tmp_path / "out")
     assert files(found) == files(tmp_path / "before" / "checkpoint-7")
     entry = json.loads((tmp_path / "out" / "wandb_run.json").read_text())
     assert entry == {"id": "r1", "project": "code", "entity": "me"}
     with pytest.raises(ArtifactError, match="did not find the artifact 'me/code/x:v0', or this key may not see it"):
-        fetched_checkpoint("me/code/x:v0", tmp_path / "out")
+        fetch_checkpoint("me/code/x:v0", tmp_path / "out")
 
 
 def test_a_wrong_digest_is_refused_and_nothing_is_left(wandb: FakeWandb, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_wrong_digest_is_refused_and_nothing_is_left(wandb: FakeWandb, tmp_pat
     store.wait()
     wandb.damage(REFERENCE, "experts/adapter.safetensors")
     with pytest.raises(ArtifactError, match="is not what was put there"):
-        fetched_checkpoint(REFERENCE, tmp_path / "out")
+        fetch_checkpoint(REFERENCE, tmp_path / "out")
     assert leftovers(tmp_path / "out") == []
 
 
@@ -94,7 +94,7 @@ def test_a_wrong_key_is_one_line_of_error(
 
 def test_an_unreachable_server_is_one_line_of_error(wandb: FakeWandb, tmp_path: Path) -> None:
     wandb.stop()
-    for use in (wandb_store.check_access, lambda: fetched_checkpoint(REFERENCE, tmp_path / "out")):
+    for use in (wandb_store.check_access, lambda: fetch_checkpoint(REFERENCE, tmp_path / "out")):
         with pytest.raises(ArtifactError, match=r"cannot be reached for .*WANDB_MODE=offline") as raised:
             use()
         assert "\n" not in str(raised.value)
@@ -105,7 +105,7 @@ def test_the_error_offline_names_what_needs_the_network(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(ArtifactError, match=r"needs the network, and WANDB_MODE=offline.*`resume_from_checkpoint`"):
-        fetched_checkpoint(REFERENCE, tmp_path / "out")
+        fetch_checkpoint(REFERENCE, tmp_path / "out")
     wandb_store.check_access()  # an offline run needs no network
     store = wandb_run(tmp_path)
     stored(store, tmp_path)
@@ -118,7 +118,7 @@ def test_without_the_client_the_error_has_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    for use in (wandb_store.check_access, lambda: fetched_checkpoint(REFERENCE, tmp_path)):
+    for use in (wandb_store.check_access, lambda: fetch_checkpoint(REFERENCE, tmp_path)):
         with pytest.raises(ConfigError, match=r"pip install 'dylora-moe\[wandb\]'"):
             use()
 

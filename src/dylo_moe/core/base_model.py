@@ -99,7 +99,7 @@ def local_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase 
         return None
 
 
-def name_of(model: str | PreTrainedModel, revision: str | None) -> tuple[str, str | None]:
+def portable_name(model: str | PreTrainedModel, revision: str | None) -> tuple[str, str | None]:
     """Return a name that loads a base model from any working directory, and its revision.
 
     A folder of the Hub's cache becomes its Hub id, the folder of the embedded model becomes ``demo``, and any other
@@ -121,7 +121,7 @@ def cached_repository(folder: str | Path) -> tuple[str, str] | None:
     return None if found is None else (found["repo"].replace("--", "/", 1), found["commit"])
 
 
-def check_is_there(name: str) -> None:
+def check_exists(name: str) -> None:
     """Raise ``ModelError`` for a path without a folder, so that the Hub is not asked for it."""
     if not Path(name).is_dir() and not is_hub_id(name):
         raise ModelError(f"there is no folder {name!r}; check `base_model`")
@@ -152,7 +152,7 @@ def model_source(name: str) -> str:
     """
     if name == EMBEDDED:
         return str(embedded_model())
-    check_is_there(name)
+    check_exists(name)
     return name
 
 

@@ -33,7 +33,7 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class BaseModelEntry(_Entry):
+class BaseModelRecord(_Entry):
     """Base model that the experts belong to."""
 
     name: str
@@ -44,7 +44,7 @@ class BaseModelEntry(_Entry):
     """Relative path from this folder to that of the base model, if the base model is in a folder."""
 
 
-class ExpertEntry(_Entry):
+class ExpertRecord(_Entry):
     """An expert; the list is in the order of the router's columns."""
 
     name: str
@@ -55,7 +55,7 @@ class ExpertEntry(_Entry):
     """Whether the second half of its ranks is constant; see ``initialise.initialize_pissa``."""
 
 
-class RoutingEntry(_Entry):
+class RoutingRecord(_Entry):
     """Routing mode and the options of the router."""
 
     mode: str
@@ -64,22 +64,22 @@ class RoutingEntry(_Entry):
     experts_per_layer: list[int] | None = None
 
 
-class LossEntry(_Entry):
+class LossRecord(_Entry):
     """Weights of the router's losses."""
 
     balance_coefficient: float
     z_loss_coefficient: float
 
 
-class Description(_Entry):
+class MixtureConfig(_Entry):
     """Contents of ``dylo_moe.json``."""
 
     format_version: Literal[1] = 1
     dylo_moe_version: str
-    base_model: BaseModelEntry
-    experts: list[ExpertEntry]
-    routing: RoutingEntry
-    losses: LossEntry
+    base_model: BaseModelRecord
+    experts: list[ExpertRecord]
+    routing: RoutingRecord
+    losses: LossRecord
     prompt_template: Literal["chat", "plain"] | None = None
 
 
@@ -87,7 +87,7 @@ def write_files(
     folder: Path,
     peft_model: PeftModel,
     router_state: dict[str, Tensor],
-    description: Description,
+    description: MixtureConfig,
     adapters: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the files of a checkpoint into a folder.
@@ -105,7 +105,7 @@ def write_files(
     write_description(folder, description)
 
 
-def write_description(folder: Path, description: Description) -> None:
+def write_description(folder: Path, description: MixtureConfig) -> None:
     """Write ``dylo_moe.json`` and the model card."""
     (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n")
     (folder / CARD_FILE).write_text(_model_card(description))
@@ -123,7 +123,7 @@ def write_adapter(folder: Path, peft_model: PeftModel, name: str, state: dict[st
     shutil.rmtree(scratch)
 
 
-def read_description(path: Path) -> Description:
+def read_description(path: Path) -> MixtureConfig:
     """Read ``dylo_moe.json`` and check that every file it names is there.
 
     Raises:
@@ -133,7 +133,7 @@ def read_description(path: Path) -> Description:
     if not file.is_file():
         raise CheckpointError(f"{path} is not a checkpoint of this program: it has no {DESCRIPTION_FILE}")
     try:
-        description = Description.model_validate_json(file.read_bytes())
+        description = MixtureConfig.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(map(str, first["loc"])) or "the file"
@@ -172,7 +172,7 @@ def read_router(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _model_card(description: Description) -> str:
+def _model_card(description: MixtureConfig) -> str:
     base = description.base_model.name
     data = ModelCardData(base_model=base if "/" in base else None, library_name="dylo_moe", tags=["lora", "moe"])
     rows = "\n".join(

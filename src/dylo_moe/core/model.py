@@ -53,7 +53,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
         use_rslora: Whether to scale updates by ``alpha / sqrt(rank)``.
         init: How experts start: ``default``, ``gaussian`` or ``orthogonal`` as in PEFT, or ``pissa``, see
-            ``initialise.initialize_pissa``. For EVA, which needs data, call ``initialise_eva`` afterwards.
+            ``initialise.initialize_pissa``. For EVA, which needs data, call ``initialize_eva`` afterwards.
         experts_per_layer: Number of the first experts that each block of layers carries, lowest block first; see
             ``targets.experts_per_layer``. Needs ``per_layer``, where each layer has a gate for its own experts.
         routing: ``per_layer``, ``prefix:K``, ``context:K`` (both also without ``:K``, for a quarter of the layers) or
@@ -302,7 +302,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         """Add a PEFT adapter, a folder or Hub id, as a young expert; see ``ExpertManager.import_adapter``."""
         return self.experts.import_adapter(path, name, revision)
 
-    def initialise_eva(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def initialize_eva(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
         """Start the experts again with the directions in which their inputs vary; see ``initialise.initialize_eva``.
 
         Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dylo_moe.core.base_model import load_base_model, name_of
+from dylo_moe.core.base_model import load_base_model, portable_name
 from dylo_moe.core.expert import ExpertManager
 from dylo_moe.core.initialise import create_experts
 from dylo_moe.core.output import AuxLossWeights
@@ -123,7 +123,7 @@ def new_parts(
         RoutingError: See ``build_parts``.
     """
     base = load_base_model(model, revision=revision, **loading) if isinstance(model, str) else model
-    base_name, revision = name_of(model, revision)
+    base_name, revision = portable_name(model, revision)
     experts = ExpertManager(base)
     blocks, layers = router_spec.experts_per_block, len(experts.decoder.layers)
     check_experts_per_block(blocks, num_experts, RoutingMode.parse(router_spec.routing, layers), layers)

@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from dylo_moe.errors import ModelError
 
 
-def check_quantisation(bits: int) -> None:
+def check_quantization(bits: int) -> None:
     """Check that a model can be loaded in 4 or 8 bits on this machine.
 
     Raises:
@@ -44,9 +44,9 @@ def quantization_config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesCo
         compute_dtype: Floating type to which 4-bit weights are dequantized for a product.
 
     Raises:
-        ModelError: See ``check_quantisation``.
+        ModelError: See ``check_quantization``.
     """
-    check_quantisation(bits)
+    check_quantization(bits)
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

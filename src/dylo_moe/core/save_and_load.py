@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dylo_moe.core import checkpoint
-from dylo_moe.core.base_model import DTYPES, load_base_model, local_tokenizer, name_of
+from dylo_moe.core.base_model import DTYPES, load_base_model, local_tokenizer, portable_name
 from dylo_moe.core.configuration import MODELING_FILE, MODELING_SOURCE, DyLoRAConfig, folder_config
 from dylo_moe.core.embedded import EMBEDDED
 from dylo_moe.core.expert import ExpertManager
@@ -140,11 +140,11 @@ def _write_trained(model: "DyLoRA_MoE", folder: Path, state: Mapping[str, Tensor
     (folder / TRAINED_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.Description:
+def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.MixtureConfig:
     """Return the contents of ``dylo_moe.json`` for a mixture that is saved in ``folder``."""
     router, base_name = model.router, model.base_name
     entries = [
-        checkpoint.ExpertEntry(
+        checkpoint.ExpertRecord(
             name=name,
             maturity=maturity,
             frozen=name in model.experts.frozen,
@@ -152,9 +152,9 @@ def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.Description:
         )
         for name, maturity in zip(model.experts.names, router.maturity, strict=True)
     ]
-    return checkpoint.Description(
+    return checkpoint.MixtureConfig(
         dylo_moe_version=version("dylora-moe"),
-        base_model=checkpoint.BaseModelEntry(
+        base_model=checkpoint.BaseModelRecord(
             name=base_name,
             revision=model.revision,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -163,13 +163,13 @@ def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.Description:
             from_here=os.path.relpath(base_name, folder.resolve()) if Path(base_name).is_absolute() else None,
         ),
         experts=entries,
-        routing=checkpoint.RoutingEntry(
+        routing=checkpoint.RoutingRecord(
             mode=model.routing,
             top_k=router.top_k,
             temperature=router.temperature,
             experts_per_layer=model.experts.experts_per_block,
         ),
-        losses=checkpoint.LossEntry(**asdict(model.losses)),
+        losses=checkpoint.LossRecord(**asdict(model.losses)),
         prompt_template=model.prompt_template,
     )
 
@@ -202,9 +202,9 @@ def load(
 
 
 def _read_parts(
-    path: Path, description: checkpoint.Description, given: str | PreTrainedModel | None, options: dict[str, Any]
+    path: Path, description: checkpoint.MixtureConfig, given: str | PreTrainedModel | None, options: dict[str, Any]
 ) -> Parts:
-    base, name, revision = base_of(path, description.base_model, given, _base_options(options))
+    base, name, revision = load_base_of(path, description.base_model, given, _base_options(options))
     names, routing = [expert.name for expert in description.experts], description.routing
 
     def add_experts(experts: ExpertManager) -> None:
@@ -223,7 +223,7 @@ def _read_parts(
     )
 
 
-def _set_router(model: "DyLoRA_MoE", state: dict[str, Tensor], description: checkpoint.Description) -> None:
+def _set_router(model: "DyLoRA_MoE", state: dict[str, Tensor], description: checkpoint.MixtureConfig) -> None:
     model.router.load_state_dict(state)
     for expert in description.experts:
         model.set_maturity(expert.maturity, [expert.name])
@@ -239,8 +239,8 @@ def _base_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "dtype": None if dtype == "auto" else dtype}
 
 
-def base_of(
-    path: Path, entry: checkpoint.BaseModelEntry, given: str | PreTrainedModel | None, options: dict[str, Any]
+def load_base_of(
+    path: Path, entry: checkpoint.BaseModelRecord, given: str | PreTrainedModel | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, str, str | None]:
     """Return the base model of a checkpoint, its name and its revision.
 
@@ -257,10 +257,10 @@ def base_of(
     if isinstance(given, PreTrainedModel):
         base, name, revision = given, entry.name, entry.revision
     else:
-        place, revision = place_of_base(path, entry, given)
+        place, revision = locate_base(path, entry, given)
         options = {**options, "dtype": options.get("dtype") or DTYPES[entry.dtype]}
         base = load_base_model(place, revision=revision, **options)
-        name, revision = name_of(place, revision)
+        name, revision = portable_name(place, revision)
     if not same_base_model(fingerprint(base), entry.fingerprint):
         raise CheckpointError(
             f"the checkpoint {path} belongs to the base model {entry.name!r}, and "
@@ -269,7 +269,7 @@ def base_of(
     return base, name, revision
 
 
-def place_of_base(path: Path, entry: checkpoint.BaseModelEntry, given: str | None = None) -> tuple[str, str | None]:
+def locate_base(path: Path, entry: checkpoint.BaseModelRecord, given: str | None = None) -> tuple[str, str | None]:
     """Return a name or folder that loads a mixture's base model now, and its revision.
 
     If none is given, it is that of the checkpoint. A folder may have been moved together with the checkpoint.

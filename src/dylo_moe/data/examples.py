@@ -92,7 +92,10 @@ def get_dataset(
     """
     examples = read_examples(resolve(name, data_dir), template or PlainTemplate(), skip_bad_rows=skip_bad_rows)
     return DatasetDict(
-        {name: of_split(examples.rows, name).select_columns(list(Example._fields)) for name in check_splits(examples)}
+        {
+            name: rows_of_split(examples.rows, name).select_columns(list(Example._fields))
+            for name in check_splits(examples)
+        }
     )
 
 
@@ -111,7 +114,7 @@ def check_splits(examples: Examples) -> list[str]:
     return names
 
 
-def of_split(rows: Dataset, name: str) -> Dataset:
+def rows_of_split(rows: Dataset, name: str) -> Dataset:
     """Return the rows of one split."""
     return rows.select(np.flatnonzero(splits_of(rows) == SPLITS.index(name)))
 

@@ -17,7 +17,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from dylo_moe.data.decontaminate import Contamination, decontaminate
-from dylo_moe.data.examples import Examples, check_splits, code_digest, column, of_split, read_examples
+from dylo_moe.data.examples import Examples, check_splits, code_digest, column, read_examples, rows_of_split
 from dylo_moe.data.mixing import MixingSampler
 from dylo_moe.data.packing import TokenRows
 from dylo_moe.data.parallel import map_rows
@@ -214,7 +214,7 @@ class _Pipeline:
             )
         domain.notes += _contamination_notes(found)
         for split, percent in percents.items():
-            encoded = self._encode(_subset(of_split(rows, split), percent, seed), f"{entry.name} {split}")
+            encoded = self._encode(_subset(rows_of_split(rows, split), percent, seed), f"{entry.name} {split}")
             domain.splits[split] = self._fitting(encoded, f"{entry.name} {split}", domain)
         lengths, prompts = (column(domain.splits["train"], name) for name in ("length", "prompt_length"))
         summary.train, summary.validation = len(domain.splits["train"]), len(domain.splits["validation"])

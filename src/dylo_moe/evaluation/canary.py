@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dylo_moe.errors import EvaluationError
 from dylo_moe.evaluation.candidate import codec
-from dylo_moe.evaluation.sandbox import UNSAFE, ResourceLimits, Sandbox, SandboxRun, candidates
+from dylo_moe.evaluation.sandbox import UNSAFE, ResourceLimits, Sandbox, SandboxRun, available_sandboxes
 
 _TOKEN = "DYLO_MOE_CANARY"
 
@@ -90,8 +90,8 @@ def choose_sandbox(unsafe: bool = False) -> SandboxChoice:
         EvaluationError: No tier holds, and ``unsafe`` is false.
     """
     refused: list[str] = []
-    for sandbox in candidates():
-        leaks = leaks_of(sandbox)
+    for sandbox in available_sandboxes():
+        leaks = find_leaks(sandbox)
         if not leaks:
             return SandboxChoice(sandbox, tuple(refused))
         refused.append(f"{sandbox.name}: {', '.join(leaks)}")
@@ -103,7 +103,7 @@ def choose_sandbox(unsafe: bool = False) -> SandboxChoice:
     )
 
 
-def leaks_of(sandbox: Sandbox) -> list[str]:
+def find_leaks(sandbox: Sandbox) -> list[str]:
     """Return what the canary could do and must not, or why it could not run; empty if the sandbox holds."""
     with _bait() as arguments:
         limits = ResourceLimits(call_seconds=(5.0, 5.0), cpu_seconds=10, output_bytes=1 << 16)

@@ -103,7 +103,7 @@ class Sample(BaseModel):
     ended: bool
 
 
-def batches_of(
+def make_batches(
     prompts: Sequence[Prompt], settings: GenerationSettings, done: set[tuple[str, int]]
 ) -> list[list[tuple[Prompt, int]]]:
     """Return batches of prompts with sample numbers, each batch with the same stop strings, the longest prompts first.
@@ -159,7 +159,7 @@ def generate_samples(
     Args:
         model: A mixture or a plain causal LM.
         tokenizer: Tokenizer of the model.
-        batches: Batches from ``batches_of``.
+        batches: Batches from ``make_batches``.
         settings: How to sample.
     """
     # made once: it compares each stop string with the whole vocabulary, which takes seconds

@@ -21,9 +21,9 @@ from dylo_moe.evaluation.generation import (
     Model,
     Prompt,
     Sample,
-    batches_of,
     check_lengths,
     generate_samples,
+    make_batches,
 )
 from dylo_moe.evaluation.identity import model_record
 from dylo_moe.evaluation.judge import Judge, Verdict
@@ -170,7 +170,7 @@ class BenchmarkRun:
 
     def _sample(self, file: SampleFile, judging: "_Judging", progress: Progress) -> float:
         """Generate the samples that are not in the file; return the seconds of generation."""
-        batches = batches_of(self._prompts, self._generation, set(file.samples))
+        batches = make_batches(self._prompts, self._generation, set(file.samples))
         seconds, tokens = 0.0, 0
         clock = time.perf_counter()
         for batch in generate_samples(self._model, self._tokenizer, batches, self._generation):

@@ -305,7 +305,7 @@ def _end(started: subprocess.Popen[bytes], namespace: Namespace | None) -> None:
     started.stdout.close()
 
 
-def candidates() -> Iterable[Sandbox]:
+def available_sandboxes() -> Iterable[Sandbox]:
     """Yield the tiers that this machine might support, the strongest first."""
     if sys.platform != "linux":
         return

@@ -38,7 +38,7 @@ from dylo_moe.programs.train import run_training
 from dylo_moe.programs.trainer_arguments import trainer_arguments
 from dylo_moe.reports.skill_tables import experts_table, loss_table, novelty_line, stream_metrics_line
 from dylo_moe.skills.acquisition import SkillData, acquire_skill
-from dylo_moe.skills.library import SkillEntry, SkillLibrary, save_with_skills
+from dylo_moe.skills.library import SkillLibrary, SkillRecord, save_with_skills
 from dylo_moe.skills.lifecycle import list_experts
 from dylo_moe.skills.ranks import rank_for
 from dylo_moe.training import checkpoints
@@ -183,7 +183,7 @@ class SkillStream:
         trainer = build_trainer(flags, self.model, self.tokenizer, data, trainer_arguments(flags))
         return run_training(trainer, flags, resume_folder(flags, self.console), self.console)
 
-    def _evaluate(self, entry: SkillEntry) -> None:
+    def _evaluate(self, entry: SkillRecord) -> None:
         """Record the held-out loss and expert usage of every learned skill that ``--skills`` names.
 
         All experts are routed.
@@ -203,7 +203,7 @@ class SkillStream:
         )
         data = prepare(flags.data, self.tokenizer, flags.training.seed)
         trainer = build_trainer(flags, self.model, self.tokenizer, data, trainer_arguments(flags))
-        metrics = trainer.evaluate_apart("after")
+        metrics = trainer.evaluate_without_logging("after")
         for name in data.domains:
             entry.losses[name] = metrics[f"after_loss/{name}"]
             entry.usage[name] = {expert: metrics[f"after_usage/{name}/{expert}"] for expert in self.model.experts.names}

@@ -15,7 +15,7 @@ from dylo_moe.benchmark_config import OWN_BASE, BenchmarkArgs
 from dylo_moe.core.base_model import DTYPES, load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
 from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.core.save_and_load import place_of_base
+from dylo_moe.core.save_and_load import locate_base
 from dylo_moe.data.examples import read_rows
 from dylo_moe.data.registry import resolve
 from dylo_moe.data.rows import Row, user_message
@@ -34,7 +34,7 @@ from dylo_moe.model_config import ModelArgs
 from dylo_moe.programs.mixtures import load_mixture, to_device
 from dylo_moe.programs.output_folder import check_writable
 from dylo_moe.reports.benchmark_tables import comparison_table, result_table
-from dylo_moe.training.fetching import fetched_mixture
+from dylo_moe.training.fetching import fetch_mixture
 
 DEFAULT_MIXTURE = "./results/best_model"
 RESULTS = Path("results") / "benchmarks"
@@ -129,7 +129,7 @@ def load_model(args: BenchmarkArgs) -> tuple[Model, PreTrainedTokenizerBase, str
         if args.trained_model is not None or args.wandb_artifact is not None:
             folder = _mixture_folder(args)
             entry = read_description(folder).base_model
-            name, revision = place_of_base(folder, entry)
+            name, revision = locate_base(folder, entry)
             dtype = DTYPES[entry.dtype]
     base = load_base_model(name, revision=revision, dtype=dtype).eval()
     to_device(base)
@@ -139,7 +139,7 @@ def load_model(args: BenchmarkArgs) -> tuple[Model, PreTrainedTokenizerBase, str
 def _mixture_folder(args: BenchmarkArgs) -> Path:
     """Return the folder of the mixture; an artifact is downloaded first."""
     if args.wandb_artifact is not None:
-        return fetched_mixture(args.wandb_artifact, ARTIFACTS)
+        return fetch_mixture(args.wandb_artifact, ARTIFACTS)
     folder = Path(args.trained_model or DEFAULT_MIXTURE)
     if args.trained_model is None and not (folder / DESCRIPTION_FILE).is_file():
         raise ConfigError(f"there is no mixture in {folder} yet: name one with --trained_model, or give --base_model")

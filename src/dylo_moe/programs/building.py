@@ -12,7 +12,7 @@ from dylo_moe.config import DataArgs, TrainConfig
 from dylo_moe.core.base_model import check_base_model
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.core.packed import supports_packing
-from dylo_moe.core.quantised import check_quantisation
+from dylo_moe.core.quantised import check_quantization
 from dylo_moe.data.packing import TokenCollator
 from dylo_moe.data.prepare_data import PreparedData, prepare_data
 from dylo_moe.data.registry import refuse_for_training, resolve
@@ -42,7 +42,7 @@ def check_inputs(flags: TrainConfig) -> None:
             f"{flags.training.weight_decay}: it would shrink the constant part that PiSSA gives each expert"
         )
     if flags.model.bits is not None:
-        check_quantisation(flags.model.bits)
+        check_quantization(flags.model.bits)
     if flags.wandb.wandb_checkpoint_artifact is not None:
         store_of(flags.wandb.wandb_checkpoint_artifact)
     for name in flags.data.names:

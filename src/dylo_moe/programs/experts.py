@@ -12,9 +12,9 @@ from dylo_moe.skills.lifecycle import (
     export_expert,
     freeze_expert,
     import_expert,
-    library_of,
     list_experts,
     merge_experts,
+    read_library,
     remove_expert,
     rename_expert,
 )
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
         console.print(exported_line(name, folder, exported), highlight=False, soft_wrap=True)
     if args.import_ is not None:
         import_expert(path, args.import_, args.as_, revision=args.revision, base_model=args.base_model)
-    library = library_of(path)
+    library = read_library(path)
     console.print(experts_table(list_experts(path), library))
     if library is not None:
         console.print(loss_table(library))

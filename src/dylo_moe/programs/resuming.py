@@ -7,7 +7,7 @@ from rich.console import Console
 from dylo_moe.config import AUTO_RESUME, LATEST, TrainConfig
 from dylo_moe.errors import CheckpointError, ConfigError
 from dylo_moe.training import checkpoints
-from dylo_moe.training.fetching import fetched_checkpoint, went_on_from
+from dylo_moe.training.fetching import fetch_checkpoint, was_resumed_from
 
 
 def resume_folder(flags: TrainConfig, console: Console) -> str | None:
@@ -23,11 +23,11 @@ def resume_folder(flags: TrainConfig, console: Console) -> str | None:
             raise ConfigError(
                 f"--wandb_checkpoint_artifact must be left out where --resume_from_checkpoint is {requested}"
             )
-        if not went_on_from(artifact, output):
+        if not was_resumed_from(artifact, output):
             old = _old_checkpoints(output, overwrite)
             console.print(f"Fetching {artifact}", highlight=False, soft_wrap=True)
             in_place = flags.training.save_in_place
-            return str(fetched_checkpoint(artifact, output, replacing=old, in_place=in_place))
+            return str(fetch_checkpoint(artifact, output, replacing=old, in_place=in_place))
         requested = LATEST
     if requested is None:
         for folder in _old_checkpoints(output, overwrite):

@@ -31,7 +31,7 @@ from dylo_moe.training import checkpoints, wandb_store
 from dylo_moe.training.artifacts import ArtifactCallback
 from dylo_moe.training.callbacks import BaseEvaluation, TokenProgressCallback
 from dylo_moe.training.interruption import InterruptionCallback, StopRequest
-from dylo_moe.training.processes import decided_by_first, found_by_any
+from dylo_moe.training.processes import broadcast_from_main, first_non_none
 from dylo_moe.training.trainer import DyLoRATrainer
 
 BEST_MODEL = "best_model"
@@ -77,14 +77,14 @@ def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
         console = _silence_process()
     if first and flags.uses_wandb:
         wandb_store.check_access()
-    resume_from = decided_by_first(partial(resume_folder, flags, console))
+    resume_from = broadcast_from_main(partial(resume_folder, flags, console))
     uploads = _start_wandb(flags, console, resumes=resume_from is not None) if first else None
     live = LiveBenchmark(flags, console)
     trainer, data = _build(flags, arguments, console)
     live.attach(trainer)
     if flags.experts.init == "eva" and resume_from is None:
         console.print("Initializing the experts from the first training batches", highlight=False)
-        trainer.model.initialise_eva(first_batches(trainer, data))
+        trainer.model.initialize_eva(first_batches(trainer, data))
     base = BaseEvaluation(partial(_evaluate_base, trainer, console))
     trainer.add_callback(base)
     if uploads is not None:
@@ -167,7 +167,7 @@ def run_training(trainer: DyLoRATrainer, flags: TrainConfig, resume_from: str | 
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     with closing(progress), request.listening():
         trainer.train(resume_from_checkpoint=resume_from)
-    stopped_by = found_by_any(request.signal)
+    stopped_by = first_non_none(request.signal)
     if stopped_by is None:
         return True
     saved = checkpoints.folder_of(Path(args.output_dir), trainer.state.global_step)
@@ -179,7 +179,7 @@ def _evaluate_base(trainer: DyLoRATrainer, console: Console) -> dict[str, float]
     assert isinstance(trainer.eval_dataset, Sized)
     console.print(f"Evaluating the base model on {len(trainer.eval_dataset):,} held-out rows", highlight=False)
     with trainer.model.base_only():
-        return trainer.evaluate_apart("base")
+        return trainer.evaluate_without_logging("base")
 
 
 def _evaluate_mixture(trainer: DyLoRATrainer, console: Console) -> dict[str, float]:
@@ -187,7 +187,7 @@ def _evaluate_mixture(trainer: DyLoRATrainer, console: Console) -> dict[str, flo
     model.set_maturity()
     routed = f"top-{model.router.top_k} of {len(model.experts.names)} experts"
     console.print(f"Evaluating the trained mixture, {routed}", highlight=False)
-    return trainer.evaluate_apart("mixture")
+    return trainer.evaluate_without_logging("mixture")
 
 
 def _report(

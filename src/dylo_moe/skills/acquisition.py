@@ -16,7 +16,7 @@ from torch import Tensor
 from dylo_moe.core.features import base_features, check_frozen_features
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.errors import ExpertError
-from dylo_moe.skills.library import NoveltyReport, SkillEntry, SkillLibrary
+from dylo_moe.skills.library import NoveltyReport, SkillLibrary, SkillRecord
 
 Batches = Iterable[Mapping[str, Tensor]]
 """Batches with ``input_ids`` and ``attention_mask``, ``(batch, seq)``, one example in each row."""
@@ -64,7 +64,7 @@ class Acquisition:
         report: Novelty of the skill among those that were known before.
     """
 
-    entry: SkillEntry
+    entry: SkillRecord
     report: NoveltyReport
 
 
@@ -144,7 +144,7 @@ def acquire_skill(
     with torch.no_grad():
         model.router.gates[0].copy_(library.gate.weight())
     model.set_maturity()
-    entry = SkillEntry(name=data.name, expert=expert, extended=nearest is not None, rows=data.rows)
+    entry = SkillRecord(name=data.name, expert=expert, extended=nearest is not None, rows=data.rows)
     library.add(entry, sample.embeddings, held_out.embeddings, held_out.routed)
     return Acquisition(entry, report)
 

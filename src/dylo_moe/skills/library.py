@@ -43,7 +43,7 @@ MEASURES: dict[str, Distances] = {"cosine": cosine_distances, "mahalanobis": mah
 ENTROPY = "entropy"
 
 
-class SkillEntry(BaseModel):
+class SkillRecord(BaseModel):
     """Record of one skill, as it is saved.
 
     Attributes:
@@ -83,7 +83,7 @@ class _Description(BaseModel):
 
     format_version: Literal[1] = 1
     ridge: float
-    skills: list[SkillEntry]
+    skills: list[SkillRecord]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class SkillLibrary:
     """
 
     def __init__(self, hidden_size: int, ridge: float = DEFAULT_RIDGE) -> None:
-        self.skills: list[SkillEntry] = []
+        self.skills: list[SkillRecord] = []
         self.gate = RidgeGate(hidden_size, ridge)
         self._embeddings: list[_Embeddings] = []
 
@@ -149,7 +149,7 @@ class SkillLibrary:
         """Return the name of the expert that learned a skill."""
         return self.skills[self.names.index(skill)].expert
 
-    def add(self, skill: SkillEntry, reference: Tensor, held_out: Tensor, routed: Tensor) -> None:
+    def add(self, skill: SkillRecord, reference: Tensor, held_out: Tensor, routed: Tensor) -> None:
         """Add a skill.
 
         Args:

@@ -22,12 +22,12 @@ from torch import Tensor
 from dylo_moe.core import checkpoint
 from dylo_moe.core.adapter_folder import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, read_config, read_weights
 from dylo_moe.core.base_model import module_names
-from dylo_moe.core.checkpoint import Description, ExpertEntry
+from dylo_moe.core.checkpoint import ExpertRecord, MixtureConfig
 from dylo_moe.core.decoder import find_decoder
 from dylo_moe.core.expert import adapter_folder_of, check_import, check_new_name
 from dylo_moe.core.plain_adapter import check_target, make_plain
 from dylo_moe.core.router import YOUNG, DynamicHybridRouter
-from dylo_moe.core.save_and_load import TRAINED_FILE, TRAINED_INDEX, base_of, place_of_base
+from dylo_moe.core.save_and_load import TRAINED_FILE, TRAINED_INDEX, load_base_of, locate_base
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, ExpertError, did_you_mean, first_line
 from dylo_moe.routing_mode import RoutingMode
@@ -95,7 +95,7 @@ def list_experts(path: Path) -> list[ExpertFacts]:
     return found
 
 
-def library_of(path: Path) -> SkillLibrary | None:
+def read_library(path: Path) -> SkillLibrary | None:
     """Return the skills of a checkpoint, or None if it has none.
 
     Raises:
@@ -123,7 +123,7 @@ def rename_expert(path: Path, old: str, new: str, base_model: str | None = None)
     modules: Iterable[str] = read_weights(_expert(path, old))
     # a base built in memory has no name; the experts' keys name those of its modules that they adapt
     if description.base_model.name or base_model is not None:
-        location, revision = place_of_base(path, description.base_model, base_model)
+        location, revision = locate_base(path, description.base_model, base_model)
         modules = module_names(location, revision=revision)
     check_new_name(new, _names(description), modules)
     for expert in description.experts:
@@ -246,12 +246,12 @@ def import_expert(
         ModelError: The base model cannot be loaded.
     """
     description = checkpoint.read_description(path)
-    library = library_of(path)
+    library = read_library(path)
     folder, name = adapter_folder_of(source, revision), name or Path(source).absolute().name
-    base, _, _ = base_of(path, description.base_model, base_model, {})
+    base, _, _ = load_base_of(path, description.base_model, base_model, {})
     layers = find_decoder(base).layers[RoutingMode.parse(description.routing.mode).first_expert_layer :]
     check_import(folder, name, base, layers, _names(description))
-    description.experts.append(ExpertEntry(name=name, maturity=YOUNG))
+    description.experts.append(ExpertRecord(name=name, maturity=YOUNG))
     with _rewritten(path, description, library, added=True, replaced=name) as target:
         _expert(target, name).mkdir(parents=True)
         for file in ADAPTER_FILES:
@@ -284,7 +284,7 @@ def _scaling(config: dict[str, Any]) -> float:
 @contextmanager
 def _rewritten(
     path: Path,
-    description: Description,
+    description: MixtureConfig,
     library: SkillLibrary | None,
     *,
     removed: int | None = None,
@@ -295,7 +295,7 @@ def _rewritten(
 
     Args:
         path: Folder of the checkpoint.
-        description: Description to write.
+        description: MixtureConfig to write.
         library: Skills to write, if any.
         removed: Column to remove from the router.
         added: Whether to add a column to the router.
@@ -342,7 +342,7 @@ def _without_column(tensor: Tensor, key: str, column: int) -> Tensor:
     return tensor.index_select(dim, torch.tensor(kept))
 
 
-def _drop_column(description: Description, column: int) -> None:
+def _drop_column(description: MixtureConfig, column: int) -> None:
     if len(description.experts) == 1:
         raise ExpertError(f"{description.experts[0].name!r} is the only expert; a mixture needs at least one")
     if description.routing.experts_per_layer is not None:
@@ -351,19 +351,19 @@ def _drop_column(description: Description, column: int) -> None:
     description.routing.top_k = min(description.routing.top_k, len(description.experts))
 
 
-def _opened(path: Path, name: str) -> tuple[Description, SkillLibrary | None]:
+def _opened(path: Path, name: str) -> tuple[MixtureConfig, SkillLibrary | None]:
     description = checkpoint.read_description(path)
     _check_known(description, name)
-    return description, library_of(path)
+    return description, read_library(path)
 
 
-def _check_known(description: Description, name: str) -> None:
+def _check_known(description: MixtureConfig, name: str) -> None:
     names = _names(description)
     if name not in names:
         raise ExpertError(f"there is no expert {name!r} (there are: {', '.join(names)}){did_you_mean(name, names)}")
 
 
-def _names(description: Description) -> list[str]:
+def _names(description: MixtureConfig) -> list[str]:
     return [expert.name for expert in description.experts]
 
 

@@ -31,7 +31,7 @@ _VERSION = re.compile(r"v(\d+)")
 
 
 @dataclass(frozen=True)
-class ArtifactEntry:
+class ArtifactRecord:
     """Description of one version of an artifact, without its files.
 
     Attributes:
@@ -46,7 +46,7 @@ class ArtifactEntry:
 class ArtifactStore(Protocol):
     """Store of artifacts; every method raises ``ArtifactError`` if the store fails."""
 
-    def describe(self, reference: str) -> ArtifactEntry:
+    def describe(self, reference: str) -> ArtifactRecord:
         """Return the description of a version, ``name:version``, without fetching it."""
 
     def fetch(self, reference: str, folder: Path) -> Path:
@@ -83,12 +83,12 @@ class FolderStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def describe(self, reference: str) -> ArtifactEntry:
+    def describe(self, reference: str) -> ArtifactRecord:
         """Return the description of a version, ``name:v0``, or of the newest, ``name:latest``."""
         version = self._version(reference)
         try:
             entry = json.loads((version / _ENTRY_FILE).read_text())
-            return ArtifactEntry(digest=entry["digest"], metadata=entry["metadata"])
+            return ArtifactRecord(digest=entry["digest"], metadata=entry["metadata"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{version / _ENTRY_FILE} cannot be read ({first_line(error)})") from error
 

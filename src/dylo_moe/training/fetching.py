@@ -43,7 +43,7 @@ def store_of(reference: str, parameter: str = "wandb_checkpoint_artifact") -> tu
     )
 
 
-def went_on_from(reference: str, output: Path) -> bool:
+def was_resumed_from(reference: str, output: Path) -> bool:
     """Return whether a folder holds complete checkpoints of a run that began with this artifact.
 
     The same command, started again after an interruption, then resumes from the newest of them and loses nothing.
@@ -51,7 +51,7 @@ def went_on_from(reference: str, output: Path) -> bool:
     return _record(output) == reference and checkpoints.newest_whole(output)[0] is not None
 
 
-def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] = (), *, in_place: bool = False) -> Path:
+def fetch_checkpoint(reference: str, output: Path, replacing: Sequence[Path] = (), *, in_place: bool = False) -> Path:
     """Fetch the checkpoint of an artifact as ``checkpoint-STEP`` of a folder; return that path.
 
     The next run in the folder continues under the id of the run that wrote the checkpoint.
@@ -91,7 +91,7 @@ def fetched_checkpoint(reference: str, output: Path, replacing: Sequence[Path] =
     return target
 
 
-def fetched_mixture(reference: str, root: Path) -> Path:
+def fetch_mixture(reference: str, root: Path) -> Path:
     """Return the folder of a mixture that is an artifact: a model or a checkpoint; fetch it once for each digest.
 
     Args:

@@ -25,14 +25,14 @@ _FAILED = "dylora-moe/failed"
 _STORE_SECONDS = 10
 
 
-def decided_by_first(decide: Callable[[], T]) -> T:
+def broadcast_from_main(decide: Callable[[], T]) -> T:
     """Return the main process's decision in every process; the other processes wait for it."""
     decision = [decide() if PartialState().is_main_process else None]
     broadcast_object_list(decision)
     return decision[0]  # type: ignore[return-value]
 
 
-def found_by_any(value: T | None) -> T | None:
+def first_non_none(value: T | None) -> T | None:
     """Return the first value over all processes that is not None, or None; every process has to call this."""
     found: list[T | None] = gather_object([value])
     return next((each for each in found if each is not None), None)

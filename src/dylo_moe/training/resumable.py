@@ -56,7 +56,7 @@ class ResumableTrainer(Trainer):
         with self._preserve_rng():
             return super().evaluate(*args, **kwargs)
 
-    def evaluate_apart(self, prefix: str) -> dict[str, float]:
+    def evaluate_without_logging(self, prefix: str) -> dict[str, float]:
         """Return metrics on the held-out rows, named ``<prefix>_<metric>``, without logging or early stopping."""
         with self._preserve_rng():
             return self.predict(self.eval_dataset, metric_key_prefix=prefix).metrics or {}  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import DISK_REFUSED, ArtifactError, ConfigError, causes_of, first_line
-from dylo_moe.training.artifacts import ArtifactEntry, artifact_directory
+from dylo_moe.training.artifacts import ArtifactRecord, artifact_directory
 
 RUN_FILE = "wandb_run.json"
 PROJECT = "dylora-moe"
@@ -65,11 +65,11 @@ class WandbStore:
         self._run = run
         self._uploads: list[_Artifact] = []
 
-    def describe(self, reference: str) -> ArtifactEntry:
+    def describe(self, reference: str) -> ArtifactRecord:
         """Return the server's description of a version, with its entity and project."""
         artifact = self._artifact(reference)
         owner = {"entity": artifact.entity, "project": artifact.project}
-        return ArtifactEntry(digest=artifact.digest, metadata={**(artifact.metadata or {}), **owner})
+        return ArtifactRecord(digest=artifact.digest, metadata={**(artifact.metadata or {}), **owner})
 
     def fetch(self, reference: str, folder: Path) -> Path:
         """Download an artifact into a new folder, and verify each file against the artifact's manifest."""
