@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import dylo_moe.data
-from dylo_moe.data.decontaminate import INDEX_FILE, build_index
+from dylo_moe.data.decontamination import INDEX_FILE, build_index
 
 OUTPUT = Path(dylo_moe.data.__path__[0]) / INDEX_FILE
 

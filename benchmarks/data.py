@@ -31,12 +31,12 @@ from timing import Timed, interleaved, spread
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from dylo_moe.core.base_model import load_base_model, load_tokenizer
+from dylo_moe.core.base.loading import load_base_model, load_tokenizer
 from dylo_moe.core.losses import IGNORE_INDEX
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.mixing import MixingSampler
 from dylo_moe.data.packing import TokenCollator
-from dylo_moe.data.prepare_data import PreparedData, prepare_data
+from dylo_moe.data.pipeline import PreparedData, prepare_data
 from dylo_moe.data.templates import template_of
 
 RESULT = Path(__file__).parent / "results" / "data.json"

@@ -35,16 +35,16 @@ from result_file import environment, parse_flags
 from torch import Tensor
 from transformers import set_seed
 
-from dylo_moe.acquire_config import AcquireArgs
-from dylo_moe.core.base_model import load_base_model, load_tokenizer
-from dylo_moe.core.decoder import decoder_layers
+from dylo_moe.config.skills import AcquireArgs
+from dylo_moe.core.base.loading import load_base_model, load_tokenizer
+from dylo_moe.core.base.structure import decoder_layers
 from dylo_moe.core.losses import IGNORE_INDEX
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.data.packing import TokenCollator, TokenRows
-from dylo_moe.data.prepare_data import PreparedData, prepare_data
-from dylo_moe.routing_mode import RoutingMode
+from dylo_moe.data.pipeline import PreparedData, prepare_data
 from dylo_moe.skills.acquisition import SkillData, SkillFeatures, acquire_skill, extract_features
 from dylo_moe.skills.library import SkillLibrary
+from dylo_moe.spec.routing_mode import RoutingMode
 
 RESULT = Path(__file__).parent / "results" / "forgetting.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "forgetting.png"

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dylo_moe.skills.acquisition import SkillFeatures
-from dylo_moe.skills.gates import RidgeGate
+from dylo_moe.skills.continual_metrics import routing_accuracy
 from dylo_moe.skills.library import ENTROPY, MEASURES, SkillLibrary
-from dylo_moe.skills.metrics import routing_accuracy
 from dylo_moe.skills.novelty import auroc, router_entropy
+from dylo_moe.skills.ridge_gate import RidgeGate
 
 REPLAYED_TOKENS = 2000
 

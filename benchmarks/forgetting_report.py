@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dylo_moe.skills.metrics import backward_transfer, relative_forgetting
+from dylo_moe.skills.continual_metrics import backward_transfer, relative_forgetting
 
 STREAMS = {"ours": "ours, one expert a skill", "sequential": "one LoRA, in sequence", "replay": "the same, 1 % replay"}
 ENOUGH, SHOWN = 0.95, 8

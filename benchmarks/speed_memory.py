@@ -22,7 +22,7 @@ from contenders import Lineup, random_tokens
 from torch import Tensor
 from workloads import train_call
 
-from dylo_moe.core.base_model import load_base_model
+from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.core.losses import linear_causal_lm_loss
 
 LOSS_BATCH, LOSS_LENGTH, LOSS_HIDDEN = 2, 2048, 2048

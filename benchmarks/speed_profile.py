@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 from workloads import forward_call, generate_call, train_call
 
-from dylo_moe.core.base_model import load_base_model
+from dylo_moe.core.base.loading import load_base_model
 
 RESULT = Path(__file__).parent / "results" / "profile.json"
 OURS = ("ours_prefix_4", "ours_per_layer_4")

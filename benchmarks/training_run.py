@@ -26,11 +26,11 @@ import torch
 from result_file import environment, parse_flags
 from rich.console import Console
 
-from dylo_moe.config import TrainConfig
-from dylo_moe.flags import parse
-from dylo_moe.programs.train import train
+from dylo_moe.commands.train import train
+from dylo_moe.config.commands import TrainConfig
+from dylo_moe.config.parser import parse
 from dylo_moe.reports.plots import training_curves
-from dylo_moe.training.checkpoints import folder_of
+from dylo_moe.training.checkpointing.checkpoints import folder_of
 
 RESULT = Path(__file__).parent / "results" / "training.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "training.png"

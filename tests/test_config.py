@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 
 from dylo_moe import DyLoRA_MoE, cli
-from dylo_moe.config import COMMANDS, LATEST, AcquireConfig, BenchmarkArgs, GenerateArgs, SubmitArgs, TrainConfig
+from dylo_moe.config.commands import (
+    COMMANDS,
+    LATEST,
+    AcquireConfig,
+    BenchmarkArgs,
+    GenerateArgs,
+    SubmitArgs,
+    TrainConfig,
+)
+from dylo_moe.config.parser import Limits, parse, to_yaml, with_flags
+from dylo_moe.config.trainer_fields import REFUSED
 from dylo_moe.errors import EXIT_USER_ERROR, ConfigError, DyLoRAError
-from dylo_moe.flags import Limits, parse, to_yaml, with_flags
-from dylo_moe.trainer_fields import REFUSED
 from tiny_folder import write_tiny_folder
 
 

@@ -4,9 +4,9 @@ import re
 import runpy
 from pathlib import Path
 
-from dylo_moe.config import AcquireConfig, BenchmarkArgs, GenerateArgs, TrainConfig
+from dylo_moe.config.commands import AcquireConfig, BenchmarkArgs, GenerateArgs, TrainConfig
+from dylo_moe.config.parser import parse
 from dylo_moe.data.registry import REGISTRY
-from dylo_moe.flags import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

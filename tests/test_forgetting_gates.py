@@ -4,8 +4,8 @@ import torch
 from forgetting_gates import GradientGate
 from torch import Tensor
 
-from dylo_moe.core.router import rms_normalize
-from dylo_moe.skills.gates import RidgeGate
+from dylo_moe.core.routing.router import rms_normalize
+from dylo_moe.skills.ridge_gate import RidgeGate
 
 WIDTH, SKILLS = 24, 4
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dylo_moe.errors import RoutingError
-from dylo_moe.routing_mode import RoutingKind, RoutingMode
+from dylo_moe.spec.routing_mode import RoutingKind, RoutingMode
 
 
 @pytest.mark.parametrize(

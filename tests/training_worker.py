@@ -19,7 +19,7 @@ from dylo_moe import DyLoRA_MoE
 from dylo_moe.data.mixing import MixingSampler
 from dylo_moe.data.packing import TokenCollator, TokenRows
 from dylo_moe.training.callbacks import BaseEvaluation
-from dylo_moe.training.processes import full_state_dict
+from dylo_moe.training.distributed import full_state_dict
 from dylo_moe.training.trainer import DyLoRATrainer
 
 ROWS, BATCH = 22, 2

@@ -10,10 +10,10 @@ from dylo_moe.registration import AUTO_CLASSES, PEFT, AfterImport, is_being_impo
 
 if TYPE_CHECKING:
     from dylo_moe.core.configuration import DyLoRAConfig
-    from dylo_moe.core.expert import ExpertManager
+    from dylo_moe.core.lora.enable import enable_routing
+    from dylo_moe.core.lora.manager import ExpertManager
     from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
-    from dylo_moe.core.routed_lora import enable_routing
-    from dylo_moe.core.router import DynamicHybridRouter
+    from dylo_moe.core.routing.router import DynamicHybridRouter
     from dylo_moe.errors import DyLoRAError
 
 __all__ = [
@@ -36,9 +36,9 @@ _HOMES = {
     "DyLoRAError": "errors",
     "DyLoRAOutput": "core.model",
     "DyLoRA_MoE": "core.model",
-    "DynamicHybridRouter": "core.router",
-    "ExpertManager": "core.expert",
-    "enable_routing": "core.routed_lora",
+    "DynamicHybridRouter": "core.routing.router",
+    "ExpertManager": "core.lora.manager",
+    "enable_routing": "core.lora.enable",
 }
 
 

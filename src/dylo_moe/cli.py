@@ -48,7 +48,7 @@ def run(program: str, arguments: Sequence[str] | None = None, called_as: str | N
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         # a late import: --help and a mistyped program should not wait for torch
-        module = importlib.import_module(f"dylo_moe.programs.{program}")
+        module = importlib.import_module(f"dylo_moe.commands.{program}")
         code: int = module.main(arguments, called_as or os.path.basename(sys.argv[0]))
         return code
     except DyLoRAError as error:
@@ -74,8 +74,8 @@ def _fail(message: str) -> int:
 
 def _in_flags(program: str, message: str) -> str:
     """Return a message of the library with the program's flags for its parameters."""
-    from dylo_moe.config import COMMANDS
-    from dylo_moe.flags import with_flags
+    from dylo_moe.config.commands import COMMANDS
+    from dylo_moe.config.parser import with_flags
 
     return with_flags(message, COMMANDS[program])
 
@@ -86,4 +86,4 @@ def _several() -> bool:
 
 
 def _processes() -> Any:
-    return importlib.import_module("dylo_moe.training.processes")
+    return importlib.import_module("dylo_moe.training.distributed")

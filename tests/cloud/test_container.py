@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dylo_moe.cloud_config import LIKE_A_SECRET
+from dylo_moe.config.cloud import LIKE_A_SECRET
 from planted import TOKEN, files_with_it
 from run_steps import Builder, Image, runs_of, stages_of
 

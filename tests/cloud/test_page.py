@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dylo_moe.cli import main
-from dylo_moe.config import BenchmarkArgs, TrainConfig
-from dylo_moe.flags import parse
+from dylo_moe.config.commands import BenchmarkArgs, TrainConfig
+from dylo_moe.config.parser import parse
 from planted import TOKEN
 
 ROOT = Path(__file__).parents[2]

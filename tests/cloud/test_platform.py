@@ -7,8 +7,8 @@ import pytest
 
 from dylo_moe.cloud.platform import BARE, DOCKER, VAST, VERTEX, Cluster, Platform, detect, local_folder
 from dylo_moe.cloud.secrets import VARIABLE, load_secrets
+from dylo_moe.commands.entrypoint import benchmark_flags, platform_flags
 from dylo_moe.errors import CloudError
-from dylo_moe.programs.entrypoint import benchmark_flags, platform_flags
 from fake_vertex import running
 from planted import TOKEN
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from dylo_moe.config import TrainConfig
+from dylo_moe.config.commands import TrainConfig
+from dylo_moe.config.parser import parse
 from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from dylo_moe.flags import parse
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "cloud"
 SCHEMAS = Path(__file__).with_name("schemas")

@@ -15,7 +15,7 @@ import pytest
 from dylo_moe.cli import main
 from dylo_moe.cloud.settings import Settings, gcloud_property, resolve
 from dylo_moe.cloud.vertex import connect, send, watch
-from dylo_moe.cloud_config import MACHINES
+from dylo_moe.config.cloud import MACHINES
 from dylo_moe.errors import EXIT_USER_ERROR, CloudError, ConfigError
 from fake_vertex import NAME, Vertex, client_of, running
 from planted import TOKEN
@@ -49,7 +49,7 @@ def golden(machine: str, replicas: int) -> Path:
 
 def sent_by(vertex: Vertex, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Return the requests that submit sends, in the form of the golden files."""
-    monkeypatch.setattr("dylo_moe.programs.submit.connect", lambda region: client_of(vertex))
+    monkeypatch.setattr("dylo_moe.commands.submit.connect", lambda region: client_of(vertex))
     monkeypatch.setattr("dylo_moe.cloud.vertex.POLL_SECONDS", 0)
     assert main(arguments) == 0
     return [{key: one[key] for key in ("method", "path", "body")} for one in vertex.requests]
@@ -72,7 +72,7 @@ def test_a_dry_run_prints_the_golden_request_and_sends_nothing(
     from google.cloud.aiplatform_v1 import CustomJob
     from google.protobuf.json_format import MessageToDict, ParseDict
 
-    monkeypatch.setattr("dylo_moe.programs.submit.connect", refuse)
+    monkeypatch.setattr("dylo_moe.commands.submit.connect", refuse)
     assert main([*command(machine, replicas), "--dry-run", *TRAINING]) == 0
     shown, wanted = json.loads(capsys.readouterr().out), json.loads(golden(machine, replicas).read_text())
     assert wanted["path"].startswith(f"/v1/{shown['parent']}/customJobs?")
@@ -147,7 +147,7 @@ def refuse(*args: object) -> None:
 def test_invalid_flags_are_refused_before_any_call(
     changed: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dylo_moe.programs.submit.connect", refuse)
+    monkeypatch.setattr("dylo_moe.commands.submit.connect", refuse)
     assert main(["submit", *PLACES, *changed]) == EXIT_USER_ERROR
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and TOKEN not in said
@@ -186,7 +186,7 @@ def test_gcloud_is_asked_for_its_properties(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_importing_the_script_submits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dylo_moe.programs.submit.main", refuse)
+    monkeypatch.setattr("dylo_moe.commands.submit.main", refuse)
     runpy.run_path(str(GOLDEN.parents[2] / "submit_full_training.py"), run_name="imported")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dylo_moe.core.balance import expert_load, load_balance_loss, router_z_loss, updated_selection_bias
+from dylo_moe.core.routing.balance import expert_load, load_balance_loss, router_z_loss, updated_selection_bias
 
 # four tokens, three experts, one gate; the logits are log-probabilities, so that their softmax is these values
 PROBABILITIES = torch.tensor(

@@ -16,9 +16,9 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from dylo_moe import DyLoRA_MoE, ExpertManager
-from dylo_moe.core.base_model import DTYPES, check_base_model, load_base_model, load_tokenizer
-from dylo_moe.core.embedded import _is_whole, cache_directory, embedded_model
-from dylo_moe.core.fingerprint import fingerprint, same_base_model
+from dylo_moe.core.base.embedded import _is_whole, cache_directory, embedded_model
+from dylo_moe.core.base.fingerprint import fingerprint, same_base_model
+from dylo_moe.core.base.loading import DTYPES, check_base_model, load_base_model, load_tokenizer
 from dylo_moe.errors import ModelError
 from families import FAMILIES, tiny, token_ids
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Cache, DynamicCache, StaticCache
 
-from dylo_moe.core.caches import ContextPart, RunningSums, with_cache_renamed
-from dylo_moe.core.context import Context, running_means
+from dylo_moe.core.routing.caches import ContextPart, RunningSums, with_cache_renamed
+from dylo_moe.core.routing.context import Context, running_means
 from dylo_moe.errors import RoutingError
 from families import ROUTINGS, cache_of, mixture, relative_error, token_ids
 

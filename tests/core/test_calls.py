@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from dylo_moe import DyLoRA_MoE, enable_routing
-from dylo_moe.core.extension import Extension
-from dylo_moe.core.routing_state import Scope
+from dylo_moe.core.lora.extension import Extension
+from dylo_moe.core.lora.state import Scope
 from dylo_moe.errors import ModelError, RoutingError
 from families import ROUTINGS, mixture, relative_error, stir, tiny, token_ids
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flat_bucket
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.balance import updated_selection_bias
+from dylo_moe.core.routing.balance import updated_selection_bias
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, DyLoRAError, RoutingError
 from families import FAMILIES, ROUTINGS, mixture, relative_error, stir, tiny, token_ids

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dylo_moe.core.caches import CACHE_NAME
-from dylo_moe.core.context import Context, running_means
-from dylo_moe.core.router import rms_normalize
+from dylo_moe.core.routing.caches import CACHE_NAME
+from dylo_moe.core.routing.context import Context, running_means
+from dylo_moe.core.routing.router import rms_normalize
 from dylo_moe.errors import RoutingError
 from families import FAMILIES, HIDDEN, PAD, gradients, mixture, padded, relative_error, tiny, token_ids
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.decoder import find_decoder
+from dylo_moe.core.base.structure import find_decoder
 from dylo_moe.errors import RoutingError
 from families import PAD, ROUTINGS, VOCABULARY, padded, relative_error, stir, token_ids
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import CodeGenConfig, CodeGenForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dylo_moe import DyLoRA_MoE, ExpertManager
-from dylo_moe.core.expert import count_parameters
+from dylo_moe.core.lora.manager import count_parameters
 from dylo_moe.errors import ExpertError, ModelError
-from dylo_moe.expert_spec import ExpertSpec
+from dylo_moe.spec.expert_spec import ExpertSpec
 from families import FAMILIES, HIDDEN, LAYERS, TIED, mixture, relative_error, stir, tiny, token_ids
 
 IDS = token_ids(2, 8)

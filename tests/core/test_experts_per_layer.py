@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.balance import expert_load, load_balance_loss, updated_selection_bias
+from dylo_moe.core.routing.balance import expert_load, load_balance_loss, updated_selection_bias
 from dylo_moe.errors import ExpertError
 from families import LAYERS, mixture, relative_error, tiny, token_ids
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.head import linear_lm_head
+from dylo_moe.core.base.lm_head import linear_lm_head
 from families import (
     CONFIGS,
     FAMILIES,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dylo_moe import DyLoRA_MoE, ExpertManager
-from dylo_moe.core.base_model import (
+from dylo_moe.core.base.hub import folder_of
+from dylo_moe.core.base.loading import (
     check_base_model,
     load_base_model,
     load_tokenizer,
@@ -17,7 +18,6 @@ from dylo_moe.core.base_model import (
     module_names,
     portable_name,
 )
-from dylo_moe.core.hub import folder_of
 from dylo_moe.errors import CheckpointError, DyLoRAError, ExpertError, ModelError
 from families import mixture, tiny, token_ids
 from hub_cache import put_in_cache, record_requests, use_cache
@@ -92,7 +92,7 @@ def test_names_of_bases() -> None:
 
 
 def test_the_embedded_model_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dylo_moe.core.base_model.embedded_folder", lambda: tmp_path / "base")
+    monkeypatch.setattr("dylo_moe.core.base.loading.embedded_folder", lambda: tmp_path / "base")
     base = write_tiny_folder(tmp_path / "base")
     assert DyLoRA_MoE(str(base), 1, rank=2).base_name == "demo"
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dylo_moe.core.mixture import (
+from dylo_moe.core.lora.ops import (
     add_lora_single_token,
     addmm_lora,
     has_sparse_kernel,
@@ -13,8 +13,8 @@ from dylo_moe.core.mixture import (
     sparse_down,
     sparse_up,
 )
-from dylo_moe.core.router import select_topk, sparse_weights
-from dylo_moe.core.token_weights import TokenWeights
+from dylo_moe.core.lora.token_weights import TokenWeights
+from dylo_moe.core.routing.router import select_topk, sparse_weights
 from families import relative_error
 
 IN, OUT = 24, 40

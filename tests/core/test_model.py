@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.balance import expert_load
-from dylo_moe.core.routing_state import Scope
+from dylo_moe.core.lora.state import Scope
+from dylo_moe.core.routing.balance import expert_load
 from dylo_moe.errors import DyLoRAError, ExpertError, ModelError, RoutingError
 from families import (
     FAMILIES,

@@ -9,8 +9,8 @@ import torch
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.errors import CheckpointError, ModelError
+from dylo_moe.skills.expert_edits import rename_expert
 from dylo_moe.skills.library import SkillLibrary, save_with_skills
-from dylo_moe.skills.lifecycle import rename_expert
 from families import token_ids
 from tiny_folder import write_tiny_folder
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core import layer_mixer, shared_input
+from dylo_moe.core.lora import layer as layer_mixer
+from dylo_moe.core.lora import shared_input
 from families import CONFIGS, ROUTINGS, cache_of, mixture, relative_error, stir, token_ids
 
 ONE_GATE = [routing for routing in ROUTINGS if routing != "per_layer"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.checkpoint import write_adapter
-from dylo_moe.core.plain_adapter import folded, make_plain
+from dylo_moe.core.lora.plain_adapter import folded, make_plain
 from dylo_moe.errors import CheckpointError, ExpertError
 from families import mixture, relative_error, stir, tiny, token_ids
 from tiny_folder import write_tiny_folder

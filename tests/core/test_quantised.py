@@ -8,9 +8,9 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core import quantised
-from dylo_moe.core.base_model import load_base_model
-from dylo_moe.core.expert import count_parameters
+from dylo_moe.core.base import quantization
+from dylo_moe.core.base.loading import load_base_model
+from dylo_moe.core.lora.manager import count_parameters
 from dylo_moe.errors import ModelError
 from families import gradients, relative_error, stir, token_ids
 from tiny_folder import write_tiny_folder
@@ -36,15 +36,15 @@ def on(folder: Path, bits: int | None, **options: object) -> DyLoRA_MoE:
 def test_without_bitsandbytes_the_flag_and_the_remedy_are_named(
     folder: Path, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantised, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ModelError, match=f"`bits`={bits} .*needs bitsandbytes.*pip install") as raised:
         load_base_model(str(folder), bits=bits)
     assert "\n" not in str(raised.value)
 
 
 def test_without_a_device_that_can_the_flag_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantised, "is_bitsandbytes_available", lambda: True)
-    monkeypatch.setattr(quantised, "validate_bnb_backend_availability", lambda: False)
+    monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr(quantization, "validate_bnb_backend_availability", lambda: False)
     with pytest.raises(ModelError, match=r"`bits`=8 .* supports none of this machine's"):
         load_base_model(str(folder), bits=8)
 

@@ -9,8 +9,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_p
 from torch import Tensor, nn
 
 from dylo_moe import enable_routing
-from dylo_moe.core.mixture import dense_lora_delta
-from dylo_moe.core.routing_state import RoutingState, Scope
+from dylo_moe.core.lora.ops import dense_lora_delta
+from dylo_moe.core.lora.state import RoutingState, Scope
 from dylo_moe.errors import RoutingError
 from families import PAD, TIED, VOCABULARY, enable_checkpointing, gradients, relative_error, stir, tiny, token_ids
 

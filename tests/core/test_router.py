@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dylo_moe import DynamicHybridRouter
-from dylo_moe.core import router as router_module
-from dylo_moe.core.router import MATURE, YOUNG, select_topk
+from dylo_moe.core.routing import router as router_module
+from dylo_moe.core.routing.router import MATURE, YOUNG, select_topk
 from dylo_moe.errors import RoutingError
 from families import relative_error
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.caches import CACHE_NAME
-from dylo_moe.core.decoder import backbone, decoder_layers
+from dylo_moe.core.base.structure import backbone, decoder_layers
+from dylo_moe.core.routing.caches import CACHE_NAME
 from dylo_moe.errors import ModelError, RoutingError
 from families import (
     FAMILIES,

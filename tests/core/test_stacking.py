@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dylo_moe.core.stacking import concat_rows, stacked_view
+from dylo_moe.core.lora.stacking import concat_rows, stacked_view
 
 IN, RANK = 24, 4
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dylo_moe.core.router import select_topk, sparse_weights
-from dylo_moe.core.token_weights import TokenWeights, one_hot_weights
+from dylo_moe.core.lora.token_weights import TokenWeights, one_hot_weights
+from dylo_moe.core.routing.router import select_topk, sparse_weights
 
 
 def sparse_routing(batch: int, seq: int, count: int, top_k: int, seed: int = 0) -> TokenWeights:

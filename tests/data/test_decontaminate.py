@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from dylo_moe.data import decontaminate as decontaminate_module
-from dylo_moe.data.decontaminate import (
+from dylo_moe.data import decontamination as decontaminate_module
+from dylo_moe.data.decontamination import (
     BY_GRAM,
     BY_ID,
     BY_PROMPT,

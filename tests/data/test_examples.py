@@ -9,8 +9,8 @@ import pytest
 
 from dylo_moe.data import examples, registry
 from dylo_moe.data.examples import Example, get_dataset, read_examples
+from dylo_moe.data.formats import CompletionColumns
 from dylo_moe.data.registry import DatasetSpec, resolve
-from dylo_moe.data.rows import CompletionColumns
 from dylo_moe.data.templates import PlainTemplate
 from dylo_moe.errors import DatasetError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from dylo_moe.data import files
-from dylo_moe.data.files import data_files, digest_of, rows_of
+from dylo_moe.data import readers
+from dylo_moe.data.readers import data_files, digest_of, rows_of
 from dylo_moe.errors import DatasetError
 
 ROWS = [{"prompt": f"prompt {index} \u00e9\n", "response": f'"{index}"'} for index in range(25)]
@@ -43,7 +43,7 @@ def test_each_kind_of_file_gives_its_rows(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_an_array_is_read_in_windows_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(files, "_CHUNK", chunk)
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
     path = write(tmp_path / "rows.json", "json")
     found = list(rows_of(path))
     assert [dict(row) for _, row in found] == ROWS

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.packed import positions_in_segments, supports_packing
+from dylo_moe.core.base.segments import positions_in_segments, supports_packing
 from dylo_moe.data.mixing import FILLER
 from dylo_moe.data.packing import TokenCollator, TokenRows, best_fit
 from dylo_moe.errors import RoutingError

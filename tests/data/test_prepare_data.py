@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dylo_moe.data import parallel
-from dylo_moe.data import prepare_data as module
+from dylo_moe.data import map_rows
+from dylo_moe.data import pipeline as module
 from dylo_moe.data.packing import TokenRows
-from dylo_moe.data.prepare_data import PreparedData, prepare_data
+from dylo_moe.data.pipeline import PreparedData, prepare_data
 from dylo_moe.data.templates import template_of
 from dylo_moe.data.tokenization import encode_examples, encode_prompt
 from dylo_moe.errors import DatasetError
@@ -175,7 +175,7 @@ def test_a_chat_template_is_applied_and_its_end_is_learned(tmp_path: Path) -> No
 
 
 def test_tokens_are_cached_and_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "ROWS_PER_CHUNK", 50)
+    monkeypatch.setattr(map_rows, "ROWS_PER_CHUNK", 50)
     seen: list[int] = []
 
     def encode_some(*arguments: Any) -> Any:
@@ -201,6 +201,6 @@ def test_tokens_are_cached_and_an_interrupted_run_continues(tmp_path: Path, monk
 
 def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = prepared(tmp_path, "large")
-    monkeypatch.setattr(parallel, "ROWS_PER_WORKER", 10)
+    monkeypatch.setattr(map_rows, "ROWS_PER_WORKER", 10)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "other")
     assert ids_of(prepared(tmp_path, "large", workers=2).train) == ids_of(alone.train)

@@ -8,7 +8,7 @@ import pytest
 from datasets.arrow_writer import ArrowWriter
 
 from dylo_moe.data.examples import get_dataset
-from dylo_moe.data.files import rows_of
+from dylo_moe.data.readers import rows_of
 from dylo_moe.data.registry import AVAILABLE_DATASETS, REGISTRY, refuse_for_training, resolve
 from dylo_moe.errors import DatasetError
 

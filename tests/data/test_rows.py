@@ -2,7 +2,7 @@
 
 import pytest
 
-from dylo_moe.data.rows import FORMATS, PromptResponse, Row, detect_format
+from dylo_moe.data.formats import FORMATS, PromptResponse, Row, detect_format
 from dylo_moe.errors import DatasetError
 
 ASK, ANSWER = "Add 1 and 2.", "print(1 + 2)"

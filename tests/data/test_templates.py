@@ -2,7 +2,7 @@
 
 import pytest
 
-from dylo_moe.data.rows import user_message
+from dylo_moe.data.formats import user_message
 from dylo_moe.data.templates import ChatTemplate, PlainTemplate, template_of
 from dylo_moe.errors import ConfigError, DatasetError
 from tiny_folder import tiny_tokenizer

@@ -8,7 +8,7 @@ import pytest
 
 import dylo_moe
 from dylo_moe.evaluation.candidate import process
-from dylo_moe.evaluation.exposure import PACKAGES, visible_files
+from dylo_moe.evaluation.sandbox.visible_files import PACKAGES, visible_files
 
 PROJECT, CANDIDATE = Path(dylo_moe.__file__).parent, Path(process.__file__).parent
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda

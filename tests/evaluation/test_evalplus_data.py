@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dylo_moe.errors import EvaluationError
-from dylo_moe.evaluation.judge import Judge
+from dylo_moe.evaluation.judging.judge import Judge
 from dylo_moe.evaluation.problems import Problem, load_problems
-from dylo_moe.evaluation.sandbox import UNSAFE
+from dylo_moe.evaluation.sandbox.runner import UNSAFE
 
 REAL = os.environ.get("DYLO_MOE_DATA", "")
 pytestmark = pytest.mark.skipif(

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 import dylo_moe
-from dylo_moe.evaluation import comparer, sandbox
-from dylo_moe.evaluation.canary import find_leaks
 from dylo_moe.evaluation.candidate import codec, process
-from dylo_moe.evaluation.exposure import visible_files
+from dylo_moe.evaluation.judging import comparison
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox import ResourceLimits, Sandbox, available_sandboxes
+from dylo_moe.evaluation.sandbox import runner
+from dylo_moe.evaluation.sandbox.runner import ResourceLimits, Sandbox, available_sandboxes
+from dylo_moe.evaluation.sandbox.self_check import find_leaks
+from dylo_moe.evaluation.sandbox.visible_files import visible_files
 from hostile import ENTRY_POINT, HOSTILE, INPUTS, REFERENCE, program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandboxes are Linux's")
@@ -60,7 +61,7 @@ def tier(request: pytest.FixtureRequest) -> Sandbox:
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Yield what a hostile program could reach without a sandbox."""
     monkeypatch.setenv("HOSTILE_TOKEN", "secret")
-    monkeypatch.setattr(sandbox, "MAX_IDLE", 1.0)
+    monkeypatch.setattr(runner, "MAX_IDLE", 1.0)
     private = Path.home() / f".dylo-moe-private-{os.getpid()}"
     private.write_text("secret")
     private.chmod(0o644)
@@ -83,13 +84,13 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     private.unlink()
 
 
-def verdict_on(tier: Sandbox, code: str) -> comparer.Verdict:
+def verdict_on(tier: Sandbox, code: str) -> comparison.Verdict:
     """Return the verdict as a ``Judge`` would."""
     expected = tier.run(REFERENCE, ENTRY_POINT, LINES, LIMITS).lines[1:]
     run = tier.run(code, ENTRY_POINT, LINES, LIMITS)
     if run.status == "finished":
-        return comparer.compare_outputs(PROBLEM, LINES, expected, run.lines)
-    return comparer.Verdict(False, "killed" if run.status == "died" else run.status, run.detail)
+        return comparison.compare_outputs(PROBLEM, LINES, expected, run.lines)
+    return comparison.Verdict(False, "killed" if run.status == "died" else run.status, run.detail)
 
 
 def children() -> set[int]:
@@ -122,7 +123,7 @@ def test_there_are_enough_of_them() -> None:
 
 
 def test_a_right_answer_passes(tier: Sandbox) -> None:
-    assert verdict_on(tier, REFERENCE) == comparer.Verdict(True, "passed")
+    assert verdict_on(tier, REFERENCE) == comparison.Verdict(True, "passed")
 
 
 def test_of_this_project_an_answer_can_read_the_candidate_package_alone(tier: Sandbox) -> None:
@@ -140,8 +141,8 @@ def test_the_candidate_package_is_visible_where_it_is_installed_into_a_hidden_fo
 ) -> None:
     visible = visible_files()
     installed = replace(visible, hidden=(*visible.hidden, str(PROJECT.parent)))
-    monkeypatch.setattr(sandbox, "visible_files", lambda: installed)
-    assert verdict_on(tier, REFERENCE) == comparer.Verdict(True, "passed")
+    monkeypatch.setattr(runner, "visible_files", lambda: installed)
+    assert verdict_on(tier, REFERENCE) == comparison.Verdict(True, "passed")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from dylo_moe.errors import EvaluationError
-from dylo_moe.evaluation import canary, comparer, preparation, sandbox
-from dylo_moe.evaluation.canary import choose_sandbox, find_leaks
 from dylo_moe.evaluation.candidate import process
-from dylo_moe.evaluation.judge import Judge, Verdict
+from dylo_moe.evaluation.judging import comparison, expected_outputs
+from dylo_moe.evaluation.judging.judge import Judge, Verdict
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox import UNSAFE, Sandbox, SandboxRun
+from dylo_moe.evaluation.sandbox import runner, self_check
+from dylo_moe.evaluation.sandbox.runner import UNSAFE, Sandbox, SandboxRun
+from dylo_moe.evaluation.sandbox.self_check import choose_sandbox, find_leaks
 
 needs_evalplus = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import evalplus"], check=False, capture_output=True).returncode != 0,
@@ -222,7 +223,7 @@ def test_a_timeout_has_a_second_try_alone(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_limits_follow_the_canonical_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "LIMIT_FLOOR", 0.05)
+    monkeypatch.setattr(expected_outputs, "LIMIT_FLOOR", 0.05)
     spin = "import time\n    end = time.process_time() + {}\n    while time.process_time() < end: pass\n    return 1"
     task = problem("f", spin.format(0.2), [[1]], test="assert f(1) == 1")
     with Judge(UNSAFE, workers=1, cache=tmp_path) as judge:
@@ -237,7 +238,7 @@ def test_a_sandbox_that_does_not_hold_is_detected() -> None:
 
 
 def test_going_without_a_sandbox_is_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(canary, "available_sandboxes", lambda: [UNSAFE])
+    monkeypatch.setattr(self_check, "available_sandboxes", lambda: [UNSAFE])
     with pytest.raises(EvaluationError, match="`unsafe_no_sandbox`"):
         choose_sandbox()
     choice = choose_sandbox(unsafe=True)
@@ -249,13 +250,13 @@ def test_a_comparison_without_end_ends_and_the_next_one_works(monkeypatch: pytes
     with Judge(UNSAFE, workers=1, cache=tmp_path) as judge:
         assert judge.judge(task, task.reference).passed
         with monkeypatch.context() as patch:
-            patch.setattr(comparer, "PATIENCE", 0.5)
+            patch.setattr(comparison, "PATIENCE", 0.5)
             assert judge.judge(task, "def f():\n    return 1").status == "output"
         assert judge.judge(task, task.reference).passed
 
 
 def test_the_process_of_an_answer_loads_the_standard_library_alone() -> None:
-    _, program = sandbox.start_arguments(process.__name__)
+    _, program = runner.start_arguments(process.__name__)
     loads = program.replace("main()", "print(*sys.modules)")
     done = subprocess.run([sys.executable, "-S", "-c", loads], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
@@ -264,8 +265,8 @@ def test_the_process_of_an_answer_loads_the_standard_library_alone() -> None:
 
 
 def test_the_comparing_process_loads_no_torch() -> None:
-    _, program = sandbox.start_arguments(comparer.__name__)
+    _, program = runner.start_arguments(comparison.__name__)
     loads = program.replace("main()", "print(*sys.modules)")
     done = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True, check=True)
-    assert "dylo_moe.evaluation.oracle" in done.stdout.split()
+    assert "dylo_moe.evaluation.judging.checker" in done.stdout.split()
     assert not {"torch", "dylo_moe.registration"} & set(done.stdout.split())

@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.errors import ConfigError
-from dylo_moe.evaluation import run as run_module
-from dylo_moe.evaluation.comparer import Verdict
+from dylo_moe.evaluation import benchmark_run as run_module
+from dylo_moe.evaluation.benchmark_run import BenchmarkPrompts, BenchmarkRun
 from dylo_moe.evaluation.generation import GenerationSettings, Model
-from dylo_moe.evaluation.identity import model_digest
+from dylo_moe.evaluation.judging.comparison import Verdict
+from dylo_moe.evaluation.model_digest import model_digest
 from dylo_moe.evaluation.problems import Problem
 from dylo_moe.evaluation.prompts import PromptStyle
 from dylo_moe.evaluation.results import BenchmarkResult
-from dylo_moe.evaluation.run import BenchmarkPrompts, BenchmarkRun
 from tiny_models import taught_mixture, tiny_base, tiny_mixture
 
 ANSWER = "    return number + 1"

@@ -7,7 +7,7 @@ import pytest
 
 from dylo_moe.errors import ConfigError
 from dylo_moe.evaluation.generation import Sample
-from dylo_moe.evaluation.samples import SampleFile
+from dylo_moe.evaluation.sample_file import SampleFile
 
 IDENTITY = {"model_digest": "abc", "temperature": 0.0}
 

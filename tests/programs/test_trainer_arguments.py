@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from dylo_moe.config import TrainConfig
+from dylo_moe.config.commands import TrainConfig
+from dylo_moe.config.parser import parse
 from dylo_moe.errors import ConfigError
-from dylo_moe.flags import parse
-from dylo_moe.programs.trainer_arguments import trainer_arguments
+from dylo_moe.runs.trainer_arguments import trainer_arguments
 
 
 def parse_arguments(tmp_path: Path, *flags: str) -> TrainingArguments:

@@ -4,7 +4,7 @@ import re
 
 from rich.console import Console
 
-from dylo_moe.reports.tables import TrainingReport, training_table
+from dylo_moe.reports.training_report import TrainingReport, training_table
 
 REPORT = TrainingReport(
     domains=["python", "cpp"],

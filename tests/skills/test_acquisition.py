@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.core.features import base_features
 from dylo_moe.errors import CheckpointError, ExpertError, RoutingError
 from dylo_moe.skills.acquisition import SkillData, acquire_skill, extract_features
+from dylo_moe.skills.expert_edits import merge_experts, remove_expert
+from dylo_moe.skills.features import base_features
 from dylo_moe.skills.library import SkillLibrary, save_with_skills
-from dylo_moe.skills.lifecycle import merge_experts, remove_expert
 from families import HIDDEN, VOCABULARY, mixture, padded, stir, tiny
 
 ROUTINGS = ("context:1", "prefix:1", "final")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dylo_moe.core.router import DynamicHybridRouter, rms_normalize
-from dylo_moe.skills.gates import RidgeGate
+from dylo_moe.core.routing.router import DynamicHybridRouter, rms_normalize
+from dylo_moe.skills.ridge_gate import RidgeGate
 
 WIDTH = 24
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
-from dylo_moe.core.base_model import load_base_model
+from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.errors import EXIT_USER_ERROR
+from dylo_moe.skills.expert_edits import list_experts, read_library
 from dylo_moe.skills.library import SkillLibrary, SkillRecord, save_with_skills
-from dylo_moe.skills.lifecycle import list_experts, read_library
 from families import mixture, stir, token_ids
 from hub_cache import put_in_cache, use_cache
 from tiny_folder import write_tiny_folder

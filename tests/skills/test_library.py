@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dylo_moe.core.router import rms_normalize
+from dylo_moe.core.routing.router import rms_normalize
 from dylo_moe.skills.library import MEASURES, SkillLibrary, SkillRecord
 
 WIDTH = 24

@@ -8,8 +8,8 @@ import torch
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
 from dylo_moe.errors import ExpertError
+from dylo_moe.skills.expert_edits import list_experts, merge_experts, read_library, remove_expert, rename_expert
 from dylo_moe.skills.library import SkillLibrary, SkillRecord, save_with_skills
-from dylo_moe.skills.lifecycle import list_experts, merge_experts, read_library, remove_expert, rename_expert
 from families import HIDDEN, mixture, tiny, token_ids
 from tiny_folder import write_tiny_folder
 

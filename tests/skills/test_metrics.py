@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dylo_moe.skills.metrics import (
+from dylo_moe.skills.continual_metrics import (
     average_performance,
     backward_transfer,
     forgetting,

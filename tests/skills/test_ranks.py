@@ -2,7 +2,7 @@
 
 import pytest
 
-from dylo_moe.skills.ranks import rank_for
+from dylo_moe.skills.rank_choice import rank_for
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def train(flags: list[str], die_at: int | None, bucket: Path | None, done: Any) 
 def started(flags: list[str], die_at: int | None = None, bucket: Path | None = None) -> tuple[BaseProcess, Any]:
     """Start a process that trains; its fork server has the libraries loaded, so it begins at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft", "datasets", "dylo_moe.programs.train"])
+    context.set_forkserver_preload(["torch", "transformers", "peft", "datasets", "dylo_moe.commands.train"])
     done = context.Value("i", -1)
     process = context.Process(target=train, args=(flags, die_at, bucket, done))
     process.start()

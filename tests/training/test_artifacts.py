@@ -11,9 +11,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import flat_bucket
 from dylo_moe.errors import ArtifactError, CheckpointError, ConfigError, DyLoRAError
-from dylo_moe.training import checkpoints
-from dylo_moe.training.artifacts import RETRY_SECONDS, ArtifactCallback, ArtifactStore, FolderStore
-from dylo_moe.training.fetching import fetch_checkpoint, fetch_mixture, store_of, was_resumed_from
+from dylo_moe.training.artifacts.fetch import fetch_checkpoint, fetch_mixture, store_of, was_resumed_from
+from dylo_moe.training.artifacts.store import RETRY_SECONDS, ArtifactCallback, ArtifactStore, FolderStore
+from dylo_moe.training.checkpointing import checkpoints
 
 
 def checkpoint(output: Path, step: int, weights: str = "weights") -> Path:

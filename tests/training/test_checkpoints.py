@@ -10,8 +10,8 @@ import pytest
 
 import flat_bucket
 from dylo_moe.errors import CheckpointError
-from dylo_moe.training import checkpoints
-from dylo_moe.training.checkpoints import MANIFEST, folder_of
+from dylo_moe.training.checkpointing import checkpoints
+from dylo_moe.training.checkpointing.checkpoints import MANIFEST, folder_of
 
 
 def written(output: Path, step: int, in_place: bool = False) -> Path:

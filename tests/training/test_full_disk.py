@@ -9,7 +9,7 @@ import pytest
 
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_USER_ERROR
-from dylo_moe.training import checkpoints
+from dylo_moe.training.checkpointing import checkpoints
 from killed_run import arguments, same, write_data
 from tiny_folder import write_tiny_folder
 
@@ -17,8 +17,8 @@ from tiny_folder import write_tiny_folder
 FILLS_UP = """
 import resource, signal, sys
 from dylo_moe.cli import main
-from dylo_moe.programs import train
-from dylo_moe.training.interruption import InterruptionCallback
+from dylo_moe.commands import train
+from dylo_moe.training.checkpointing.interruption import InterruptionCallback
 
 step, limit, *flags = sys.argv[1:]
 

@@ -15,8 +15,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from dylo_moe.training import checkpoints
-from dylo_moe.training.interruption import (
+from dylo_moe.training.checkpointing import checkpoints
+from dylo_moe.training.checkpointing.interruption import (
     EvaluationInterrupted,
     InterruptionCallback,
     StopRequest,
@@ -68,7 +68,7 @@ def test_a_signal_saves_and_the_resumed_run_is_bit_equal(
     monkeypatch.setattr(StopsIn, "step", step)
     monkeypatch.setattr(StopsIn, "batch", batch)
     with monkeypatch.context() as patch:
-        patch.setattr("dylo_moe.programs.train.InterruptionCallback", StopsIn)
+        patch.setattr("dylo_moe.runs.training_loop.InterruptionCallback", StopsIn)
         assert main(["train", *wanted]) == EXIT_STOPPED
     said = capsys.readouterr()
     assert "saving after this step" in said.err and "Resume with --resume_from_checkpoint" in said.out
@@ -92,7 +92,7 @@ def test_signal_handlers_are_restored_and_a_second_signal_ends_at_once() -> None
     assert signal.getsignal(signal.SIGTERM) is before
     code = (
         "import signal, time\n"
-        "from dylo_moe.training.interruption import StopRequest\n"
+        "from dylo_moe.training.checkpointing.interruption import StopRequest\n"
         "with StopRequest().listening():\n"
         "    signal.raise_signal(signal.SIGTERM)\n"
         "    signal.raise_signal(signal.SIGTERM)\n"

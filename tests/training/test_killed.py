@@ -11,7 +11,7 @@ import pytest
 import flat_bucket
 from dylo_moe.cli import main
 from dylo_moe.errors import EXIT_USER_ERROR
-from dylo_moe.training import checkpoints
+from dylo_moe.training.checkpointing import checkpoints
 from killed_run import arguments, write_data
 from tiny_folder import write_tiny_folder
 

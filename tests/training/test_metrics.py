@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dylo_moe.core.model import DyLoRAOutput
-from dylo_moe.training.metrics import domain_metrics, example_sums
+from dylo_moe.training.domain_metrics import domain_metrics, example_sums
 
 
 def test_sums_cover_labelled_and_real_tokens_only() -> None:

@@ -17,12 +17,12 @@ from dylo_moe import DyLoRA_MoE
 from dylo_moe.data.packing import Item, TokenCollator
 from dylo_moe.errors import TrainingError
 from dylo_moe.training.callbacks import TokenProgressCallback
-from dylo_moe.training.gradients import parameter_groups
-from dylo_moe.training.monitoring import (
+from dylo_moe.training.monitoring.callbacks import (
     DyLoRAMonitoringCallback,
     GradientMonitoringCallback,
     monitoring_callbacks,
 )
+from dylo_moe.training.monitoring.gradients import parameter_groups
 from dylo_moe.training.trainer import DyLoRATrainer
 from tiny_folder import tiny_tokenizer, write_tiny_folder
 from tiny_trainer import rows, trainer_of
@@ -291,7 +291,7 @@ class Clock(TrainerCallback):
 
 def test_speed_excludes_evaluations(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("dylo_moe.training.monitoring.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("dylo_moe.training.monitoring.callbacks.time", SimpleNamespace(monotonic=lambda: clock.now))
     evaluation = {"eval_strategy": "steps", "eval_steps": 1}
     trainer = monitored(folder, tmp_path, max_steps=4, logging_steps=2, per_device_train_batch_size=8, **evaluation)
     trainer.add_callback(clock)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from dylo_moe.errors import TrainingError
-from dylo_moe.training.monitoring import monitoring_callbacks
+from dylo_moe.training.monitoring.callbacks import monitoring_callbacks
 from tiny_trainer import trainer_of
 
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from dylo_moe.training.gradients import gradient_norm, max_abs
+from dylo_moe.training.monitoring.gradients import gradient_norm, max_abs
 
 torch.distributed.init_process_group("gloo")
 torch.manual_seed(0)

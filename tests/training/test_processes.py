@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.errors import ConfigError
-from dylo_moe.programs.trainer_arguments import CHECKPOINTING
-from dylo_moe.training.processes import check_sharding
+from dylo_moe.runs.trainer_arguments import CHECKPOINTING
+from dylo_moe.training.distributed import check_sharding
 from tiny_folder import write_tiny_folder
 
 TESTS = Path(__file__).parents[1]

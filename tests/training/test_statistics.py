@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dylo_moe.core.model import DyLoRAOutput
-from dylo_moe.training.statistics import (
+from dylo_moe.training.monitoring.routing_statistics import (
     RoutingStatistics,
     RoutingSums,
     dead_share,

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dylo_moe.config import TRACKERS
+from dylo_moe.config.commands import TRACKERS
 from dylo_moe.errors import ConfigError
-from dylo_moe.training.trackers import INSTALLED, resolve_trackers
+from dylo_moe.training.monitoring.trackers import INSTALLED, resolve_trackers
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 
-from dylo_moe.core.balance import load_balance_loss, router_z_loss
 from dylo_moe.core.losses import causal_lm_loss
-from dylo_moe.programs.trainer_arguments import CHECKPOINTING
+from dylo_moe.core.routing.balance import load_balance_loss, router_z_loss
+from dylo_moe.runs.trainer_arguments import CHECKPOINTING
 from dylo_moe.training.trainer import DyLoRATrainer
 from tiny_folder import tiny_tokenizer, write_tiny_folder
 from tiny_trainer import rows, trainer_of

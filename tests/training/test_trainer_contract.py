@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from transformers import Trainer, __version__
 
-from dylo_moe.training.resumable import ResumableTrainer
+from dylo_moe.training.checkpointing.resumable_trainer import ResumableTrainer
 from dylo_moe.training.trainer import DyLoRATrainer
 
 OVERRIDDEN = {

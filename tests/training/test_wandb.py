@@ -13,10 +13,11 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dylo_moe.errors import ArtifactError, ConfigError
-from dylo_moe.training import checkpoints, wandb_store
-from dylo_moe.training.artifacts import ArtifactCallback
-from dylo_moe.training.fetching import fetch_checkpoint
-from dylo_moe.training.wandb_store import WandbStore
+from dylo_moe.training.artifacts import wandb_store
+from dylo_moe.training.artifacts.fetch import fetch_checkpoint
+from dylo_moe.training.artifacts.store import ArtifactCallback
+from dylo_moe.training.artifacts.wandb_store import WandbStore
+from dylo_moe.training.checkpointing import checkpoints
 from fake_wandb import KEY, FakeWandb
 from test_artifacts import checkpoint, files, leftovers, stored
 

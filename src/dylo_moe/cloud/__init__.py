@@ -1,0 +1,1 @@
+"""Training on other machines: where a container runs, and jobs on Vertex AI."""

@@ -8,7 +8,6 @@
 Safetensors and JSON only: nothing is unpickled. ``save_and_load`` builds a model from the files.
 """
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dylo_moe.core.adapter_folder import ADAPTER_FILES, first_shape_mismatch, tensor_shapes
-from dylo_moe.core.fingerprint import FINGERPRINT_PATTERN
+from dylo_moe.core.base.fingerprint import FINGERPRINT_PATTERN
+from dylo_moe.core.lora.adapter_files import ADAPTER_FILES, first_shape_mismatch, tensor_shapes, write_adapter
 from dylo_moe.errors import CheckpointError, first_line
 
 DESCRIPTION_FILE = "dylo_moe.json"
@@ -109,18 +108,6 @@ def write_description(folder: Path, description: MixtureConfig) -> None:
     """Write ``dylo_moe.json`` and the model card."""
     (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n")
     (folder / CARD_FILE).write_text(_model_card(description))
-
-
-def write_adapter(folder: Path, peft_model: PeftModel, name: str, state: dict[str, Tensor] | None = None) -> None:
-    """Write one adapter as PEFT does, but always into ``folder`` itself, whatever its name."""
-    scratch = folder.with_name(f".{folder.name}-peft")
-    peft_model.save_pretrained(str(scratch), selected_adapters=[name], save_embedding_layers=False, state_dict=state)
-    # PEFT writes an adapter called "default" into the folder, and any other into a subfolder of its name
-    written = scratch if name == "default" else scratch / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ADAPTER_FILES:
-        (written / file).rename(folder / file)
-    shutil.rmtree(scratch)
 
 
 def read_description(path: Path) -> MixtureConfig:

@@ -7,15 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dylo_moe.core.base_model import load_base_model, portable_name
-from dylo_moe.core.expert import ExpertManager
-from dylo_moe.core.initialise import create_experts
+from dylo_moe.core.base.loading import load_base_model, portable_name
+from dylo_moe.core.lora.initialization import create_experts
+from dylo_moe.core.lora.manager import ExpertManager
+from dylo_moe.core.lora.targets import check_experts_per_block
 from dylo_moe.core.output import AuxLossWeights
-from dylo_moe.core.router import DynamicHybridRouter
-from dylo_moe.core.routing import make_router
-from dylo_moe.core.targets import check_experts_per_block
-from dylo_moe.expert_spec import ExpertSpec
-from dylo_moe.routing_mode import RoutingMode
+from dylo_moe.core.routing.hooks import make_router
+from dylo_moe.core.routing.router import DynamicHybridRouter
+from dylo_moe.spec.expert_spec import ExpertSpec
+from dylo_moe.spec.routing_mode import RoutingMode
 
 
 @dataclass(frozen=True)

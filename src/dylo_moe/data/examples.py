@@ -21,10 +21,10 @@ from datasets.fingerprint import Hasher
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from numpy.typing import NDArray
 
-from dylo_moe.data.files import LocatedRow, data_files, digest_of, rows_of
+from dylo_moe.data.formats import PromptResponse, Row
 from dylo_moe.data.local_code import unique_rows
+from dylo_moe.data.readers import LocatedRow, data_files, digest_of, rows_of
 from dylo_moe.data.registry import OWN_FILES, DatasetEntry, resolve
-from dylo_moe.data.rows import PromptResponse, Row
 from dylo_moe.data.templates import PlainTemplate, Template
 from dylo_moe.errors import DatasetError, first_line
 

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dylo_moe.data.files import SUFFIXES
-from dylo_moe.data.local_code import cpp_headers_rows, python_stdlib_rows
-from dylo_moe.data.rows import (
+from dylo_moe.data.formats import (
     CompletionColumns,
     InstructionColumns,
     Row,
@@ -20,6 +18,8 @@ from dylo_moe.data.rows import (
     detect_format,
     mbpp_row,
 )
+from dylo_moe.data.local_code import cpp_headers_rows, python_stdlib_rows
+from dylo_moe.data.readers import SUFFIXES
 from dylo_moe.errors import DatasetError, did_you_mean
 
 OWN_FILES = "own files"

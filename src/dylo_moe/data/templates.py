@@ -7,7 +7,7 @@ from typing import Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.data.rows import Message, user_message
+from dylo_moe.data.formats import Message, user_message
 from dylo_moe.errors import ConfigError, DatasetError, first_line
 
 TemplateName = Literal["plain", "chat"]

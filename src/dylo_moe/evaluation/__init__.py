@@ -1,0 +1,1 @@
+"""Code benchmarks: prompts, generation, a sandbox for the answers, verdicts and scores."""

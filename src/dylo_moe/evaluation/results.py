@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import ConfigError
 from dylo_moe.evaluation.generation import SamplingSettings
-from dylo_moe.evaluation.statistics import paired_bootstrap, pass_at_k, standard_error, wilson_interval
+from dylo_moe.evaluation.pass_at_k import paired_bootstrap, pass_at_k, standard_error, wilson_interval
 
 KS = (1, 10, 100)
 """Values of k in pass@k; those up to the number of samples are reported."""

@@ -1,0 +1,1 @@
+"""Tables and figures of results, for the terminal and for files."""

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dylo_moe.core.features import base_features, check_frozen_features
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.errors import ExpertError
+from dylo_moe.skills.features import base_features, check_frozen_features
 from dylo_moe.skills.library import NoveltyReport, SkillLibrary, SkillRecord
 
 Batches = Iterable[Mapping[str, Tensor]]

@@ -24,8 +24,7 @@ from dylo_moe.core import checkpoint
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, first_line
-from dylo_moe.skills.gates import DEFAULT_RIDGE, RidgeGate
-from dylo_moe.skills.metrics import Matrix, backward_transfer, forgetting
+from dylo_moe.skills.continual_metrics import Matrix, backward_transfer, forgetting
 from dylo_moe.skills.novelty import (
     Distances,
     auroc,
@@ -34,6 +33,7 @@ from dylo_moe.skills.novelty import (
     mahalanobis_distances,
     router_entropy,
 )
+from dylo_moe.skills.ridge_gate import DEFAULT_RIDGE, RidgeGate
 
 DESCRIPTION_FILE, TENSORS_FILE = "skills.json", "skills.safetensors"
 KNOWN_SHARE = 0.95

@@ -1,0 +1,1 @@
+"""Training: the Trainer, checkpoints that survive interruptions, monitoring and artifacts."""

@@ -1,0 +1,1 @@
+"""The commands of ``dylora-moe``, one file each: ``main(arguments, program)`` returns an exit code."""

@@ -1,0 +1,146 @@
+"""The flags of the model: its base, its experts and their router."""
+
+from dataclasses import dataclass
+
+from dylo_moe.config.parser import Group, flag, require, split_names
+from dylo_moe.spec.routing_mode import RoutingMode
+
+INITIALIZATIONS = ("default", "gaussian", "orthogonal", "eva", "pissa")
+BALANCES = ("switch", "bias", "none")
+
+
+@dataclass
+class ModelArgs(Group):
+    """The base model."""
+
+    title = "base model"
+
+    model_name: str = flag(
+        "google/codegemma-2b",
+        "Hub id, folder, or 'demo' for the embedded SmolLM2-135M-Instruct, which needs no Hub.",
+        aliases=["base_model"],
+    )
+    revision: str | None = flag(None, "Commit, tag or branch of the model on the Hub.")
+    attn_implementation: str | None = flag(
+        None, "sdpa, eager, flash_attention_2, ...: as transformers calls them; its own choice if not given."
+    )
+    load_in_4bit: bool = flag(False, "Quantize the base to 4 bits (NF4, as QLoRA); needs bitsandbytes.")
+    load_in_8bit: bool = flag(False, "Quantize the base to 8 bits (LLM.int8()); needs bitsandbytes.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        both = self.load_in_4bit and self.load_in_8bit
+        require(not both, "load_in_8bit", "left out where --load_in_4bit is given", "both")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a quantized base; None for one that is not."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+
+@dataclass
+class ExpertArgs(Group):
+    """The experts and their router."""
+
+    title = "experts and router"
+
+    num_experts: int = flag(4, "How many experts to train.", ge=1)
+    lora_r: int = flag(16, "Rank of each expert.", aliases=["rank"], parameter="rank", ge=1)
+    lora_alpha: float | None = flag(
+        None, "Updates are scaled by alpha / rank; 2 x rank if not given.", parameter="alpha", gt=0
+    )
+    lora_dropout: float = flag(0.0, "Dropout on the experts' input while training.", parameter="dropout", ge=0, lt=1)
+    use_rslora: bool = flag(False, "Scale updates by alpha / sqrt(rank) instead.")
+    init: str = flag(
+        "default",
+        "How experts begin: default, gaussian, orthogonal, eva (from data) or pissa (from the base).",
+        choices=INITIALIZATIONS,
+    )
+    target_modules: str | None = flag(
+        None, "Linear modules to adapt, comma-separated, or all-linear; the attention if not given."
+    )
+    routing: str = flag(
+        "per_layer", "Where the router reads: per_layer, prefix:K or context:K (without :K, K = layers / 4), or final."
+    )
+    experts_per_layer: str | None = flag(
+        None, "How many of the experts each block of layers carries, lowest first: 2,4; all if not given."
+    )
+    top_k: int | None = flag(None, "Experts per token, once routing is sparse; 2 if not given.")
+    router_temperature: float = flag(
+        1.0, "Divides the router's logits; lower is sharper.", parameter="temperature", gt=0
+    )
+    balance: str = flag(
+        "switch",
+        "Even load by a loss (switch), by a bias on the choice alone (bias), or not at all (none).",
+        choices=BALANCES,
+    )
+    balance_coefficient: float | None = flag(
+        None,
+        "Weight of the balance loss; 0.01 if not given, and 0 without --balance switch.",
+        aliases=["router_aux_loss_coef"],
+        ge=0,
+    )
+    balance_update_rate: float = flag(0.001, "Step of the bias of --balance bias.", gt=0)
+    z_loss_coefficient: float = flag(0.0, "Weight of the router z-loss.", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k is None:
+            self.top_k = min(2, self.num_experts)
+        require(
+            1 <= self.top_k <= self.num_experts,
+            "top_k",
+            f"from 1 to the number of experts ({self.num_experts})",
+            self.top_k,
+        )
+        if self.balance_coefficient is None:
+            self.balance_coefficient = 0.01 if self.balance == "switch" else 0.0
+        require(
+            self.balance == "switch" or not self.balance_coefficient,
+            "balance_coefficient",
+            f"left out where --balance is {self.balance}",
+            self.balance_coefficient,
+        )
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        if self.experts_per_layer is None:
+            return
+        require(
+            RoutingMode.parse(self.routing).has_gate_per_layer,
+            "experts_per_layer",
+            "left out unless --routing is per_layer",
+            f"--routing {self.routing} with it",
+        )
+        counts = split_names(self.experts_per_layer)
+        require(
+            all(count.isdigit() and 1 <= int(count) <= self.num_experts for count in counts)
+            and str(self.num_experts) in counts,
+            "experts_per_layer",
+            f"numbers from 1 to the number of experts ({self.num_experts}), and that number among them",
+            repr(self.experts_per_layer),
+        )
+
+    @property
+    def blocks(self) -> list[int] | None:
+        """``experts_per_layer`` as numbers."""
+        return None if self.experts_per_layer is None else [int(count) for count in split_names(self.experts_per_layer)]
+
+    @property
+    def balance_weight(self) -> float:
+        """``balance_coefficient``, resolved."""
+        assert self.balance_coefficient is not None
+        return self.balance_coefficient
+
+    @property
+    def experts_per_token(self) -> int:
+        """``top_k``, resolved."""
+        assert self.top_k is not None
+        return self.top_k
+
+    @property
+    def targets(self) -> str | list[str] | None:
+        """The target modules as ``DyLoRA_MoE`` takes them."""
+        if self.target_modules is None or self.target_modules == "all-linear":
+            return self.target_modules
+        return split_names(self.target_modules)

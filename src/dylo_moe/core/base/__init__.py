@@ -1,0 +1,1 @@
+"""The frozen causal language model: loading it, and finding out how it is built."""

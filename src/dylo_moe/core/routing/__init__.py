@@ -1,0 +1,1 @@
+"""Who goes where: the router, where it reads, and the losses that balance it."""

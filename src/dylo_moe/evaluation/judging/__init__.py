@@ -1,0 +1,1 @@
+"""Verdicts: the answers' outputs compared with those of the reference solutions."""

@@ -1,0 +1,1 @@
+"""Processes in which an answer can reach nothing but its own problem."""

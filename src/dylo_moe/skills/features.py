@@ -1,0 +1,71 @@
+"""Hidden states of the frozen base alone: no expert can change them, so they do not drift.
+
+Two of them are used: the last hidden states, which show what a text is about, and those that the router reads, if it
+reads frozen ones (``final``, ``prefix:K``, ``context:K``). Both are scaled as the router scales its input.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dylo_moe.core.base.structure import evaluating, hidden_states_of
+from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core.routing.context import Context, running_means
+from dylo_moe.core.routing.router import rms_normalize
+from dylo_moe.errors import RoutingError
+from dylo_moe.spec.routing_mode import RoutingMode
+
+
+class BaseFeatures(NamedTuple):
+    """Hidden states of the base, ``(batch, seq, hidden_size)``, each at a root mean square of 1.
+
+    Attributes:
+        last: Last hidden states.
+        routed: Hidden states that the router's gate reads.
+    """
+
+    last: Tensor
+    routed: Tensor
+
+
+def check_frozen_features(mode: RoutingMode) -> None:
+    """Raise ``RoutingError`` unless no expert can change what the router reads."""
+    if not mode.reads_frozen_features:
+        raise RoutingError(
+            f"`routing` must be context:K, prefix:K or final where skills are added one by one, got {mode}: its "
+            "router reads what the experts of the layers below have changed"
+        )
+
+
+@torch.no_grad()
+def base_features(model: DyLoRA_MoE, input_ids: Tensor, attention_mask: Tensor) -> BaseFeatures:
+    """Run the base without any expert, in evaluation mode.
+
+    Args:
+        model: With routing ``final``, ``prefix:K`` or ``context:K``.
+        input_ids: ``(batch, seq)``.
+        attention_mask: ``(batch, seq)``, nonzero for real tokens.
+
+    Raises:
+        RoutingError: The router does not read frozen features.
+    """
+    mode = model.routing_mode
+    check_frozen_features(mode)
+    decoder = model.experts.decoder
+    entering: list[Tensor] = []
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering.append(hidden_states_of(args, kwargs))
+
+    layer = decoder.layers[mode.first_expert_layer]
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with model.base_only(), evaluating(decoder.backbone):
+            last: Tensor = decoder.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    finally:
+        hook.remove()
+    read = last if mode.reads_base_output else entering[0]
+    if mode.reads_context:
+        read = running_means(read, Context(attention_mask))
+    return BaseFeatures(rms_normalize(last), rms_normalize(read))

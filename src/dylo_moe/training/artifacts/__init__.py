@@ -1,0 +1,1 @@
+"""Stores of checkpoints and mixtures: a folder, or W&B."""
