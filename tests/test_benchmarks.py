@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forgetting_report
+from benchmarks.forgetting import report as forgetting_report
 import pytest
-import quality
-from timing import Timed, interleaved, ratios
+from benchmarks.quality import __main__ as quality
+from benchmarks.common.timing import Timed, interleaved, ratios
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -1,12 +1,12 @@
 """The documentation matches the code, and every figure in it comes from a committed result."""
 
 import re
-import runpy
 from pathlib import Path
 
 from dylo_moe.config.commands import AcquireConfig, BenchmarkArgs, GenerateArgs, TrainConfig
 from dylo_moe.config.parser import parse
 from dylo_moe.data.registry import REGISTRY
+from tools import write_flags, write_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,7 +19,7 @@ def commands(program: str) -> list[list[str]]:
 
 
 def test_the_flags_page_matches_the_code() -> None:
-    written = runpy.run_path(str(ROOT / "docs" / "write_flags.py"))["page"]()
+    written = write_flags.page()
     assert (ROOT / "docs" / "flags.md").read_text() == written, "run `make docs`"
 
 
@@ -38,11 +38,10 @@ def test_every_command_of_the_readme_parses() -> None:
 
 
 def test_the_tables_match_the_committed_results() -> None:
-    writer = runpy.run_path(str(ROOT / "docs" / "write_tables.py"))
-    used = [name for path in writer["PAGES"] for name in re.findall("<!-- table: (.*?) -->", path.read_text())]
-    assert sorted(used) == sorted(writer["TABLES"]), "each table is on one page"
-    for path in writer["PAGES"]:
-        assert path.read_text() == writer["page"](path), f"{path.name}: run `make docs`"
+    used = [name for path in write_tables.PAGES for name in re.findall("<!-- table: (.*?) -->", path.read_text())]
+    assert sorted(used) == sorted(write_tables.TABLES), "each table is on one page"
+    for path in write_tables.PAGES:
+        assert path.read_text() == write_tables.page(path), f"{path.name}: run `make docs`"
 
 
 def test_the_readme_names_every_dataset_and_its_license() -> None:

@@ -1,7 +1,7 @@
 """Tests of the gradient-trained gates that the forgetting benchmark compares the closed-form gate with."""
 
 import torch
-from forgetting_gates import GradientGate
+from benchmarks.forgetting.gates import GradientGate
 from torch import Tensor
 
 from dylo_moe.core.routing.router import rms_normalize

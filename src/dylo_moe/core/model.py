@@ -57,7 +57,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         experts_per_layer: Number of the first experts that each block of layers carries, lowest block first; see
             ``targets.experts_per_layer``. Needs ``per_layer``, where each layer has a gate for its own experts.
         routing: ``per_layer``, ``prefix:K``, ``context:K`` (both also without ``:K``, for a quarter of the layers) or
-            ``final``; the default did best in ``benchmarks/quality.py``.
+            ``final``; the default did best in ``benchmarks/quality``.
         top_k: Experts per token when routing is sparse; 2 by default, or 1 if there is one expert.
         temperature: Divisor of the router's logits.
         balance_coefficient: Weight of the balance loss; 0 leaves it out.

@@ -6,7 +6,7 @@ shorter than 13 words. Comments of Python, white space, punctuation and letter c
 10-gram are kept and counted.
 
 The n-grams of the tasks come with the package as hashes, so no network is needed and no benchmark text is
-redistributed. ``benchmarks/benchmark_grams.py`` makes them from the official files.
+redistributed. ``tools/build_decontamination_index.py`` makes them from the official files.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Linear gate that learns a growing number of experts one after another in closed form, without forgetting.
 
-It takes the features that the model's router reads, which no expert changes. ``benchmarks/forgetting.py`` compares it
+It takes the features that the model's router reads, which no expert changes. ``benchmarks/forgetting`` compares it
 with gates trained by gradients.
 """
 

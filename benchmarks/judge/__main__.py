@@ -1,7 +1,7 @@
 """Verdicts on right answers, also on a busy machine, and on wrong ones, compared with EvalPlus's own oracle.
 
-    python benchmarks/judge.py FOLDER          measure, write benchmarks/results/judge.json, print the table
-    python benchmarks/judge.py --show          print the table of the committed result
+    python -m benchmarks.judge FOLDER          measure, write benchmarks/judge/judge.json, print the table
+    python -m benchmarks.judge --show          print the table of the committed result
 
 FOLDER contains EvalPlus's ``HumanEvalPlus.jsonl.gz`` and ``MbppPlus.jsonl.gz`` and Google's ``mbpp.jsonl``. Right
 answers are the canonical solutions. Wrong ones are mutants of them; a few change nothing that any input shows, and pass
@@ -22,11 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mutants import mutants
-from result_file import environment, parse_flags
+from benchmarks.judge.mutants import mutants
+from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
 
-RESULT = Path(__file__).parent / "results" / "judge.json"
+RESULT = Path(__file__).with_name("judge.json")
 FILES = {"HUMANEVAL_OVERRIDE_PATH": "HumanEvalPlus.jsonl.gz", "MBPP_OVERRIDE_PATH": "MbppPlus.jsonl.gz"}
 SLOW = 2.0
 PER_TASK = 1

@@ -1,7 +1,7 @@
 """Cost of training a new skill in a mixture that already has 5 or 50 experts.
 
-    python benchmarks/skill_cost.py           measure, write benchmarks/results/skill_cost.json, print the table
-    python benchmarks/skill_cost.py --show    print the table of the committed result
+    python -m benchmarks.forgetting.skill_cost           measure, write benchmarks/forgetting/skill_cost.json, print the table
+    python -m benchmarks.forgetting.skill_cost --show    print the table of the committed result
 
 It times three parts in turns: an optimizer step on one batch as ``acquire_skill`` takes it, extracting the features of
 a batch for novelty and routing, and solving the router. Run it on a quiet machine. Covered: float32 on the CPU.
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import environment, parse_flags
+from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
-from timing import Timed, interleaved, ratios
+from benchmarks.common.timing import Timed, interleaved, ratios
 
 from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.skills.acquisition import extract_features, training_only
 from dylo_moe.skills.ridge_gate import RidgeGate
 
-RESULT = Path(__file__).parent / "results" / "skill_cost.json"
+RESULT = Path(__file__).with_name("skill_cost.json")
 COUNTS, RANK, BATCH, LENGTH, TOKENS = (5, 50), 16, 4, 128, 256
 TITLES = {
     "a step": "training step",

@@ -1,7 +1,7 @@
 """Loss of older skills along a stream: ours, sequential LoRA, replay, an oracle and joint training.
 
-    python benchmarks/forgetting.py FOLDER      measure, write benchmarks/results/forgetting.json, draw the figure
-    python benchmarks/forgetting.py --show      print the tables of the committed result
+    python -m benchmarks.forgetting FOLDER      measure, write benchmarks/forgetting/forgetting.json, draw the figure
+    python -m benchmarks.forgetting --show      print the tables of the committed result
 
 FOLDER contains ``mbpp.jsonl`` and ``code_alpaca.json``; the other skills come from this machine's files, see
 ``forgetting_skills.py``. All arms train the same number of steps on each skill. After each skill they are evaluated on
@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from forgetting_gates import closed_form, gates, novelty
-from forgetting_report import draw, tables
-from forgetting_skills import stream
-from result_file import environment, parse_flags
+from benchmarks.forgetting.gates import closed_form, gates, novelty
+from benchmarks.forgetting.report import draw, tables
+from benchmarks.forgetting.skills import stream
+from benchmarks.common.result_file import environment, parse_flags
 from torch import Tensor
 from transformers import set_seed
 
@@ -46,8 +46,8 @@ from dylo_moe.skills.acquisition import SkillData, SkillFeatures, acquire_skill,
 from dylo_moe.skills.library import SkillLibrary
 from dylo_moe.spec.routing_mode import RoutingMode
 
-RESULT = Path(__file__).parent / "results" / "forgetting.json"
-FIGURE = Path(__file__).parents[1] / "docs" / "forgetting.png"
+RESULT = Path(__file__).with_name("forgetting.json")
+FIGURE = Path(__file__).parents[2] / "docs" / "forgetting.png"
 ROUTING = "context"
 ARMS = ("ours", "sequential", "replay", "joint")
 MODEL, RANK, RATE, REPLAYED = "demo", 16, 2e-3, 0.01

@@ -1,7 +1,7 @@
 """What preprocessing does with real data, how fast it is, and what packing gains.
 
-    python benchmarks/data.py FOLDER          measure, write benchmarks/results/data.json, print the tables
-    python benchmarks/data.py --show          print the tables of the committed result
+    python -m benchmarks.data FOLDER          measure, write benchmarks/data/data.json, print the tables
+    python -m benchmarks.data --show          print the tables of the committed result
 
 FOLDER contains ``mbpp.jsonl`` (Google's, 974 rows) and ``code_alpaca.json`` (any part of Code Alpaca). Preprocessing
 runs in a separate process with an empty cache. Training throughput counts labelled tokens, the ones with a loss. It
@@ -24,10 +24,10 @@ from typing import Any
 
 import datasets
 import torch
-from data_tables import tables
-from result_file import environment, parse_flags
+from benchmarks.data.tables import tables
+from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
-from timing import Timed, interleaved, spread
+from benchmarks.common.timing import Timed, interleaved, spread
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -39,7 +39,8 @@ from dylo_moe.data.packing import TokenCollator
 from dylo_moe.data.pipeline import PreparedData, prepare_data
 from dylo_moe.data.templates import template_of
 
-RESULT = Path(__file__).parent / "results" / "data.json"
+ROOT = Path(__file__).parents[2]
+RESULT = Path(__file__).with_name("data.json")
 MODEL, NAMES = "demo", ("code_alpaca", "mbpp")
 MAX_LENGTH, BATCH_SIZE = 1024, 2
 SCALES = (10_000, 100_000, 1_000_000)
@@ -83,9 +84,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def run_in_child(settings: dict[str, Any]) -> dict[str, Any]:
     """Preprocess in a separate process with an empty cache, and return what it measured."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, __file__, "--child", json.dumps(settings)]
+        command = [sys.executable, "-m", "benchmarks.data", "--child", json.dumps(settings)]
         done = subprocess.run(
-            command, env={**os.environ, "HF_DATASETS_CACHE": cache}, check=True, stdout=subprocess.PIPE, text=True
+            command, cwd=ROOT, env={**os.environ, "HF_DATASETS_CACHE": cache}, check=True, stdout=subprocess.PIPE, text=True
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -8,7 +8,7 @@ from dylo_moe.config.parser import Group, flag_of, groups_of
 from dylo_moe.config.trainer_fields import REFUSED, PassthroughArgs
 
 PROGRAMS = ("train", "acquire", "experts", "benchmark", "generate", "datasets", "submit")
-PAGE = Path(__file__).with_name("flags.md")
+PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
 
 
 def page() -> str:

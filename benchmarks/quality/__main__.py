@@ -1,8 +1,8 @@
 """Held-out loss at equal wall-clock time: three routing modes and plain LoRA of the same total rank.
 
-    python benchmarks/quality.py             train, write benchmarks/results/quality.json, print the table
-    python benchmarks/quality.py --show      print the table of the committed result
-    python benchmarks/quality.py --seconds 8 --sweep-seconds 4 --held-out 1 --seeds 0 --output /tmp/quality.json  try it
+    python -m benchmarks.quality             train, write benchmarks/quality/quality.json, print the table
+    python -m benchmarks.quality --show      print the table of the committed result
+    python -m benchmarks.quality --seconds 8 --sweep-seconds 4 --held-out 1 --seeds 0 --output /tmp/quality.json  try it
 
 Mixtures of 4 experts of rank 16, and one LoRA of rank 64 on the same projections with the same alpha / rank, train on
 the two domains of ``recipes/demo.yaml`` for the same time each, in turns in one process, on the same batches in the
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from quality_arms import BATCH_SIZE, ENTRIES, EXPERT_RANK, MAX_LENGTH, NUM_EXPERTS, TARGETS, Arm, Data, plain_nats
-from result_file import environment, parse_flags
+from benchmarks.quality.arms import BATCH_SIZE, ENTRIES, EXPERT_RANK, MAX_LENGTH, NUM_EXPERTS, TARGETS, Arm, Data, plain_nats
+from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 from dylo_moe.core.base.loading import load_base_model, load_tokenizer
 
-RESULT = Path(__file__).parent / "results" / "quality.json"
+RESULT = Path(__file__).with_name("quality.json")
 MODEL = "demo"
 DOMAINS = ["python_stdlib", "cpp_headers"]
 SWEEP_SEED = 100

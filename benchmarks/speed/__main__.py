@@ -1,8 +1,8 @@
 """Speed and memory of the routed mixture, compared with plain LoRA and other methods with several LoRA experts.
 
-    python benchmarks/speed.py             measure, write benchmarks/results/speed.json and .png, print the tables
-    python benchmarks/speed.py --show      print the tables of the committed result
-    python benchmarks/speed.py --sections train --rounds-scale 0.1 --length 32 --output /tmp/speed.json    try it
+    python -m benchmarks.speed             measure, write benchmarks/speed/speed.json and .png, print the tables
+    python -m benchmarks.speed --show      print the tables of the committed result
+    python -m benchmarks.speed --sections train --rounds-scale 0.1 --length 32 --output /tmp/speed.json    try it
 
 In float32 on the CPU, on SmolLM2-135M-Instruct with random tokens. Times are compared only within rounds in which every
 contender runs once (see ``timing.py``). Not covered: GPUs, other precisions, quality, and CodeGemma-2B as a whole.
@@ -17,18 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import speed_sections as sections
-from contenders import Lineup
-from result_file import environment, parse_flags
+from benchmarks.speed import sections as speed_sections as sections
+from benchmarks.speed.contenders import Lineup
+from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
-from speed_codegemma import codegemma
-from speed_figure import write_figure
-from speed_table import tables
+from benchmarks.speed.codegemma import codegemma
+from benchmarks.speed.figure import write_figure
+from benchmarks.speed.table import tables
 from transformers.utils import logging
 
 from dylo_moe.core.base.loading import load_base_model
 
-RESULT = Path(__file__).parent / "results" / "speed.json"
+RESULT = Path(__file__).with_name("speed.json")
 LENGTH, VOCABULARY = 256, 256_000
 # memory sections first, before this process holds two dozen models
 SECTIONS: dict[str, Callable[[sections.Run], dict[str, Any]]] = {

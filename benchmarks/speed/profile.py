@@ -1,7 +1,7 @@
 """Profiles of PEFT's plain LoRA and ours: operators by their self time, and the cost of a decoded token.
 
-    python benchmarks/speed_profile.py          measure, write benchmarks/results/profile.json, print the tables
-    python benchmarks/speed_profile.py --show   print the tables of the committed result
+    python -m benchmarks.speed.profile          measure, write benchmarks/speed/profile.json, print the tables
+    python -m benchmarks.speed.profile --show   print the tables of the committed result
 
 The profiler itself costs time, most of all for small operators. So this shows where the time goes, and ``speed.py``
 measures how much there is.
@@ -18,15 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from contenders import BASE, REFERENCE, Lineup, label, random_tokens
-from result_file import environment, parse_flags
+from benchmarks.speed.contenders import BASE, REFERENCE, Lineup, label, random_tokens
+from benchmarks.common.result_file import environment, parse_flags
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
-from workloads import forward_call, generate_call, train_call
+from benchmarks.speed.workloads import forward_call, generate_call, train_call
 
 from dylo_moe.core.base.loading import load_base_model
 
-RESULT = Path(__file__).parent / "results" / "profile.json"
+RESULT = Path(__file__).with_name("profile.json")
 OURS = ("ours_prefix_4", "ours_per_layer_4")
 MANY = "ours_per_layer_64"
 WORKLOADS: dict[str, tuple[Callable[..., Callable[[], Any]], tuple[str, ...]]] = {

@@ -1,7 +1,7 @@
 """A real training run and its curves: the mixture, plain LoRA and rsLoRA with as many parameters.
 
-    python benchmarks/training_run.py FOLDER      train, write benchmarks/results/training.json, draw the figure
-    python benchmarks/training_run.py --show      print the table of the committed result
+    python -m benchmarks.training FOLDER      train, write benchmarks/training/training.json, draw the figure
+    python -m benchmarks.training --show      print the table of the committed result
 
 FOLDER contains ``mbpp.jsonl`` (Google's, 974 rows) and ``code_alpaca.json`` (any part of Code Alpaca). Each arm is one
 run of ``dylora-moe train`` on the same rows in the same order, and so on the same number of tokens: the mixture with 4
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from result_file import environment, parse_flags
+from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
 
 from dylo_moe.commands.train import train
@@ -32,8 +32,8 @@ from dylo_moe.config.parser import parse
 from dylo_moe.reports.plots import training_curves
 from dylo_moe.training.checkpointing.checkpoints import folder_of
 
-RESULT = Path(__file__).parent / "results" / "training.json"
-FIGURE = Path(__file__).parents[1] / "docs" / "training.png"
+RESULT = Path(__file__).with_name("training.json")
+FIGURE = Path(__file__).parents[2] / "docs" / "training.png"
 
 
 class Arm(NamedTuple):

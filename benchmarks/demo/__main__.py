@@ -1,7 +1,7 @@
 """Held-out loss per domain of the base and of the mixture that ``make demo`` trains, over several seeds.
 
-    python benchmarks/demo.py --seeds 0 1 2     train, write benchmarks/results/demo.json, print the table
-    python benchmarks/demo.py --show            print the table of the committed result
+    python -m benchmarks.demo --seeds 0 1 2     train, write benchmarks/demo/demo.json, print the table
+    python -m benchmarks.demo --show            print the table of the committed result
 
 Each seed runs in a separate process, as a user's run does. The data splits are the same for all seeds.
 """
@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from result_file import environment
+from benchmarks.common.result_file import environment
 
-ROOT = Path(__file__).parents[1]
-RESULT = Path(__file__).parent / "results" / "demo.json"
+ROOT = Path(__file__).parents[2]
+RESULT = Path(__file__).with_name("demo.json")
 RECIPE = "recipes/demo.yaml"
 
 

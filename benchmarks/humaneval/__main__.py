@@ -1,7 +1,7 @@
 """HumanEval and HumanEval+ scores of a small model and of the demo's mixture on it, and the gain from batches.
 
-    python benchmarks/humaneval.py FOLDER     measure, write benchmarks/results/humaneval.json, print the tables
-    python benchmarks/humaneval.py --show     print the tables of the committed result
+    python -m benchmarks.humaneval FOLDER     measure, write benchmarks/humaneval/humaneval.json, print the tables
+    python -m benchmarks.humaneval --show     print the tables of the committed result
 
 FOLDER contains ``HumanEvalPlus.jsonl.gz``, EvalPlus's data. The mixture is trained by ``recipes/demo.yaml`` unless
 ``--mixture`` names its folder. The base and the mixture get the same prompts and answer greedily. Then the base answers
@@ -22,10 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from humaneval_tables import tables
-from result_file import environment, parse_flags
+from benchmarks.humaneval.tables import tables
+from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
-from timing import Timed, interleaved, spread
+from benchmarks.common.timing import Timed, interleaved, spread
 
 from dylo_moe.commands.benchmark import benchmark
 from dylo_moe.config.evaluation import BenchmarkArgs
@@ -37,8 +37,8 @@ from dylo_moe.evaluation.generation import GenerationSettings, Prompt, Sample, g
 from dylo_moe.evaluation.results import BenchmarkResult, compare_results
 from dylo_moe.runs.benchmark_setup import chosen_problems, style_of
 
-ROOT = Path(__file__).parents[1]
-RESULT = Path(__file__).parent / "results" / "humaneval.json"
+ROOT = Path(__file__).parents[2]
+RESULT = Path(__file__).with_name("humaneval.json")
 MODEL, RECIPE, STYLES = "demo", "recipes/demo.yaml", ["chat", "complete"]
 BENCHMARKS = ["humaneval", "humanevalplus"]
 

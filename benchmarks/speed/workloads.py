@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contenders import Contender
+from benchmarks.speed.contenders import Contender
 from torch import Tensor
 
 Call = Callable[[], Any]

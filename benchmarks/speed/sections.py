@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contenders import BASE, REFERENCE, Contender, Lineup, random_tokens
-from timing import Timed, interleaved, ratios, spread
-from workloads import Call, forward_call, generate_call, train_call
+from benchmarks.speed.contenders import BASE, REFERENCE, Contender, Lineup, random_tokens
+from benchmarks.common.timing import Timed, interleaved, ratios, spread
+from benchmarks.speed.workloads import Call, forward_call, generate_call, train_call
 
 BATCH = 2
 OURS = ("ours_prefix_4", "ours_per_layer_4", "ours_final_4")
@@ -172,13 +172,13 @@ def loss(run: Run) -> dict[str, Any]:
 
 
 def _child(*arguments: str, threads: int | None = None) -> dict[str, float]:
-    """Run ``speed_memory.py`` and return the result that it prints."""
+    """Run ``memory.py`` and return the result that it prints."""
     # freed blocks return to the system at once, so that the peak counts memory in use
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     if threads is not None:
         settings["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, str(Path(__file__).with_name("speed_memory.py")), *arguments]
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.speed.memory", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RuntimeError(f"{' '.join(arguments)} failed: {reason}")
