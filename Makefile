@@ -17,8 +17,8 @@ endef
 export DEMO_PROMPT
 
 # Tests that need no optional package; they run with the lowest and the newest versions.
-WINDOW_TESTS := tests/core tests/data tests/skills tests/test_config.py tests/test_imports.py tests/test_install.py \
-  tests/test_versions.py
+WINDOW_TESTS := tests/core tests/data tests/skills tests/config/test_parser.py tests/test_imports.py tests/test_install.py \
+  tests/tools/test_versions.py
 
 .PHONY: demo test test-interop test-lowest test-newest check lint format docs bench lock clean
 
@@ -67,8 +67,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)
-	$(BIN)/python tools/write_flags.py
-	$(BIN)/python tools/write_tables.py
+	$(BIN)/python -m tools.write_flags
+	$(BIN)/python -m tools.write_tables
 
 # Needs an idle machine and less than 15 minutes. MixLoRA runs without its pinned dependencies, which are years old.
 bench: $(INSTALLED)

@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from announcements import announcements
+from tests.support.announcements import announcements
 
 torch.set_num_threads(1)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from announcements import announcements
+from tests.support.announcements import announcements
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 DEPRECATED = "`old` is deprecated. Use `new` instead."
 
 
@@ -53,8 +53,8 @@ def test_other_messages_are_not_announcements(name: str, message: str, noted: bo
 
 
 def test_a_test_that_uses_an_old_name_fails(tmp_path: Path) -> None:
-    shutil.copy(TESTS / "conftest.py", tmp_path)
-    (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {TESTS}\n")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {ROOT}\n")
     (tmp_path / "test_it.py").write_text(
         f"import transformers\n\ndef test_it():\n    transformers.logging.get_logger().warning_once({DEPRECATED!r})\n"
     )

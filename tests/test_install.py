@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dylo_moe.errors import EXIT_USER_ERROR
-from tiny_folder import write_tiny_folder
+from tests.support.tiny_folder import write_tiny_folder
 
-SCRIPT = Path(__file__).with_name("ordinary_install.py")
+SCRIPT = Path(__file__).parent / "support" / "ordinary_install.py"
 SHORT = [
     *("--max_steps", "2", "--max_seq_length", "64", "--train_batch_size", "4", "--gradient_accumulation_steps", "1"),
     *("--lora_r", "4"),

@@ -1,6 +1,6 @@
 """Measure source trees and compare them: sizes, types, docstrings, helpers, broad excepts, and one path of calls.
 
-    python tools/measure_code.py before=/tmp/before/src/dylo_moe after=src/dylo_moe --within core \
+    python -m tools.measure_code before=/tmp/before/src/dylo_moe after=src/dylo_moe --within core \
         --root before=RoutedLayer.routed_forward --root before=_route_by_input --root after=RoutedLayer.forward ...
 
 Each tree is a package folder with a label. The table has a column for each tree; ``--output`` writes the same figures,
@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from call_path import CallPaths, FunctionNode
+from tools.call_path import CallPaths, FunctionNode
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_HELPER_LINES = 400, 60, 6
 BROAD = {"Exception", "BaseException"}

@@ -5,27 +5,27 @@ A table is between ``<!-- table: NAME -->`` and ``<!-- end -->``. Nothing is mea
 
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-WIDTH = 116
-"""Longest line of the notes below a table."""
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 from benchmarks.data import tables as data_tables
 from benchmarks.demo import __main__ as demo
 from benchmarks.forgetting import report as forgetting_report
+from benchmarks.forgetting import skill_cost
 from benchmarks.humaneval import tables as humaneval_tables
 from benchmarks.judge import __main__ as judge
 from benchmarks.quality import __main__ as quality
 from benchmarks.sandbox import table as sandbox_table
-from benchmarks.forgetting import skill_cost
 from benchmarks.speed import profile as speed_profile
 from benchmarks.speed import table as speed_table
 from benchmarks.training import __main__ as training_run
+
+ROOT = Path(__file__).parents[1]
+WIDTH = 116
+"""Longest line of the notes below a table."""
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo/demo.json", demo.table),

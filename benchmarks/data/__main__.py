@@ -24,13 +24,13 @@ from typing import Any
 
 import datasets
 import torch
-from benchmarks.data.tables import tables
-from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
-from benchmarks.common.timing import Timed, interleaved, spread
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from benchmarks.common.result_file import environment, parse_flags
+from benchmarks.common.timing import Timed, interleaved, spread
+from benchmarks.data.tables import tables
 from dylo_moe.core.base.loading import load_base_model, load_tokenizer
 from dylo_moe.core.losses import IGNORE_INDEX
 from dylo_moe.core.model import DyLoRA_MoE
@@ -86,7 +86,12 @@ def run_in_child(settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "benchmarks.data", "--child", json.dumps(settings)]
         done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "HF_DATASETS_CACHE": cache}, check=True, stdout=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, "HF_DATASETS_CACHE": cache},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

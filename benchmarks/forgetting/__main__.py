@@ -28,13 +28,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.forgetting.gates import closed_form, gates, novelty
-from benchmarks.forgetting.report import draw, tables
-from benchmarks.forgetting.skills import stream
-from benchmarks.common.result_file import environment, parse_flags
 from torch import Tensor
 from transformers import set_seed
 
+from benchmarks.common.result_file import environment, parse_flags
+from benchmarks.forgetting.gates import closed_form, gates, novelty
+from benchmarks.forgetting.report import draw, tables
+from benchmarks.forgetting.skills import stream
 from dylo_moe.config.skills import AcquireArgs
 from dylo_moe.core.base.loading import load_base_model, load_tokenizer
 from dylo_moe.core.base.structure import decoder_layers

@@ -1,6 +1,6 @@
 """Cost of training a new skill in a mixture that already has 5 or 50 experts.
 
-    python -m benchmarks.forgetting.skill_cost           measure, write benchmarks/forgetting/skill_cost.json, print the table
+    python -m benchmarks.forgetting.skill_cost           measure, write skill_cost.json, print the table
     python -m benchmarks.forgetting.skill_cost --show    print the table of the committed result
 
 It times three parts in turns: an optimizer step on one batch as ``acquire_skill`` takes it, extracting the features of
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
-from benchmarks.common.timing import Timed, interleaved, ratios
 
+from benchmarks.common.result_file import environment, parse_flags
+from benchmarks.common.timing import Timed, interleaved, ratios
 from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.core.model import DyLoRA_MoE
 from dylo_moe.skills.acquisition import extract_features, training_only

@@ -22,11 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.humaneval.tables import tables
-from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
-from benchmarks.common.timing import Timed, interleaved, spread
 
+from benchmarks.common.result_file import environment, parse_flags
+from benchmarks.common.timing import Timed, interleaved, spread
+from benchmarks.humaneval.tables import tables
 from dylo_moe.commands.benchmark import benchmark
 from dylo_moe.config.evaluation import BenchmarkArgs
 from dylo_moe.core.base.loading import load_base_model, load_tokenizer

@@ -22,9 +22,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.judge.mutants import mutants
-from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
+
+from benchmarks.common.result_file import environment, parse_flags
+from benchmarks.judge.mutants import mutants
 
 RESULT = Path(__file__).with_name("judge.json")
 FILES = {"HUMANEVAL_OVERRIDE_PATH": "HumanEvalPlus.jsonl.gz", "MBPP_OVERRIDE_PATH": "MbppPlus.jsonl.gz"}

@@ -29,13 +29,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from benchmarks.quality.arms import BATCH_SIZE, ENTRIES, EXPERT_RANK, MAX_LENGTH, NUM_EXPERTS, TARGETS, Arm, Data, plain_nats
-from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from benchmarks.common.result_file import environment, parse_flags
+from benchmarks.quality.arms import (
+    BATCH_SIZE,
+    ENTRIES,
+    EXPERT_RANK,
+    MAX_LENGTH,
+    NUM_EXPERTS,
+    TARGETS,
+    Arm,
+    Data,
+    plain_nats,
+)
 from dylo_moe.core.base.loading import load_base_model, load_tokenizer
 
 RESULT = Path(__file__).with_name("quality.json")

@@ -22,17 +22,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
+
+from benchmarks.common.result_file import environment, parse_flags
 from benchmarks.sandbox.machine import TOKEN, harm, machine, processes
 from benchmarks.sandbox.table import table
-
-from tests.support import hostile
 from dylo_moe.evaluation import candidate
 from dylo_moe.evaluation.judging.judge import Judge
 from dylo_moe.evaluation.problems import Problem
 from dylo_moe.evaluation.sandbox.runner import Sandbox, available_sandboxes
 from dylo_moe.evaluation.sandbox.self_check import find_leaks
+from tests.support import hostile
 
 ROOT = Path(__file__).parents[2]
 CANDIDATE = candidate.__path__
@@ -108,7 +108,11 @@ def theirs(other: str, name: str) -> dict[str, Any]:
     else:
         command += ["--unshare-user"]
     command += ["--chdir", "/mnt", "--", sys.executable, "-m", "benchmarks.sandbox.others"]
-    kept_variables = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join([str(ROOT), *CANDIDATE, *sys.path]), "HOME": "/mnt/home"}
+    kept_variables = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *CANDIDATE, *sys.path]),
+        "HOME": "/mnt/home",
+    }
     start = time.perf_counter()
     process = subprocess.Popen(
         command,

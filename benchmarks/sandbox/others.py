@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import confinement  # by its bare name: the package around it needs more than this process has
-from benchmarks.sandbox.machine import harm, machine, processes
 
+from benchmarks.sandbox.machine import harm, machine, processes
 from tests.support import hostile
 
 MEMORY, PROCESSES = 6 << 30, 200

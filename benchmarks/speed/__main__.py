@@ -17,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed import sections as speed_sections as sections
-from benchmarks.speed.contenders import Lineup
-from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
-from benchmarks.speed.codegemma import codegemma
-from benchmarks.speed.figure import write_figure
-from benchmarks.speed.table import tables
 from transformers.utils import logging
 
+from benchmarks.common.result_file import environment, parse_flags
+from benchmarks.speed import sections
+from benchmarks.speed.codegemma import codegemma
+from benchmarks.speed.contenders import Lineup
+from benchmarks.speed.figure import write_figure
+from benchmarks.speed.table import tables
 from dylo_moe.core.base.loading import load_base_model
 
 RESULT = Path(__file__).with_name("speed.json")

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import GemmaConfig, GemmaForCausalLM
+
+from benchmarks.common.timing import Timed, ratios
 from benchmarks.speed.contenders import REFERENCE, Lineup, random_tokens
 from benchmarks.speed.memory import LOSSES
 from benchmarks.speed.sections import BATCH, Run
-from benchmarks.common.timing import Timed, ratios
-from transformers import GemmaConfig, GemmaForCausalLM
 from benchmarks.speed.workloads import Call, forward_call, train_call
 
 HIDDEN = 2048

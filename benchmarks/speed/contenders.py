@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed import peers
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.speed import peers
 from dylo_moe.core.model import DyLoRA_MoE
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]

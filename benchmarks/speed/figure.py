@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from benchmarks.speed.contenders import BASE, REFERENCE, label
 from matplotlib import pyplot
+
+from benchmarks.speed.contenders import BASE, REFERENCE, label
 from benchmarks.speed.table import PEERS
 
 matplotlib.use("agg")

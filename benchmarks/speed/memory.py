@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.speed.contenders import Lineup, random_tokens
 from torch import Tensor
-from benchmarks.speed.workloads import train_call
 
+from benchmarks.speed.contenders import Lineup, random_tokens
+from benchmarks.speed.workloads import train_call
 from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.core.losses import linear_causal_lm_loss
 

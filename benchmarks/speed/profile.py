@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.contenders import BASE, REFERENCE, Lineup, label, random_tokens
-from benchmarks.common.result_file import environment, parse_flags
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
-from benchmarks.speed.workloads import forward_call, generate_call, train_call
 
+from benchmarks.common.result_file import environment, parse_flags
+from benchmarks.speed.contenders import BASE, REFERENCE, Lineup, label, random_tokens
+from benchmarks.speed.workloads import forward_call, generate_call, train_call
 from dylo_moe.core.base.loading import load_base_model
 
 RESULT = Path(__file__).with_name("profile.json")

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.contenders import BASE, REFERENCE, Contender, Lineup, random_tokens
 from benchmarks.common.timing import Timed, interleaved, ratios, spread
+from benchmarks.speed.contenders import BASE, REFERENCE, Contender, Lineup, random_tokens
 from benchmarks.speed.workloads import Call, forward_call, generate_call, train_call
 
 BATCH = 2
@@ -42,6 +42,8 @@ GENERATE_ROUNDS = {
     32: dict.fromkeys([BASE, REFERENCE, *OURS[:2]], 1),
 }
 MEMORY = (REFERENCE, *PEFT, "xlora_4", *OURS, "ours_per_layer_16")
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -178,7 +180,9 @@ def _child(*arguments: str, threads: int | None = None) -> dict[str, float]:
     if threads is not None:
         settings["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", "benchmarks.speed.memory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RuntimeError(f"{' '.join(arguments)} failed: {reason}")

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.speed.contenders import Contender
 from torch import Tensor
+
+from benchmarks.speed.contenders import Contender
 
 Call = Callable[[], Any]
 

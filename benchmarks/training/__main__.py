@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from benchmarks.common.result_file import environment, parse_flags
 from rich.console import Console
 
+from benchmarks.common.result_file import environment, parse_flags
 from dylo_moe.commands.train import train
 from dylo_moe.config.commands import TrainConfig
 from dylo_moe.config.parser import parse

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dylo_moe.config.cloud import LIKE_A_SECRET
-from planted import TOKEN, files_with_it
-from run_steps import Builder, Image, runs_of, stages_of
+from tests.cloud.run_steps import Builder, Image, runs_of, stages_of
+from tests.support.secret_scan import TOKEN, files_with_it
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())

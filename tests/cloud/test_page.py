@@ -11,7 +11,7 @@ import pytest
 from dylo_moe.cli import main
 from dylo_moe.config.commands import BenchmarkArgs, TrainConfig
 from dylo_moe.config.parser import parse
-from planted import TOKEN
+from tests.support.secret_scan import TOKEN
 
 ROOT = Path(__file__).parents[2]
 

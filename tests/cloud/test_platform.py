@@ -9,8 +9,8 @@ from dylo_moe.cloud.platform import BARE, DOCKER, VAST, VERTEX, Cluster, Platfor
 from dylo_moe.cloud.secrets import VARIABLE, load_secrets
 from dylo_moe.commands.entrypoint import benchmark_flags, platform_flags
 from dylo_moe.errors import CloudError
-from fake_vertex import running
-from planted import TOKEN
+from tests.support.fake_vertex import running
+from tests.support.secret_scan import TOKEN
 
 
 def spec(kind: str, index: int) -> str:

@@ -17,8 +17,8 @@ from dylo_moe.cloud.settings import Settings, gcloud_property, resolve
 from dylo_moe.cloud.vertex import connect, send, watch
 from dylo_moe.config.cloud import MACHINES
 from dylo_moe.errors import EXIT_USER_ERROR, CloudError, ConfigError
-from fake_vertex import NAME, Vertex, client_of, running
-from planted import TOKEN
+from tests.support.fake_vertex import NAME, Vertex, client_of, running
+from tests.support.secret_scan import TOKEN
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE = "us-central1-docker.pkg.dev/my-project/dylora-moe/dylora-moe:0.1.0-cuda"

@@ -14,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import flat_bucket
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.routing.balance import updated_selection_bias
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, DyLoRAError, RoutingError
-from families import FAMILIES, ROUTINGS, mixture, relative_error, stir, tiny, token_ids
+from tests.support import flat_bucket
+from tests.support.families import FAMILIES, ROUTINGS, mixture, relative_error, stir, tiny, token_ids
 
 IDS = token_ids(3, 10)
 MASK = torch.ones_like(IDS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from families import ROUTINGS, gradients, mixture, relative_error, token_ids
+from tests.support.families import ROUTINGS, gradients, mixture, relative_error, token_ids
 
 IDS = token_ids(2, 6)
 

@@ -12,7 +12,7 @@ from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.lora.state import Scope
 from dylo_moe.core.routing.balance import expert_load
 from dylo_moe.errors import DyLoRAError, ExpertError, ModelError, RoutingError
-from families import (
+from tests.support.families import (
     FAMILIES,
     LAYERS,
     PAD,

@@ -11,8 +11,8 @@ from dylo_moe import DyLoRA_MoE
 from dylo_moe.errors import CheckpointError, ModelError
 from dylo_moe.skills.expert_edits import rename_expert
 from dylo_moe.skills.library import SkillLibrary, save_with_skills
-from families import token_ids
-from tiny_folder import write_tiny_folder
+from tests.support.families import token_ids
+from tests.support.tiny_folder import write_tiny_folder
 
 IDS = token_ids(1, 6)
 

@@ -13,7 +13,7 @@ from dylo_moe.core.base.segments import positions_in_segments, supports_packing
 from dylo_moe.data.mixing import FILLER
 from dylo_moe.data.packing import TokenCollator, TokenRows, best_fit
 from dylo_moe.errors import RoutingError
-from families import FAMILIES, PAD, ROUTINGS, VOCABULARY, gradients, mixture, relative_error, tiny
+from tests.support.families import FAMILIES, PAD, ROUTINGS, VOCABULARY, gradients, mixture, relative_error, tiny
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -5,7 +5,7 @@ import pytest
 from dylo_moe.data.formats import user_message
 from dylo_moe.data.templates import ChatTemplate, PlainTemplate, template_of
 from dylo_moe.errors import ConfigError, DatasetError
-from tiny_folder import tiny_tokenizer
+from tests.support.tiny_folder import tiny_tokenizer
 
 CHATML = (
     "{% for message in messages %}"

@@ -17,7 +17,7 @@ from dylo_moe.evaluation.generation import (
     generate_samples,
     make_batches,
 )
-from tiny_models import taught_mixture, tiny_base, tiny_mixture
+from tests.support.tiny_models import taught_mixture, tiny_base, tiny_mixture
 
 TEXTS = ["def add(a, b):\n", "x", "def return_a_longer_name(of, more, words):\n    return", "int x;\n"]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from saved_mixture import write_base, write_mixture
+from tests.support.saved_mixture import write_base, write_mixture
 
 
 @pytest.fixture(scope="session")

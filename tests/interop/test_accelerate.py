@@ -11,7 +11,7 @@ from torch import nn
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.errors import ModelError
-from saved_mixture import mixture_on, moved, tensors
+from tests.support.saved_mixture import mixture_on, moved, tensors
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40], [9, 30, 7, 100, 5, 41]])
 CPU = torch.device("cpu")

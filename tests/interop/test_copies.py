@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing
 
 from dylo_moe import DyLoRA_MoE
-from saved_mixture import forward_in_child, mixture_on, tensors
+from tests.support.saved_mixture import forward_in_child, mixture_on, tensors
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40]])
 ROUTINGS = ("final", "prefix:1", "context:1", "per_layer")

@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.errors import RoutingError
-from saved_mixture import mixture_on
+from tests.support.saved_mixture import mixture_on
 
 PROMPTS = [[5, 6, 7, 8, 9], [40, 41, 42], [9, 30, 7, 100, 5, 41, 77]]
 SMALL = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dylo_moe import DyLoRA_MoE
-from saved_mixture import mixture_on
+from tests.support.saved_mixture import mixture_on
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40], [9, 30, 7, 100, 5, 41]])
 OTHER = torch.tensor([[40, 41, 42, 5, 7, 11, 12, 13], [3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17, 18]])

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from dylo_moe import DyLoRA_MoE
-from saved_mixture import QUIET, moved, tensors
-from tiny_folder import tiny_tokenizer
+from tests.support.saved_mixture import QUIET, moved, tensors
+from tests.support.tiny_folder import tiny_tokenizer
 
 LENGTHS = (7, 9, 5, 8, 6, 9, 4, 7)
 

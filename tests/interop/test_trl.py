@@ -14,7 +14,7 @@ trl = pytest.importorskip("trl", reason="the package trl is not installed; make 
 from transformers import AutoTokenizer  # noqa: E402
 
 from dylo_moe import DyLoRA_MoE  # noqa: E402
-from saved_mixture import QUIET, mixture_on, moved, tensors  # noqa: E402
+from tests.support.saved_mixture import QUIET, mixture_on, moved, tensors  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings of TRL, not ours
 

@@ -12,7 +12,7 @@ from dylo_moe.skills.acquisition import SkillData, acquire_skill, extract_featur
 from dylo_moe.skills.expert_edits import merge_experts, remove_expert
 from dylo_moe.skills.features import base_features
 from dylo_moe.skills.library import SkillLibrary, save_with_skills
-from families import HIDDEN, VOCABULARY, mixture, padded, stir, tiny
+from tests.support.families import HIDDEN, VOCABULARY, mixture, padded, stir, tiny
 
 ROUTINGS = ("context:1", "prefix:1", "final")
 

@@ -16,9 +16,9 @@ from dylo_moe.core.base.loading import load_base_model
 from dylo_moe.errors import EXIT_USER_ERROR
 from dylo_moe.skills.expert_edits import list_experts, read_library
 from dylo_moe.skills.library import SkillLibrary, SkillRecord, save_with_skills
-from families import mixture, stir, token_ids
-from hub_cache import put_in_cache, use_cache
-from tiny_folder import write_tiny_folder
+from tests.support.families import mixture, stir, token_ids
+from tests.support.hub_cache import put_in_cache, use_cache
+from tests.support.tiny_folder import write_tiny_folder
 
 IDS = token_ids(1, 6)
 

@@ -13,8 +13,8 @@ from dylo_moe.core.losses import causal_lm_loss
 from dylo_moe.core.routing.balance import load_balance_loss, router_z_loss
 from dylo_moe.runs.trainer_arguments import CHECKPOINTING
 from dylo_moe.training.trainer import DyLoRATrainer
-from tiny_folder import tiny_tokenizer, write_tiny_folder
-from tiny_trainer import rows, trainer_of
+from tests.support.tiny_folder import tiny_tokenizer, write_tiny_folder
+from tests.support.tiny_trainer import rows, trainer_of
 
 ROUTINGS = ["final", "prefix:1", "context:1", "per_layer"]
 
