@@ -17,7 +17,7 @@ endef
 export DEMO_PROMPT
 
 # Tests that need no optional package; they run with the lowest and the newest versions.
-WINDOW_TESTS := tests/core tests/data tests/skills tests/config/test_parser.py tests/test_imports.py tests/test_install.py \
+WINDOW_TESTS := tests/core tests/data tests/skills tests/spec tests/config tests/test_imports.py tests/test_install.py \
   tests/tools/test_versions.py
 
 .PHONY: demo test test-interop test-lowest test-newest check lint format docs bench lock clean

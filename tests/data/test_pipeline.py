@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_templates import CHATML
+from tests.data.test_templates import CHATML
 
 from dylo_moe.data import map_rows
 from dylo_moe.data import pipeline as module

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_artifacts import checkpoint, files, leftovers, stored
+from tests.training.artifacts.test_store import checkpoint, files, leftovers, stored
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dylo_moe.errors import ArtifactError, ConfigError
