@@ -74,8 +74,7 @@ def _fail(message: str) -> int:
 
 def _in_flags(program: str, message: str) -> str:
     """Return a message of the library with the program's flags for its parameters."""
-    from dylo_moe.config.commands import COMMANDS
-    from dylo_moe.config.parser import with_flags
+    from dylo_moe.config import COMMANDS, with_flags
 
     return with_flags(message, COMMANDS[program])
 

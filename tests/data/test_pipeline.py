@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.test_templates import CHATML
 
 from dylo_moe.data import map_rows
 from dylo_moe.data import pipeline as module
@@ -15,6 +14,7 @@ from dylo_moe.data.pipeline import PreparedData, prepare_data
 from dylo_moe.data.templates import template_of
 from dylo_moe.data.tokenization import encode_examples, encode_prompt
 from dylo_moe.errors import DatasetError
+from tests.data.test_templates import CHATML
 from tests.support.tiny_folder import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

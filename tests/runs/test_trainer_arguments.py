@@ -8,12 +8,12 @@ from transformers import TrainingArguments
 from dylo_moe.config.commands import TrainConfig
 from dylo_moe.config.parser import parse
 from dylo_moe.errors import ConfigError
-from dylo_moe.runs.trainer_arguments import trainer_arguments
+from dylo_moe.runs.trainer_arguments import make_trainer_arguments
 
 
 def parse_arguments(tmp_path: Path, *flags: str) -> TrainingArguments:
     words = ["--output_dir", str(tmp_path), "--report_to", "none", *flags]
-    return trainer_arguments(parse(TrainConfig, "train", "", words))
+    return make_trainer_arguments(parse(TrainConfig, "train", "", words))
 
 
 def test_passed_through_fields_override_defaults(tmp_path: Path) -> None:

@@ -22,26 +22,33 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from dylo_moe.config.commands import AUTO_RESUME, AcquireConfig, DataArgs, TrainConfig
-from dylo_moe.config.parser import parse, to_yaml
-from dylo_moe.core.base.loading import load_tokenizer
-from dylo_moe.core.checkpoint import DESCRIPTION_FILE
-from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.data.packing import TokenCollator, TokenRows
-from dylo_moe.data.pipeline import PreparedData
+from dylo_moe.config import AUTO_RESUME, AcquireConfig, DataArgs, TrainConfig, parse, to_yaml
+from dylo_moe.core import DESCRIPTION_FILE, DyLoRA_MoE, load_tokenizer
+from dylo_moe.data import PreparedData, TokenCollator, TokenRows
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import EXIT_STOPPED, ConfigError
-from dylo_moe.reports.skill_tables import experts_table, loss_table, novelty_line, stream_metrics_line
-from dylo_moe.runs.mixtures import to_device
-from dylo_moe.runs.resume import resume_folder
-from dylo_moe.runs.trainer_arguments import trainer_arguments
-from dylo_moe.runs.training_loop import run_training
-from dylo_moe.runs.training_setup import build_model, build_trainer, check_inputs, check_packing, prepare
-from dylo_moe.skills.acquisition import SkillData, acquire_skill
-from dylo_moe.skills.expert_edits import list_experts
-from dylo_moe.skills.library import SkillLibrary, SkillRecord, save_with_skills
-from dylo_moe.skills.rank_choice import rank_for
-from dylo_moe.training.checkpointing import checkpoints
+from dylo_moe.reports import experts_table, loss_table, novelty_line, stream_metrics_line
+from dylo_moe.runs import (
+    build_model,
+    build_trainer,
+    check_inputs,
+    check_packing,
+    make_trainer_arguments,
+    prepare,
+    resume_folder,
+    run_training,
+    to_device,
+)
+from dylo_moe.skills import (
+    SkillData,
+    SkillLibrary,
+    SkillRecord,
+    acquire_skill,
+    list_experts,
+    rank_for,
+    save_with_skills,
+)
+from dylo_moe.training import checkpoints
 
 MODEL, STAGES, REPORT_FILE = "model", "stages", "report.json"
 
@@ -180,7 +187,7 @@ class SkillStream:
         data = prepare(flags.data, self.tokenizer, training.seed)
         if flags.data.packing:
             check_packing(self.model, data, self.console)
-        trainer = build_trainer(flags, self.model, self.tokenizer, data, trainer_arguments(flags))
+        trainer = build_trainer(flags, self.model, self.tokenizer, data, make_trainer_arguments(flags))
         return run_training(trainer, flags, resume_folder(flags, self.console), self.console)
 
     def _evaluate(self, entry: SkillRecord) -> None:
@@ -202,7 +209,7 @@ class SkillStream:
             training=replace(self.flags.training, output_dir=str(self._stage_folder(entry.name))),
         )
         data = prepare(flags.data, self.tokenizer, flags.training.seed)
-        trainer = build_trainer(flags, self.model, self.tokenizer, data, trainer_arguments(flags))
+        trainer = build_trainer(flags, self.model, self.tokenizer, data, make_trainer_arguments(flags))
         metrics = trainer.evaluate_without_logging("after")
         for name in data.domains:
             entry.losses[name] = metrics[f"after_loss/{name}"]

@@ -9,20 +9,22 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dylo_moe.config.evaluation import BenchmarkArgs
-from dylo_moe.config.parser import parse
-from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
-from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.data.templates import AUTO
-from dylo_moe.data.tokenization import encode_prompt
-from dylo_moe.evaluation.benchmark_run import BenchmarkPrompts, BenchmarkRun
-from dylo_moe.evaluation.generation import GenerationSettings
-from dylo_moe.evaluation.judging.judge import Judge
-from dylo_moe.evaluation.results import BenchmarkResult, compare_results, read_result, write_result
-from dylo_moe.evaluation.sandbox.self_check import choose_sandbox
-from dylo_moe.reports.benchmark_tables import comparison_table, result_table
-from dylo_moe.runs.benchmark_setup import chosen_problems, load_model, style_of
-from dylo_moe.runs.output_folder import check_writable
+from dylo_moe.config import BenchmarkArgs, parse
+from dylo_moe.core import DESCRIPTION_FILE, DyLoRA_MoE, read_description
+from dylo_moe.data import AUTO, encode_prompt
+from dylo_moe.evaluation import (
+    BenchmarkPrompts,
+    BenchmarkResult,
+    BenchmarkRun,
+    GenerationSettings,
+    Judge,
+    choose_sandbox,
+    compare_results,
+    read_result,
+    write_result,
+)
+from dylo_moe.reports import comparison_table, result_table
+from dylo_moe.runs import check_writable, chosen_problems, load_model, style_of
 
 RESULTS = Path("results") / "benchmarks"
 

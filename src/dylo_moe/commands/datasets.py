@@ -6,13 +6,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dylo_moe.config.commands import DatasetsArgs
-from dylo_moe.config.parser import parse
-from dylo_moe.data.decontamination import decontaminate
-from dylo_moe.data.examples import SPLITS, read_examples, splits_of
-from dylo_moe.data.formats import FORMATS
-from dylo_moe.data.registry import REGISTRY, DatasetSpec, resolve
-from dylo_moe.data.templates import PlainTemplate
+from dylo_moe.config import DatasetsArgs, parse
+from dylo_moe.data import (
+    FORMATS,
+    REGISTRY,
+    SPLITS,
+    DatasetSpec,
+    PlainTemplate,
+    decontaminate,
+    read_examples,
+    resolve,
+    splits_of,
+)
 
 _SHOWN_CHARACTERS = 400
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from dylo_moe.cloud.platform import BARE, Platform, detect
-from dylo_moe.cloud.secrets import load_secrets
+from dylo_moe.cloud import BARE, Platform, detect, load_secrets
 from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 
 PROGRAMS = ("train", "benchmark")
@@ -94,8 +93,7 @@ def _benchmark(platform: Platform, flags: Sequence[str]) -> int:
 
 def _train(platform: Platform, flags: Sequence[str]) -> int:
     from dylo_moe.commands import train
-    from dylo_moe.config.commands import TrainConfig
-    from dylo_moe.config.parser import parse
+    from dylo_moe.config import TrainConfig, parse
 
     # parsed here too, so that a mistake is reported once and before any launch
     parsed = parse(TrainConfig, "entrypoint.py --train", "", flags)
@@ -161,7 +159,7 @@ def _launch(platform: Platform, processes: int, flags: Sequence[str]) -> int:
 def _publish(output: Path, model_dir: Path) -> None:
     """Copy the finished mixture to the folder in which the platform expects the model."""
     from dylo_moe.commands.train import BEST_MODEL
-    from dylo_moe.core.checkpoint import DESCRIPTION_FILE
+    from dylo_moe.core import DESCRIPTION_FILE
     from dylo_moe.durable import atomic_directory
 
     with atomic_directory(model_dir, marker=DESCRIPTION_FILE, in_place=True) as folder:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dylo_moe.config.parser import parse
-from dylo_moe.config.skills import ExpertsArgs
-from dylo_moe.reports.skill_tables import experts_table, exported_line, loss_table, stream_metrics_line
-from dylo_moe.skills.expert_edits import (
+from dylo_moe.config import ExpertsArgs, parse
+from dylo_moe.reports import experts_table, exported_line, loss_table, stream_metrics_line
+from dylo_moe.skills import (
     export_expert,
     freeze_expert,
     import_expert,

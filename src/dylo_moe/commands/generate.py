@@ -8,14 +8,11 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from dylo_moe.config.commands import GenerateArgs
-from dylo_moe.config.parser import parse
-from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.data.formats import user_message
-from dylo_moe.data.templates import AUTO, template_of
-from dylo_moe.data.tokenization import encode_prompt
+from dylo_moe.config import GenerateArgs, parse
+from dylo_moe.core import DyLoRA_MoE
+from dylo_moe.data import AUTO, encode_prompt, template_of, user_message
 from dylo_moe.errors import ConfigError
-from dylo_moe.runs.mixtures import load_mixture
+from dylo_moe.runs import load_mixture
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:

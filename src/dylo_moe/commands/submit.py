@@ -5,11 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dylo_moe.cloud.settings import resolve
-from dylo_moe.cloud.vertex import JobSpec, connect, create_request, send, watch
-from dylo_moe.config.cloud import SubmitArgs
-from dylo_moe.config.commands import TrainConfig
-from dylo_moe.config.parser import parse
+from dylo_moe.cloud import JobSpec, connect, create_request, resolve, send, watch
+from dylo_moe.config import SubmitArgs, TrainConfig, parse
 
 FULL_TRAINING = (
     "--datasets=code_alpaca,evol_instruct,code_feedback,mbpp",

@@ -15,23 +15,25 @@ import transformers
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
-from dylo_moe.config.commands import TrainConfig
-from dylo_moe.config.parser import parse, to_yaml
-from dylo_moe.core.base.loading import load_tokenizer
-from dylo_moe.data.pipeline import PreparedData
+from dylo_moe.config import TrainConfig, parse, to_yaml
+from dylo_moe.core import load_tokenizer
+from dylo_moe.data import PreparedData
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import EXIT_STOPPED
-from dylo_moe.reports.training_report import TrainingReport, training_table
-from dylo_moe.runs.live_benchmark import LiveBenchmark
-from dylo_moe.runs.resume import resume_folder
-from dylo_moe.runs.trainer_arguments import trainer_arguments
-from dylo_moe.runs.training_loop import run_training
-from dylo_moe.runs.training_setup import build_model, build_trainer, check_inputs, check_packing, first_batches, prepare
-from dylo_moe.training.artifacts import wandb_store
-from dylo_moe.training.artifacts.store import ArtifactCallback
-from dylo_moe.training.callbacks import BaseEvaluation
-from dylo_moe.training.distributed import broadcast_from_main
-from dylo_moe.training.trainer import DyLoRATrainer
+from dylo_moe.reports import TrainingReport, training_table
+from dylo_moe.runs import (
+    LiveBenchmark,
+    build_model,
+    build_trainer,
+    check_inputs,
+    check_packing,
+    first_batches,
+    make_trainer_arguments,
+    prepare,
+    resume_folder,
+    run_training,
+)
+from dylo_moe.training import ArtifactCallback, BaseEvaluation, DyLoRATrainer, broadcast_from_main, wandb_store
 
 BEST_MODEL = "best_model"
 REPORT_FILE = "report.json"
@@ -70,7 +72,7 @@ def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
         DyLoRAError: The user can fix it.
     """
     check_inputs(flags)
-    arguments = trainer_arguments(flags)
+    arguments = make_trainer_arguments(flags)
     first = arguments.process_index == 0
     if not first:
         console = _silence_process()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dylo_moe.config.parser import Group, flag, require, split_names
 from dylo_moe.errors import ConfigError, did_you_mean
-from dylo_moe.evaluation.problems import BENCHMARKS
+from dylo_moe.evaluation import BENCHMARKS
 
 OWN_BASE = "own"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dylo_moe.config.parser import Group, flag, require, split_names
-from dylo_moe.spec.routing_mode import RoutingMode
+from dylo_moe.spec import RoutingMode
 
 INITIALIZATIONS = ("default", "gaussian", "orthogonal", "eva", "pissa")
 BALANCES = ("switch", "bias", "none")

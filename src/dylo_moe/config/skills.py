@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dylo_moe.config.model import ExpertArgs
 from dylo_moe.config.parser import Group, flag, require, split_names
-from dylo_moe.spec.routing_mode import RoutingMode
+from dylo_moe.spec import RoutingMode
 
 EXTEND = ("auto", "never", "always")
 NOVELTY = ("auto", "cosine", "mahalanobis", "entropy")

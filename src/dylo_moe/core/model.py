@@ -35,7 +35,7 @@ from dylo_moe.core.routing.context import real_tokens
 from dylo_moe.core.routing.hooks import RouterHooks
 from dylo_moe.core.routing.router import MATURE
 from dylo_moe.errors import RoutingError
-from dylo_moe.spec.expert_spec import ExpertSpec
+from dylo_moe.spec import ExpertSpec
 
 __all__ = ["DyLoRAOutput", "DyLoRA_MoE"]
 

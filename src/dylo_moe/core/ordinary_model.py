@@ -18,7 +18,7 @@ from typing_extensions import override
 from dylo_moe.core.base.offload import device_of
 from dylo_moe.core.lora.manager import ExpertManager, count_parameters
 from dylo_moe.errors import ModelError, RoutingError
-from dylo_moe.spec.routing_mode import RoutingMode
+from dylo_moe.spec import RoutingMode
 
 NOT_FOR_METRICS = ("lm_loss", "aux_loss", "balance_loss", "z_loss", "router_logits", "routing_weights")
 """Outputs of a forward that the Trainer must not gather as predictions."""

@@ -14,8 +14,7 @@ from dylo_moe.core.lora.targets import check_experts_per_block
 from dylo_moe.core.output import AuxLossWeights
 from dylo_moe.core.routing.hooks import make_router
 from dylo_moe.core.routing.router import DynamicHybridRouter
-from dylo_moe.spec.expert_spec import ExpertSpec
-from dylo_moe.spec.routing_mode import RoutingMode
+from dylo_moe.spec import ExpertSpec, RoutingMode
 
 
 @dataclass(frozen=True)

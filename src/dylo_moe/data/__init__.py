@@ -1,26 +1,35 @@
-"""Datasets as prompts and responses: ``get_dataset`` reads and splits one of ``AVAILABLE_DATASETS`` or a user's file.
+"""Datasets as prompts and responses, and as rows of tokens."""
 
-The two names are imported when they are first used, so that importing the package stays quick.
-"""
+from dylo_moe.data.decontamination import decontaminate
+from dylo_moe.data.examples import SPLITS, get_dataset, read_examples, read_rows, splits_of
+from dylo_moe.data.formats import FORMATS, Row, user_message
+from dylo_moe.data.packing import TokenCollator, TokenRows
+from dylo_moe.data.pipeline import PreparedData, prepare_data
+from dylo_moe.data.registry import AVAILABLE_DATASETS, REGISTRY, DatasetSpec, refuse_for_training, resolve
+from dylo_moe.data.templates import AUTO, PlainTemplate, template_of
+from dylo_moe.data.tokenization import encode_prompt
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dylo_moe.data.examples import get_dataset
-    from dylo_moe.data.registry import AVAILABLE_DATASETS
-
-__all__ = ["AVAILABLE_DATASETS", "get_dataset"]
-
-_HOMES = {"AVAILABLE_DATASETS": "registry", "get_dataset": "examples"}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name on its first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__all__ = [
+    "AUTO",
+    "AVAILABLE_DATASETS",
+    "FORMATS",
+    "REGISTRY",
+    "SPLITS",
+    "DatasetSpec",
+    "PlainTemplate",
+    "PreparedData",
+    "Row",
+    "TokenCollator",
+    "TokenRows",
+    "decontaminate",
+    "encode_prompt",
+    "get_dataset",
+    "prepare_data",
+    "read_examples",
+    "read_rows",
+    "refuse_for_training",
+    "resolve",
+    "splits_of",
+    "template_of",
+    "user_message",
+]

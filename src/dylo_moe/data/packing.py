@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from typing_extensions import override
 
-from dylo_moe.core.losses import IGNORE_INDEX
+from dylo_moe.core import IGNORE_INDEX
 from dylo_moe.data.mixing import FILLER
 
 _EXAMPLES_A_READ = 1000

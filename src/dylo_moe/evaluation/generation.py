@@ -27,9 +27,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
-from dylo_moe.core.base.structure import evaluating
-from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.core.routing.caches import CACHE_NAME
+from dylo_moe.core import CACHE_NAME, DyLoRA_MoE, evaluating
 from dylo_moe.errors import ConfigError
 
 Model = DyLoRA_MoE | PreTrainedModel

@@ -7,8 +7,7 @@ from typing import cast
 import torch
 from peft import LoraConfig
 
-from dylo_moe.core.base.fingerprint import fingerprint
-from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core import DyLoRA_MoE, fingerprint
 from dylo_moe.evaluation.generation import Model
 from dylo_moe.evaluation.results import ModelRecord
 

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dylo_moe.evaluation.results import BenchmarkResult, Difference, Estimate, ModelRecord
+from dylo_moe.evaluation import BenchmarkResult, Difference, Estimate, ModelRecord
 
 
 def result_table(result: BenchmarkResult) -> RenderableType:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from dylo_moe.skills.expert_edits import ExpertFacts, ExportedAdapter
-from dylo_moe.skills.library import NoveltyReport, SkillLibrary
+from dylo_moe.skills import ExpertFacts, ExportedAdapter, NoveltyReport, SkillLibrary
 
 
 def novelty_line(name: str, report: NoveltyReport, expert: str, rank: int) -> str:

@@ -1,1 +1,36 @@
 """What the commands share: setting up, running and resuming a training run or a benchmark."""
+
+from dylo_moe.runs.benchmark_setup import chosen_problems, load_model, style_of
+from dylo_moe.runs.live_benchmark import LiveBenchmark
+from dylo_moe.runs.mixtures import load_mixture, to_device
+from dylo_moe.runs.output_folder import check_writable
+from dylo_moe.runs.resume import resume_folder
+from dylo_moe.runs.trainer_arguments import make_trainer_arguments
+from dylo_moe.runs.training_loop import run_training
+from dylo_moe.runs.training_setup import (
+    build_model,
+    build_trainer,
+    check_inputs,
+    check_packing,
+    first_batches,
+    prepare,
+)
+
+__all__ = [
+    "LiveBenchmark",
+    "build_model",
+    "build_trainer",
+    "check_inputs",
+    "check_packing",
+    "check_writable",
+    "chosen_problems",
+    "first_batches",
+    "load_mixture",
+    "load_model",
+    "make_trainer_arguments",
+    "prepare",
+    "resume_folder",
+    "run_training",
+    "style_of",
+    "to_device",
+]

@@ -5,21 +5,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.config.evaluation import OWN_BASE, BenchmarkArgs
-from dylo_moe.config.model import ModelArgs
-from dylo_moe.core.base.loading import DTYPES, load_base_model, load_tokenizer
-from dylo_moe.core.checkpoint import DESCRIPTION_FILE, read_description
-from dylo_moe.core.save_and_load import locate_base
-from dylo_moe.data.examples import read_rows
-from dylo_moe.data.formats import Row, user_message
-from dylo_moe.data.registry import resolve
-from dylo_moe.data.templates import AUTO, template_of
+from dylo_moe.config import OWN_BASE, BenchmarkArgs, ModelArgs
+from dylo_moe.core import DESCRIPTION_FILE, DTYPES, load_base_model, load_tokenizer, locate_base, read_description
+from dylo_moe.data import AUTO, Row, read_rows, resolve, template_of, user_message
 from dylo_moe.errors import ConfigError, EvaluationError
-from dylo_moe.evaluation.generation import Model
-from dylo_moe.evaluation.problems import Problem, load_problems
-from dylo_moe.evaluation.prompts import COMPLETE, PromptStyle
+from dylo_moe.evaluation import COMPLETE, Model, Problem, PromptStyle, load_problems
 from dylo_moe.runs.mixtures import load_mixture, to_device
-from dylo_moe.training.artifacts.fetch import fetch_mixture
+from dylo_moe.training import fetch_mixture
 
 DEFAULT_MIXTURE = "./results/best_model"
 

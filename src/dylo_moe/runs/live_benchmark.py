@@ -7,16 +7,21 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from dylo_moe.config.commands import TrainConfig
-from dylo_moe.data.tokenization import encode_prompt
-from dylo_moe.evaluation.benchmark_run import BenchmarkPrompts, BenchmarkRun
-from dylo_moe.evaluation.generation import GenerationSettings
-from dylo_moe.evaluation.judging.judge import Judge
-from dylo_moe.evaluation.problems import Problem, load_problems
-from dylo_moe.evaluation.results import BenchmarkResult, write_result
-from dylo_moe.evaluation.sandbox.self_check import choose_sandbox
+from dylo_moe.config import TrainConfig
+from dylo_moe.data import encode_prompt
+from dylo_moe.evaluation import (
+    BenchmarkPrompts,
+    BenchmarkResult,
+    BenchmarkRun,
+    GenerationSettings,
+    Judge,
+    Problem,
+    choose_sandbox,
+    load_problems,
+    write_result,
+)
 from dylo_moe.runs.benchmark_setup import style_of
-from dylo_moe.training.trainer import DyLoRATrainer
+from dylo_moe.training import DyLoRATrainer
 
 RESULT_FILE = "benchmark.json"
 

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dylo_moe.core.base.loading import load_tokenizer
-from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core import DyLoRA_MoE, load_tokenizer
 
 
 def load_mixture(path: str | Path, base_model: str | None = None) -> tuple[DyLoRA_MoE, PreTrainedTokenizerBase]:

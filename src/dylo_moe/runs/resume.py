@@ -4,10 +4,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dylo_moe.config.commands import AUTO_RESUME, LATEST, TrainConfig
+from dylo_moe.config import AUTO_RESUME, LATEST, TrainConfig
 from dylo_moe.errors import CheckpointError, ConfigError
-from dylo_moe.training.artifacts.fetch import fetch_checkpoint, was_resumed_from
-from dylo_moe.training.checkpointing import checkpoints
+from dylo_moe.training import checkpoints, fetch_checkpoint, was_resumed_from
 
 
 def resume_folder(flags: TrainConfig, console: Console) -> str | None:

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from dylo_moe.config.commands import TrainArgs, TrainConfig
-from dylo_moe.config.parser import split_names
+from dylo_moe.config import TrainArgs, TrainConfig, split_names
 from dylo_moe.errors import ConfigError, first_line
-from dylo_moe.training.monitoring.trackers import resolve_trackers
+from dylo_moe.training import resolve_trackers
 
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")
 CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__dataclass_fields__)
@@ -18,7 +17,7 @@ CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__data
 _SCHEDULER_TYPES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-def trainer_arguments(flags: TrainConfig) -> TrainingArguments:
+def make_trainer_arguments(flags: TrainConfig) -> TrainingArguments:
     """Return the arguments of the trainer; fields that the user passes through override the ones chosen here.
 
     In a launch of several processes, this also joins the process group.

@@ -6,12 +6,15 @@ from pathlib import Path
 from rich.console import Console
 from transformers import EarlyStoppingCallback
 
-from dylo_moe.config.commands import TrainConfig
-from dylo_moe.training.callbacks import TokenProgressCallback
-from dylo_moe.training.checkpointing import checkpoints
-from dylo_moe.training.checkpointing.interruption import InterruptionCallback, StopRequest
-from dylo_moe.training.distributed import first_non_none
-from dylo_moe.training.trainer import DyLoRATrainer
+from dylo_moe.config import TrainConfig
+from dylo_moe.training import (
+    DyLoRATrainer,
+    InterruptionCallback,
+    StopRequest,
+    TokenProgressCallback,
+    checkpoints,
+    first_non_none,
+)
 
 
 def run_training(trainer: DyLoRATrainer, flags: TrainConfig, resume_from: str | None, console: Console) -> bool:

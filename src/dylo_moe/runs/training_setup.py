@@ -8,22 +8,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from dylo_moe.config.commands import DataArgs, TrainConfig
-from dylo_moe.config.parser import split_names
-from dylo_moe.core.base.loading import check_base_model
-from dylo_moe.core.base.quantization import check_quantization
-from dylo_moe.core.base.segments import supports_packing
-from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.data.packing import TokenCollator
-from dylo_moe.data.pipeline import PreparedData, prepare_data
-from dylo_moe.data.registry import refuse_for_training, resolve
-from dylo_moe.data.templates import template_of
+from dylo_moe.config import DataArgs, TrainConfig, split_names
+from dylo_moe.core import DyLoRA_MoE, check_base_model, check_quantization, supports_packing
+from dylo_moe.data import PreparedData, TokenCollator, prepare_data, refuse_for_training, resolve, template_of
 from dylo_moe.errors import ConfigError, ModelError, first_line
 from dylo_moe.runs.output_folder import check_writable
-from dylo_moe.training.artifacts.fetch import store_of
-from dylo_moe.training.monitoring.callbacks import monitoring_callbacks
-from dylo_moe.training.monitoring.trackers import resolve_trackers
-from dylo_moe.training.trainer import DyLoRATrainer
+from dylo_moe.training import DyLoRATrainer, monitoring_callbacks, resolve_trackers, store_of
 
 EVA_BATCHES = 16
 """Number of batches for the EVA initialization; PEFT stops early once the principal directions converge."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core import DyLoRA_MoE
 from dylo_moe.errors import ExpertError
 from dylo_moe.skills.features import base_features, check_frozen_features
 from dylo_moe.skills.library import NoveltyReport, SkillLibrary, SkillRecord

@@ -19,19 +19,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dylo_moe.core import checkpoint
-from dylo_moe.core.base.loading import module_names
-from dylo_moe.core.base.structure import find_decoder
-from dylo_moe.core.checkpoint import ExpertRecord, MixtureConfig
-from dylo_moe.core.lora.adapter_files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, read_config, read_weights
-from dylo_moe.core.lora.manager import adapter_folder_of, check_import, check_new_name
-from dylo_moe.core.lora.plain_adapter import check_target, make_plain
-from dylo_moe.core.routing.router import YOUNG, DynamicHybridRouter
-from dylo_moe.core.save_and_load import TRAINED_FILE, TRAINED_INDEX, load_base_of, locate_base
+from dylo_moe.core import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    TRAINED_FILE,
+    TRAINED_INDEX,
+    WEIGHTS_FILE,
+    YOUNG,
+    DynamicHybridRouter,
+    ExpertRecord,
+    MixtureConfig,
+    adapter_folder_of,
+    check_import,
+    check_new_name,
+    check_target,
+    checkpoint,
+    find_decoder,
+    load_base_of,
+    locate_base,
+    make_plain,
+    module_names,
+    read_config,
+    read_weights,
+)
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, ExpertError, did_you_mean, first_line
 from dylo_moe.skills.library import DESCRIPTION_FILE, TENSORS_FILE, SkillLibrary
-from dylo_moe.spec.routing_mode import RoutingMode
+from dylo_moe.spec import RoutingMode
 
 _A, _B = ".lora_A.", ".lora_B."
 _REWRITTEN = (

@@ -9,12 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dylo_moe.core.base.structure import evaluating, hidden_states_of
-from dylo_moe.core.model import DyLoRA_MoE
-from dylo_moe.core.routing.context import Context, running_means
-from dylo_moe.core.routing.router import rms_normalize
+from dylo_moe.core import Context, DyLoRA_MoE, evaluating, hidden_states_of, rms_normalize, running_means
 from dylo_moe.errors import RoutingError
-from dylo_moe.spec.routing_mode import RoutingMode
+from dylo_moe.spec import RoutingMode
 
 
 class BaseFeatures(NamedTuple):

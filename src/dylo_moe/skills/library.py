@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dylo_moe.core import checkpoint
-from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core import DyLoRA_MoE, checkpoint
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError, first_line
 from dylo_moe.skills.continual_metrics import Matrix, backward_transfer, forgetting

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dylo_moe.core.losses import IGNORE_INDEX, token_cross_entropy
-from dylo_moe.core.model import DyLoRAOutput
+from dylo_moe.core import IGNORE_INDEX, DyLoRAOutput, token_cross_entropy
 
 LOSS_SUM, LABELLED, REAL, FIRST_EXPERT = 0, 1, 2, 3
 """Columns of ``example_sums``; those of the experts come last."""

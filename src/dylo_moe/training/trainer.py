@@ -13,8 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
-from dylo_moe.core.routing.balance import expert_load, expert_mask, updated_selection_bias
+from dylo_moe.core import DyLoRA_MoE, DyLoRAOutput, expert_load, expert_mask, updated_selection_bias
 from dylo_moe.training.checkpointing.resumable_trainer import ResumableTrainer
 from dylo_moe.training.distributed import check_sharding
 from dylo_moe.training.domain_metrics import domain_metrics, example_sums

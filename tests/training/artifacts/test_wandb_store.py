@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.artifacts.test_store import checkpoint, files, leftovers, stored
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dylo_moe.errors import ArtifactError, ConfigError
@@ -20,6 +19,7 @@ from dylo_moe.training.artifacts.store import ArtifactCallback
 from dylo_moe.training.artifacts.wandb_store import WandbStore
 from dylo_moe.training.checkpointing import checkpoints
 from tests.support.fake_wandb import KEY, FakeWandb
+from tests.training.artifacts.test_store import checkpoint, files, leftovers, stored
 
 pytest.importorskip("wandb", reason="the client is an extra")
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.core.lora.manager import ExpertManager
 from dylo_moe.errors import ExpertError
-from dylo_moe.spec.expert_spec import ExpertSpec
+from dylo_moe.spec import ExpertSpec
 
 _OVERSAMPLING, _ITERATIONS = 8, 16
 """Settings of the randomized SVD, as in PiSSA. Its error does not change the model: what the experts add at the start,

@@ -37,7 +37,7 @@ from dylo_moe.core.lora.state import RoutingState
 from dylo_moe.core.lora.targets import base_modules, layers_of_expert, linear_modules, select_targets
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
-from dylo_moe.spec.expert_spec import ExpertSpec
+from dylo_moe.spec import ExpertSpec
 
 _NAMES_IN_KEYS = {"weight", "bias", "base_layer", "lora_A", "lora_B", "base_model", "model"}
 

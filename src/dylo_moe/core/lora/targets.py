@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
-from dylo_moe.spec.routing_mode import RoutingMode
+from dylo_moe.spec import RoutingMode
 
 AUTO_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")
 """Names of attention projections in the model families; by default an expert adapts those that the base model has."""

@@ -24,7 +24,7 @@ from dylo_moe.core.routing.caches import BasePass, ContextPart, RunningSums, car
 from dylo_moe.core.routing.context import Context, means, running_sums
 from dylo_moe.core.routing.router import DynamicHybridRouter
 from dylo_moe.errors import ModelError, RoutingError
-from dylo_moe.spec.routing_mode import RoutingMode
+from dylo_moe.spec import RoutingMode
 
 
 class RouterHooks:

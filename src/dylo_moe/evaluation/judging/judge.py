@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dylo_moe.core.base.embedded import cache_directory
+from dylo_moe.core import cache_directory
 from dylo_moe.evaluation.judging.comparison import ComparisonWorker, Verdict
 from dylo_moe.evaluation.judging.expected_outputs import ReferenceRun, run_reference
 from dylo_moe.evaluation.problems import Problem

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from dylo_moe.core.checkpoint import DESCRIPTION_FILE
+from dylo_moe.core import DESCRIPTION_FILE
 from dylo_moe.durable import atomic_file, sync
 from dylo_moe.errors import ArtifactError, CheckpointError, ConfigError, first_line
 from dylo_moe.training.artifacts import wandb_store

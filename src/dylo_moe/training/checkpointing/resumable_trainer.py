@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import override
 
-from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core import DyLoRA_MoE
 from dylo_moe.errors import CheckpointError, first_line
 from dylo_moe.training.checkpointing import checkpoints
 from dylo_moe.training.checkpointing.interruption import EvaluationInterrupted

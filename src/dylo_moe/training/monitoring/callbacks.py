@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
+from dylo_moe.core import DyLoRA_MoE, DyLoRAOutput
 from dylo_moe.errors import TrainingError
 from dylo_moe.training.checkpointing.checkpoints import newest_whole
 from dylo_moe.training.monitoring.gradients import ROUTER, gradient_norm, max_abs, parameter_groups

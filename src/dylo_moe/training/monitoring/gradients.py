@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from dylo_moe.core.model import DyLoRA_MoE
+from dylo_moe.core import DyLoRA_MoE
 
 ROUTER = "router"
 

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dylo_moe.core.model import DyLoRAOutput
-from dylo_moe.core.routing.balance import expert_mask
+from dylo_moe.core import DyLoRAOutput, expert_mask
 
 DEAD_BELOW = 0.1
 """Fraction of an even share of the choices below which an expert counts as dead."""
