@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,26 @@ def test_imports_go_one_way(path: Path) -> None:
     part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for imported in {name.split(".")[1] for name in imported_modules(path)} - {part}:
         assert RANK[imported] < RANK[part], f"{part} must not import {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_other_packages_are_imported_by_their_public_names(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+        package = name.split(".")[1] if name.startswith("dylo_moe.") else part
+        if package != part and (PACKAGE / package).is_dir():
+            assert name == f"dylo_moe.{package}", f"import from dylo_moe.{package} and not from {name}"
+            public = import_module(name).__all__
+            assert {alias.name for alias in node.names} <= {*public}, f"dylo_moe.{package} does not list {name}"
+
+
+def test_each_package_says_what_it_is() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert not imports or "__all__" in path.read_text(), path
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "core").glob("*/*.py")), ids=lambda path: "/".join(path.parts[-2:]))

@@ -80,7 +80,7 @@ def atomic_directory(
         else:
             if ours is not None and path.is_dir():
                 _link_others(path, target, ours)
-            sync_tree(target)
+            _sync_tree(target)
             _rename_over(target, path, None if marker is None else scratch / "previous")
         sync(path.parent)
     except (OSError, SafetensorError) as error:
@@ -105,7 +105,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
+def _sync_tree(folder: Path) -> None:
     """Wait until a folder and everything below it are on the disk."""
     for root, _, files in os.walk(folder):
         for file in files:
@@ -161,9 +161,9 @@ def _copy_over(new: Path, path: Path, marker: str, ours: Collection[str] | None)
         ignore=lambda folder, names: skip if Path(folder) == new else set(),
         dirs_exist_ok=ours is not None,
     )
-    sync_tree(path)
+    _sync_tree(path)
     shutil.copyfile(new / marker, path / marker)
-    sync_tree(path)
+    _sync_tree(path)
     mark.unlink()
 
 

@@ -19,7 +19,7 @@ REFERENCE = re.compile(r"projects/[a-z0-9:.-]+/secrets/[A-Za-z0-9_-]+/versions/(
 SERVICE = "https://secretmanager.googleapis.com/v1"
 
 
-def parse_references(text: str) -> dict[str, str]:
+def _parse_references(text: str) -> dict[str, str]:
     """Return the reference of a secret for each environment variable that ``VARIABLE`` lists.
 
     Args:
@@ -49,7 +49,7 @@ def load_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     Raises:
         CloudError: A secret cannot be fetched.
     """
-    references = parse_references(environment.get(VARIABLE, ""))
+    references = _parse_references(environment.get(VARIABLE, ""))
     missing = {name: reference for name, reference in references.items() if not environment.get(name)}
     if not missing:
         return {}

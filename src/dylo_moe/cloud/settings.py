@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dylo_moe.errors import ConfigError, did_you_mean
 
 _EUROPE, _ASIA = "europe-", "asia-"
-REGIONS = frozenset(
+_REGIONS = frozenset(
     ["africa-south1", "australia-southeast1", "australia-southeast2", "me-central1", "me-central2", "me-west1"]
     + ["northamerica-northeast1", "northamerica-northeast2", "southamerica-east1", "southamerica-west1"]
     + ["us-central1", "us-east1", "us-east4", "us-east5", "us-south1", "us-west1", "us-west2", "us-west3", "us-west4"]
@@ -120,8 +120,8 @@ def _checked_region(region: str | None) -> str:
         raise ConfigError(
             "`region` is missing: give it, or set GOOGLE_CLOUD_REGION, or gcloud config set compute/region REGION"
         )
-    if region not in REGIONS:
+    if region not in _REGIONS:
         raise ConfigError(
-            f"`region` must be one that Vertex AI trains in, got {region!r}{did_you_mean(region, REGIONS)}"
+            f"`region` must be one that Vertex AI trains in, got {region!r}{did_you_mean(region, _REGIONS)}"
         )
     return region

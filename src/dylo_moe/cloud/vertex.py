@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from google.cloud.aiplatform_v1 import JobServiceClient
 
 POLL_SECONDS = 30
-PATIENCE_SECONDS = 600
+_PATIENCE_SECONDS = 600
 """Time in seconds to wait for the network to come back while a job is followed."""
-ENDED = ("JOB_STATE_SUCCEEDED", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED")
-_SUCCEEDED = ENDED[0]
+_ENDED = ("JOB_STATE_SUCCEEDED", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED")
+_SUCCEEDED = _ENDED[0]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def watch(
     previous = None
     while True:
         try:
-            job = client.get_custom_job(name=name, retry=Retry(timeout=PATIENCE_SECONDS))
+            job = client.get_custom_job(name=name, retry=Retry(timeout=_PATIENCE_SECONDS))
         except _api_errors() as error:
             raise CloudError(
                 f"the job {name} continues, but its state cannot be read: {first_line(error)}; see Google's console"
@@ -157,7 +157,7 @@ def watch(
             reason = f": {first_line(Exception(job.error.message))}" if job.error.message else ""
             report(f"{state.removeprefix('JOB_STATE_').lower()}{reason}")
             previous = state
-        if state in ENDED:
+        if state in _ENDED:
             hours = (job.end_time - job.start_time).total_seconds() / 3600 if job.start_time and job.end_time else 0.0
             return state == _SUCCEEDED, hours
         sleep(POLL_SECONDS)

@@ -26,7 +26,7 @@ from dylo_moe.evaluation import (
 from dylo_moe.reports import comparison_table, result_table
 from dylo_moe.runs import check_writable, chosen_problems, load_model, style_of
 
-RESULTS = Path("results") / "benchmarks"
+_RESULTS = Path("results") / "benchmarks"
 
 
 def main(arguments: Sequence[str], program: str = "dylora-moe benchmark") -> int:
@@ -62,7 +62,7 @@ def benchmark(args: BenchmarkArgs, console: Console) -> BenchmarkResult:
     Raises:
         DyLoRAError: The user can fix it.
     """
-    check_writable(Path(args.output).parent if args.output else RESULTS, "--output")
+    check_writable(Path(args.output).parent if args.output else _RESULTS, "--output")
     problems = chosen_problems(args)
     choice = choose_sandbox(args.unsafe_no_sandbox)
     console.print(choice.describe(), highlight=False, soft_wrap=True)
@@ -79,7 +79,7 @@ def benchmark(args: BenchmarkArgs, console: Console) -> BenchmarkResult:
         )
         run = BenchmarkRun(model, name, tokenizer, prompts, _sampling(args))
         stem = re.sub(r"[^\w.-]+", "-", Path(name).name) or "model"
-        output = Path(args.output) if args.output else RESULTS / f"{stem}-{run.digest[:8]}.json"
+        output = Path(args.output) if args.output else _RESULTS / f"{stem}-{run.digest[:8]}.json"
         with _progress(console) as progress:
             task = progress.add_task("Answering", total=None, speed="")
             result = run.run(

@@ -19,7 +19,7 @@ from dylo_moe.cloud import BARE, Platform, detect, load_secrets
 from dylo_moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 
 PROGRAMS = ("train", "benchmark")
-SHUTDOWN_SECONDS = 600
+_SHUTDOWN_SECONDS = 600
 """Time in which the processes may finish their step and save; the platform may kill them sooner."""
 _USAGE = """usage: {program} --train [--flag value ...]
        {program} --benchmark [--flag value ...]
@@ -142,7 +142,7 @@ def _launch(platform: Platform, processes: int, flags: Sequence[str]) -> int:
     options = (
         ["--standalone", f"--nproc-per-node={processes}"] if cluster is None else cluster.launch_arguments(processes)
     )
-    options.append(f"--shutdown-timeout={SHUTDOWN_SECONDS}")
+    options.append(f"--shutdown-timeout={_SHUTDOWN_SECONDS}")
     config, command, command_arguments = config_from_args(parse_args([*options, "-m", "dylo_moe", "train", *flags]))
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)

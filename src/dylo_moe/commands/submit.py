@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dylo_moe.cloud import JobSpec, connect, create_request, resolve, send, watch
 from dylo_moe.config import SubmitArgs, TrainConfig, parse
 
-FULL_TRAINING = (
+_FULL_TRAINING = (
     "--datasets=code_alpaca,evol_instruct,code_feedback,mbpp",
     "--bf16",
     "--num_epochs=3",
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str], program: str = "dylora-moe submit") -> int:
         DyLoRAError: The user can fix it.
     """
     given, training = _split(arguments)
-    description = "Train on Vertex AI. Flags after -- are those of train; by default: " + " ".join(FULL_TRAINING)
+    description = "Train on Vertex AI. Flags after -- are those of train; by default: " + " ".join(_FULL_TRAINING)
     args = parse(SubmitArgs, program, description, given)
     parse(TrainConfig, f"{program} --", "", training)  # a mistake costs seconds here, and an hour there
     settings = resolve(os.environ, project=args.project, region=args.region, bucket=args.bucket, image=args.image)
@@ -78,9 +78,9 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the arguments at ``--`` into the flags of the job and those of ``train``."""
     arguments = list(arguments)
     if "--" not in arguments:
-        return arguments, list(FULL_TRAINING)
+        return arguments, list(_FULL_TRAINING)
     separator = arguments.index("--")
-    return arguments[:separator], arguments[separator + 1 :] or list(FULL_TRAINING)
+    return arguments[:separator], arguments[separator + 1 :] or list(_FULL_TRAINING)
 
 
 def _print(line: str) -> None:

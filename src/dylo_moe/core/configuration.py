@@ -9,8 +9,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-MODEL_TYPE = "dylo_moe"
-CLASS_NAME = "DyLoRA_MoE"
+_MODEL_TYPE = "dylo_moe"
+_CLASS_NAME = "DyLoRA_MoE"
 MODELING_FILE = "modeling_dylo_moe.py"
 
 MODELING_SOURCE = '''"""For AutoModelForCausalLM with trust_remote_code=True; needs the package dylora-moe."""
@@ -30,7 +30,7 @@ class DyLoRAConfig(PreTrainedConfig):
         **kwargs: Passed to ``transformers.PreTrainedConfig``.
     """
 
-    model_type = MODEL_TYPE
+    model_type = _MODEL_TYPE
     base_config: Any = None
 
     def __init__(self, base_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -61,13 +61,13 @@ def folder_config(base_config: PreTrainedConfig) -> dict[str, Any]:
     module = MODELING_FILE.removesuffix(".py")
     return {
         **config.to_dict(),
-        "auto_map": {"AutoConfig": f"{module}.DyLoRAConfig", "AutoModelForCausalLM": f"{module}.{CLASS_NAME}"},
+        "auto_map": {"AutoConfig": f"{module}.DyLoRAConfig", "AutoModelForCausalLM": f"{module}.{_CLASS_NAME}"},
     }
 
 
 def register(model_class: type[Any]) -> None:
     """Register mixtures with ``AutoConfig`` and ``AutoModelForCausalLM``."""
-    AutoConfig.register(MODEL_TYPE, DyLoRAConfig, exist_ok=True)
+    AutoConfig.register(_MODEL_TYPE, DyLoRAConfig, exist_ok=True)
     AutoModelForCausalLM.register(DyLoRAConfig, model_class, exist_ok=True)
     # the Trainer's label smoother, pipelines and the server look up causal LMs here by name
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = CLASS_NAME
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_MODEL_TYPE] = _CLASS_NAME

@@ -20,10 +20,10 @@ from dylo_moe.core.lora.manager import ExpertManager, count_parameters
 from dylo_moe.errors import ModelError, RoutingError
 from dylo_moe.spec import RoutingMode
 
-NOT_FOR_METRICS = ("lm_loss", "aux_loss", "balance_loss", "z_loss", "router_logits", "routing_weights")
+_NOT_FOR_METRICS = ("lm_loss", "aux_loss", "balance_loss", "z_loss", "router_logits", "routing_weights")
 """Outputs of a forward that the Trainer must not gather as predictions."""
 
-NOT_SAVED = "a mixture that is not saved: pass ref_model=copy.deepcopy(model), or call save_pretrained first"
+_NOT_SAVED = "a mixture that is not saved: pass ref_model=copy.deepcopy(model), or call save_pretrained first"
 """Name of an unsaved mixture. Trainers load a second copy by name, and the base's name would load the bare base."""
 
 _REFUSED = {
@@ -72,9 +72,9 @@ class OrdinaryModel(PreTrainedModel):
         config = self.config
         ignored = getattr(config, "keys_to_ignore_at_inference", [])
         undo.append(partial(delattr, config, "keys_to_ignore_at_inference"))
-        config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, *NOT_FOR_METRICS])]
+        config.keys_to_ignore_at_inference = [*dict.fromkeys([*ignored, *_NOT_FOR_METRICS])]
         undo.append(partial(setattr, config, "_name_or_path", config._name_or_path))
-        config._name_or_path = self.name_or_path = NOT_SAVED
+        config._name_or_path = self.name_or_path = _NOT_SAVED
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -263,7 +263,7 @@ class OrdinaryModel(PreTrainedModel):
             return routing_weights
         if routing_weights is not None:
             raise RoutingError("`adapter_names` and `routing_weights` both choose a row's expert; give one of them")
-        return rows_of_experts(self.experts.active, adapter_names, torch.float32, self.device)
+        return _rows_of_experts(self.experts.active, adapter_names, torch.float32, self.device)
 
     @override
     def __repr__(self) -> str:
@@ -309,7 +309,7 @@ for _name, _remedy in _REFUSED.items():
     setattr(OrdinaryModel, _name, _refusing(_name, _remedy))
 
 
-def rows_of_experts(names: list[str], rows: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _rows_of_experts(names: list[str], rows: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return routing weights that send each row to one expert, ``(rows, 1, num_experts)``.
 
     Args:

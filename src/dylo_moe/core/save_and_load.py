@@ -86,7 +86,7 @@ def save(
         write_files(model, target, state, final_folder=folder)
         if _TRAINER_CHECKPOINT.fullmatch(folder.name):
             _write_trained(model, target, state)
-    name_model(model, folder)
+    _name_model(model, folder)
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", folder.name), **hub)
     elif hub.keys() - {"token"}:
@@ -195,7 +195,7 @@ def load(
     _set_router(model, checkpoint.read_router(path, model.router.state_dict()), description)
     model.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
     hold_constant(model.experts, [expert.name for expert in description.experts if expert.pissa])
-    name_model(model, path)
+    _name_model(model, path)
     model.train(False)
     info: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
     return (model, info) if with_info else model
@@ -316,7 +316,7 @@ def load_weights(model: "DyLoRA_MoE", path: Path) -> None:
     _set_router(model, router, description)
 
 
-def name_model(model: "DyLoRA_MoE", folder: Path) -> None:
+def _name_model(model: "DyLoRA_MoE", folder: Path) -> None:
     """Set the path by which tools load a second copy, so that they find the mixture and not its bare base."""
     model.config._name_or_path = model.name_or_path = str(folder.absolute())
     if model.tokenizer is None and (folder / "tokenizer_config.json").is_file():

@@ -29,7 +29,7 @@ MATCH_LENGTH, NEAR_LENGTH = 13, 10
 
 _LENGTHS = (MATCH_LENGTH, NEAR_LENGTH)
 
-SHORTEST_QUESTION = 5
+_SHORTEST_QUESTION = 5
 """Fewest words of a question that is compared as a whole."""
 
 INDEX_FILE = "benchmark_grams.npz"
@@ -88,7 +88,7 @@ class TaskIndex:
         words = words_of(f"{prompt}\n{response}")
         if found := self._first(self.ngrams[MATCH_LENGTH], ngrams_of(words, MATCH_LENGTH)):
             return BY_GRAM, found
-        if found := self._first(self.prompts, lines_of(prompt)):
+        if found := self._first(self.prompts, _lines_of(prompt)):
             return BY_PROMPT, found
         if found := self._first(self.ngrams[NEAR_LENGTH], ngrams_of(words, NEAR_LENGTH)):
             return NEAR, found
@@ -124,19 +124,19 @@ def ngrams_of(words: Sequence[str], length: int) -> Iterator[int]:
         numbers += is_number[end - 1]
         # lists of small numbers occur in many unrelated programs
         if 2 * numbers <= length:
-            yield hash_of(words[end - length : end])
+            yield _hash_of(words[end - length : end])
         numbers -= is_number[end - length]
 
 
-def lines_of(prompt: str) -> Iterator[int]:
+def _lines_of(prompt: str) -> Iterator[int]:
     """Yield the hash of every line of a prompt that is long enough to be a question."""
     for line in prompt.splitlines():
         words = words_of(line)
-        if len(words) >= SHORTEST_QUESTION:
-            yield hash_of(words)
+        if len(words) >= _SHORTEST_QUESTION:
+            yield _hash_of(words)
 
 
-def hash_of(words: Iterable[str]) -> int:
+def _hash_of(words: Iterable[str]) -> int:
     """Return the 64-bit BLAKE2b hash of words."""
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
 
@@ -156,7 +156,7 @@ def build_index(problems: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str,
             for text in texts:
                 for ngram in ngrams_of(words_of(text), length):
                     ngrams[length].setdefault(ngram, index)
-        for line in lines_of(question):
+        for line in _lines_of(question):
             prompts.setdefault(line, index)
     arrays: dict[str, NDArray[np.generic]] = {"tasks": np.array(ids)}
     for name, found in {**{str(length): ngrams[length] for length in _LENGTHS}, "prompts": prompts}.items():

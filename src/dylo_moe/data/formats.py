@@ -52,11 +52,11 @@ class InstructionColumns:
 
     def __call__(self, row: Row) -> Iterator[PromptResponse]:
         """Yield the single prompt and response of a row."""
-        task = text_of(row, self.instruction).strip()
+        task = _text_of(row, self.instruction).strip()
         if self.context and row.get(self.context) is not None:
-            given = text_of(row, self.context).strip()
+            given = _text_of(row, self.context).strip()
             task = f"{task}\n\n### Input:\n{given}" if given else task
-        yield PromptResponse(user_message(task), text_of(row, self.response))
+        yield PromptResponse(user_message(task), _text_of(row, self.response))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class CompletionColumns:
 
     def __call__(self, row: Row) -> Iterator[PromptResponse]:
         """Yield the single prompt and response of a row."""
-        yield PromptResponse(text_of(row, self.prompt), text_of(row, self.response))
+        yield PromptResponse(_text_of(row, self.prompt), _text_of(row, self.response))
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ def mbpp_row(row: Row) -> Iterator[PromptResponse]:
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
         raise DatasetError(f"column 'test_list' must be a list of texts, got {_type_name(tests)}")
     listed = "\n".join(tests)
-    task = f"{text_of(row, 'text').strip()}\nYour code should pass these tests:\n{listed}"
+    task = f"{_text_of(row, 'text').strip()}\nYour code should pass these tests:\n{listed}"
     # a model would learn the Windows line ends of the file
-    yield PromptResponse(user_message(task.replace("\r\n", "\n")), text_of(row, "code").replace("\r\n", "\n"))
+    yield PromptResponse(user_message(task.replace("\r\n", "\n")), _text_of(row, "code").replace("\r\n", "\n"))
 
 
 FORMATS: dict[str, tuple[tuple[str, ...], RowFormat]] = {
@@ -144,7 +144,7 @@ def user_message(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def text_of(row: Row, column: str) -> str:
+def _text_of(row: Row, column: str) -> str:
     """Return the text in a column.
 
     Raises:
@@ -178,10 +178,10 @@ def _message(turn: object, number: int) -> Message:
     if not isinstance(turn, Mapping):
         raise DatasetError(f"turn {number} must be an object with a role and a text, got {_type_name(turn)}")
     role, content = ("from", "value") if "from" in turn else ("role", "content")
-    speaker = text_of(turn, role)
+    speaker = _text_of(turn, role)
     if speaker not in _ROLES:
         raise DatasetError(f"turn {number} is by {speaker!r}; known are {', '.join(_ROLES)}")
-    return {"role": _ROLES[speaker], "content": text_of(turn, content)}
+    return {"role": _ROLES[speaker], "content": _text_of(turn, content)}
 
 
 def _type_name(value: object) -> str:

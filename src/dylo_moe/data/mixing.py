@@ -15,7 +15,7 @@ from typing_extensions import override
 FILLER = -1
 """Index of an empty row; see ``MixingSampler``."""
 
-MEGABATCH = 50
+_MEGABATCH = 50
 """Number of batches among which rows are sorted by length: many save padding, few keep the order random."""
 
 
@@ -94,7 +94,7 @@ class MixingSampler(Sampler[int]):
     def _by_length(self, order: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
         assert self.lengths is not None
         batches: list[NDArray[np.int64]] = []
-        size = self.batch_size * MEGABATCH
+        size = self.batch_size * _MEGABATCH
         for start in range(0, len(order), size):
             part = order[start : start + size]
             part = part[np.argsort(-self.lengths[part], kind="stable")]

@@ -18,7 +18,7 @@ from dylo_moe.data.formats import Row
 from dylo_moe.durable import sha256_of
 from dylo_moe.errors import DatasetError, first_line
 
-MAX_ROW_BYTES = 8 * 2**20
+_MAX_ROW_BYTES = 8 * 2**20
 """Longest row; a longer one most likely means that the file is of another kind."""
 
 _CHUNK = 2**20
@@ -115,9 +115,9 @@ def _is_array(file: BinaryIO) -> bool:
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
     number = 0
-    while line := file.readline(MAX_ROW_BYTES + 1):
+    while line := file.readline(_MAX_ROW_BYTES + 1):
         number += 1
-        if len(line) > MAX_ROW_BYTES:
+        if len(line) > _MAX_ROW_BYTES:
             raise DatasetError(_too_long(f"{path} line {number}"))
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -186,7 +186,7 @@ class _TextWindow:
             except (json.JSONDecodeError, RecursionError) as error:
                 if self._ended:
                     raise DatasetError(f"{where} is broken JSON: {_without_place(error)}") from error
-                if len(self._text) - self._position > MAX_ROW_BYTES:
+                if len(self._text) - self._position > _MAX_ROW_BYTES:
                     raise DatasetError(f"{_too_long(where)} ({_without_place(error)})") from error
                 self._read()
             else:
@@ -215,7 +215,7 @@ def _without_place(error: Exception) -> str:
 
 
 def _csv_rows(path: Path, file: BinaryIO) -> Iterator[LocatedRow]:
-    csv.field_size_limit(MAX_ROW_BYTES)
+    csv.field_size_limit(_MAX_ROW_BYTES)
     reader = csv.DictReader((line for _, line in _lines(path, file)), strict=True)
     while True:
         where = f"{path} line {reader.line_num + 1}"
@@ -237,7 +237,7 @@ def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
         raise DatasetError(f"{path} is not a Parquet file: {first_line(error.__cause__ or error)}") from error
     for number, row in enumerate(rows, start=1):
         where = f"{path} row {number}"
-        if sum(len(value) for value in row.values() if isinstance(value, str)) > MAX_ROW_BYTES:
+        if sum(len(value) for value in row.values() if isinstance(value, str)) > _MAX_ROW_BYTES:
             raise DatasetError(_too_long(where))
         yield where, row
 
@@ -249,7 +249,7 @@ def _object(where: str, row: object) -> Row:
 
 
 def _too_long(where: str) -> str:
-    return f"{where} is longer than {MAX_ROW_BYTES // 2**20} MB, the longest row allowed; split it or leave it out"
+    return f"{where} is longer than {_MAX_ROW_BYTES // 2**20} MB, the longest row allowed; split it or leave it out"
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> str:

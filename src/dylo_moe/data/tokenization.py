@@ -40,10 +40,10 @@ class TokenColumns(TypedDict):
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the token ids of a prompt with the special tokens that the tokenizer puts in front of a text."""
-    return encode_prompts(tokenizer, [prompt])[0]
+    return _encode_prompts(tokenizer, [prompt])[0]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of many prompts; see ``encode_prompt``."""
     bos = tokenizer.bos_token
     ids: list[list[int]] = tokenizer(list(prompts)).input_ids
@@ -77,7 +77,7 @@ def encode_examples(
         overlong: ``cut`` to cut off the end of a response that is too long, ``drop`` to drop the example. An example
             whose prompt leaves no room for a response is dropped in either case.
     """
-    heads = encode_prompts(tokenizer, prompts)
+    heads = _encode_prompts(tokenizer, prompts)
     tails: list[list[int]] = tokenizer(list(responses), add_special_tokens=False).input_ids
     columns = TokenColumns(input_ids=[], prompt_length=[], length=[], cut=[])
     for head, tail in zip(heads, tails, strict=True):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RESAMPLES = 10_000
+_RESAMPLES = 10_000
 _Z = 1.959964
 """Half the width of a 95% interval in standard errors of a normal distribution."""
 
@@ -46,6 +46,6 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], seed: int 
     Tasks are drawn with replacement, both scores of a task together (Efron & Tibshirani 1993, chapter 13).
     """
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(differences), size=(RESAMPLES, len(differences)))
+    drawn = np.random.default_rng(seed).integers(len(differences), size=(_RESAMPLES, len(differences)))
     low, high = np.quantile(differences[drawn].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)

@@ -14,7 +14,7 @@ from typing import Any
 from dylo_moe.errors import EvaluationError, did_you_mean, first_line
 
 BENCHMARKS = ("humaneval", "humanevalplus", "mbpp", "mbppplus")
-MBPP_TEST = range(11, 511)
+_MBPP_TEST = range(11, 511)
 """The task ids of MBPP's official test split."""
 
 _OVERRIDES = {"humaneval": "HUMANEVAL_OVERRIDE_PATH", "mbpp": "MBPP_OVERRIDE_PATH"}
@@ -89,7 +89,7 @@ def load_problems(
         return _human_eval_problems()
     if rows is None:
         raise EvaluationError("`benchmarks` mbpp with `no_evalplus` needs MBPP's own `rows`, and none were given")
-    return [_mbpp_problem(row) for row in rows if int(row["task_id"]) in MBPP_TEST]
+    return [_mbpp_problem(row) for row in rows if int(row["task_id"]) in _MBPP_TEST]
 
 
 def prompts_hash(problems: Iterable[Problem]) -> str:

@@ -14,7 +14,7 @@ from dylo_moe.errors import ConfigError
 from dylo_moe.evaluation.generation import SamplingSettings
 from dylo_moe.evaluation.pass_at_k import paired_bootstrap, pass_at_k, standard_error, wilson_interval
 
-KS = (1, 10, 100)
+_KS = (1, 10, 100)
 """Values of k in pass@k; those up to the number of samples are reported."""
 
 
@@ -163,7 +163,7 @@ def summarize(problems_hash: str, verdicts: Mapping[str, list[VerdictRecord]]) -
     count = min(len(found) for found in verdicts.values())
     pass_at = {
         k: _estimate([pass_at_k(len(found), sum(one.passed for one in found), k) for found in verdicts.values()])
-        for k in KS
+        for k in _KS
         if k <= count
     }
     return BenchmarkRecord(problems_hash=problems_hash, pass_at=pass_at, verdicts=dict(verdicts))

@@ -13,10 +13,10 @@ from dylo_moe.evaluation import COMPLETE, Model, Problem, PromptStyle, load_prob
 from dylo_moe.runs.mixtures import load_mixture, to_device
 from dylo_moe.training import fetch_mixture
 
-DEFAULT_MIXTURE = "./results/best_model"
+_DEFAULT_MIXTURE = "./results/best_model"
 
 
-ARTIFACTS = Path("results") / "artifacts"
+_ARTIFACTS = Path("results") / "artifacts"
 
 
 def load_model(args: BenchmarkArgs) -> tuple[Model, PreTrainedTokenizerBase, str]:
@@ -50,8 +50,8 @@ def load_model(args: BenchmarkArgs) -> tuple[Model, PreTrainedTokenizerBase, str
 def _mixture_folder(args: BenchmarkArgs) -> Path:
     """Return the folder of the mixture; an artifact is downloaded first."""
     if args.wandb_artifact is not None:
-        return fetch_mixture(args.wandb_artifact, ARTIFACTS)
-    folder = Path(args.trained_model or DEFAULT_MIXTURE)
+        return fetch_mixture(args.wandb_artifact, _ARTIFACTS)
+    folder = Path(args.trained_model or _DEFAULT_MIXTURE)
     if args.trained_model is None and not (folder / DESCRIPTION_FILE).is_file():
         raise ConfigError(f"there is no mixture in {folder} yet: name one with --trained_model, or give --base_model")
     return folder

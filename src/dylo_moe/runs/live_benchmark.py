@@ -23,7 +23,7 @@ from dylo_moe.evaluation import (
 from dylo_moe.runs.benchmark_setup import style_of
 from dylo_moe.training import DyLoRATrainer
 
-RESULT_FILE = "benchmark.json"
+_RESULT_FILE = "benchmark.json"
 
 
 class LiveBenchmark(TrainerCallback):
@@ -96,7 +96,7 @@ class LiveBenchmark(TrainerCallback):
             scores[f"eval_benchmark_{name}_standard_error"] = estimate.standard_error
             score = f"{name}: pass@1 {estimate.value:.3f} ± {estimate.standard_error:.3f}"
             self._console.print(f"{score} on {len(record.verdicts)} tasks", highlight=False)
-        write_result(Path(trainer.args.output_dir or ".") / RESULT_FILE, result)
+        write_result(Path(trainer.args.output_dir or ".") / _RESULT_FILE, result)
         trainer.log(scores)
         trainer.accelerator.wait_for_everyone()
         return result

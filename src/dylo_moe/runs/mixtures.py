@@ -21,10 +21,10 @@ def load_mixture(path: str | Path, base_model: str | None = None) -> tuple[DyLoR
     """
     model = DyLoRA_MoE.from_pretrained(path, base_model)
     to_device(model)
-    return model, tokenizer_of(model)
+    return model, _tokenizer_of(model)
 
 
-def tokenizer_of(model: DyLoRA_MoE) -> PreTrainedTokenizerBase:
+def _tokenizer_of(model: DyLoRA_MoE) -> PreTrainedTokenizerBase:
     """Return the tokenizer in the folder of a loaded mixture, or else that of its base model.
 
     Raises:

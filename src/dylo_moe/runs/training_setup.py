@@ -15,7 +15,7 @@ from dylo_moe.errors import ConfigError, ModelError, first_line
 from dylo_moe.runs.output_folder import check_writable
 from dylo_moe.training import DyLoRATrainer, monitoring_callbacks, resolve_trackers, store_of
 
-EVA_BATCHES = 16
+_EVA_BATCHES = 16
 """Number of batches for the EVA initialization; PEFT stops early once the principal directions converge."""
 
 
@@ -147,11 +147,11 @@ def build_trainer(
 
 
 def first_batches(trainer: DyLoRATrainer, data: PreparedData) -> list[dict[str, torch.Tensor]]:
-    """Return the first ``EVA_BATCHES`` training batches, the same in every process."""
+    """Return the first ``_EVA_BATCHES`` training batches, the same in every process."""
     loader = DataLoader(
         data.train,
         batch_size=trainer.args.train_batch_size,
         sampler=trainer.train_sampler,
         collate_fn=trainer.data_collator,
     )
-    return list(islice(loader, EVA_BATCHES))
+    return list(islice(loader, _EVA_BATCHES))

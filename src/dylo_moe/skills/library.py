@@ -35,7 +35,7 @@ from dylo_moe.skills.novelty import (
 from dylo_moe.skills.ridge_gate import DEFAULT_RIDGE, RidgeGate
 
 DESCRIPTION_FILE, TENSORS_FILE = "skills.json", "skills.safetensors"
-KNOWN_SHARE = 0.95
+_KNOWN_SHARE = 0.95
 """Fraction of a skill's held-out examples inside its threshold."""
 
 MEASURES: dict[str, Distances] = {"cosine": cosine_distances, "mahalanobis": mahalanobis_distances}
@@ -206,18 +206,18 @@ class SkillLibrary:
             router_entropy((rows.detach().cpu().double() @ weight.T).softmax(dim=-1))
             for rows in (torch.cat([one.routed for one in self._embeddings]), routed)
         )
-        return float((new > calibrated_threshold(known, KNOWN_SHARE)).double().mean())
+        return float((new > calibrated_threshold(known, _KNOWN_SHARE)).double().mean())
 
     @property
     def _references(self) -> list[Tensor]:
         return [one.reference for one in self._embeddings]
 
     def thresholds(self, measure: str) -> Tensor:
-        """Return the distance that contains ``KNOWN_SHARE`` of each skill's held-out examples: ``(skills,)``."""
+        """Return the distance that contains ``_KNOWN_SHARE`` of each skill's held-out examples: ``(skills,)``."""
         found = []
         for index, one in enumerate(self._embeddings):
             own = MEASURES[measure](one.held_out, self._references)[:, index]
-            found.append(calibrated_threshold(own, KNOWN_SHARE))
+            found.append(calibrated_threshold(own, _KNOWN_SHARE))
         # a threshold of 0, where all held-out examples equal the mean, cannot be divided by
         return torch.tensor(found, dtype=torch.float64).clamp(min=torch.finfo(torch.float64).eps)
 

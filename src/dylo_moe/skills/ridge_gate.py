@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DEFAULT_RIDGE = 1e-3
-CONFIDENCE = 0.95
+_CONFIDENCE = 0.95
 """Average soft routing weight of the right expert against the next best one, at the mean feature of a dataset."""
 
 
@@ -88,7 +88,7 @@ class RidgeGate:
         scores = (self._cross / self._num_datasets[:, None].clamp(min=1)) @ solution.T
         others = scores.masked_fill(torch.eye(self.num_experts, dtype=torch.bool), -torch.inf)
         margin = (scores.diagonal() - others.max(dim=1).values)[learned].mean()
-        target = math.log(CONFIDENCE / (1 - CONFIDENCE))
+        target = math.log(_CONFIDENCE / (1 - _CONFIDENCE))
         # experts whose features do not differ have no margin to scale
         return solution * (target / margin if margin > 1e-6 else 1.0)
 

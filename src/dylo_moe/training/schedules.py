@@ -10,11 +10,11 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-CYCLES = 2
+_CYCLES = 2
 
 
 def warm_restarts(optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
-    """Return a schedule of ``CYCLES`` equal cosine cycles (SGDR, Loshchilov and Hutter 2016, arXiv 1608.03983).
+    """Return a schedule of ``_CYCLES`` equal cosine cycles (SGDR, Loshchilov and Hutter 2016, arXiv 1608.03983).
 
     Args:
         optimizer: The optimizer; each of its groups has its own peak.
@@ -22,7 +22,7 @@ def warm_restarts(optimizer: Optimizer, num_warmup_steps: int, num_training_step
         num_training_steps: Number of steps, all cycles together.
     """
     factor = partial(
-        restarted_cosine, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps, cycles=CYCLES
+        restarted_cosine, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps, cycles=_CYCLES
     )
     return LambdaLR(optimizer, factor)
 

@@ -57,7 +57,7 @@ def load_base_model(
         options["quantization_config"] = quantization_config(bits, dtype)
     try:
         with _readable_errors(name):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_source(name), **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(_model_source(name), **options)
     except TypeError as error:  # an argument that no part of transformers takes
         raise ModelError(f"the model {name!r} cannot be loaded with these options: {first_line(error)}") from error
     except ImportError as error:
@@ -77,7 +77,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         ModelError: The tokenizer cannot be reached or read, or has no end-of-text token.
     """
     with _readable_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(model_source(name), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(_model_source(name), revision=revision)
     if tokenizer.eos_token is None:
         raise ModelError(f"the tokenizer of {name!r} has no end-of-text token, and answers could never end")
     if tokenizer.pad_token is None:
@@ -90,7 +90,7 @@ def local_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase 
     if not name:
         return None
     try:
-        source = model_source(name)
+        source = _model_source(name)
         if is_hub_id(source):  # transformers asks the Hub about an id even with local_files_only
             source = snapshot_download(source, revision=revision, local_files_only=True)
         return AutoTokenizer.from_pretrained(source)
@@ -121,7 +121,7 @@ def cached_repository(folder: str | Path) -> tuple[str, str] | None:
     return None if found is None else (found["repo"].replace("--", "/", 1), found["commit"])
 
 
-def check_exists(name: str) -> None:
+def _check_exists(name: str) -> None:
     """Raise ``ModelError`` for a path without a folder, so that the Hub is not asked for it."""
     if not Path(name).is_dir() and not is_hub_id(name):
         raise ModelError(f"there is no folder {name!r}; check `base_model`")
@@ -130,7 +130,7 @@ def check_exists(name: str) -> None:
 def check_base_model(name: str, *, revision: str | None = None) -> None:
     """Raise ``ModelError`` if the model's configuration cannot be loaded; read no weights."""
     with _readable_errors(name):
-        AutoConfig.from_pretrained(model_source(name), revision=revision)
+        AutoConfig.from_pretrained(_model_source(name), revision=revision)
 
 
 def module_names(name: str, *, revision: str | None = None) -> list[str]:
@@ -140,11 +140,11 @@ def module_names(name: str, *, revision: str | None = None) -> list[str]:
         ModelError: The configuration cannot be loaded.
     """
     with _readable_errors(name), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_source(name), revision=revision))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_model_source(name), revision=revision))
     return [module for module, _ in model.named_modules() if module]
 
 
-def model_source(name: str) -> str:
+def _model_source(name: str) -> str:
     """Return the name as transformers takes it: ``demo`` becomes the folder of the embedded model.
 
     Raises:
@@ -152,7 +152,7 @@ def model_source(name: str) -> str:
     """
     if name == EMBEDDED:
         return str(embedded_model())
-    check_exists(name)
+    _check_exists(name)
     return name
 
 

@@ -151,13 +151,13 @@ def _expected_shapes(config: LoraConfig, linear: Mapping[str, nn.Module]) -> dic
         if check_target_module_exists(config, name):
             ranks = config.rank_pattern or {}
             rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
-            columns, rows = in_and_out_features(module)
+            columns, rows = _in_and_out_features(module)
             shapes[f"{name}.lora_A.weight"] = (rank, columns)
             shapes[f"{name}.lora_B.weight"] = (rows, rank)
     return shapes
 
 
-def in_and_out_features(module: nn.Module) -> tuple[int, int]:
+def _in_and_out_features(module: nn.Module) -> tuple[int, int]:
     """Return the input and output widths of a linear module."""
     if isinstance(module, Conv1D):
         columns, rows = module.weight.shape

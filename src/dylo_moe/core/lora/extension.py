@@ -33,7 +33,7 @@ class Extension:
 def extend(thing: Any, extension: type[Extension], **attributes: object) -> None:
     """Move ``thing`` to a class that also has the methods of ``extension``, and set their attributes."""
     if not isinstance(thing, extension):
-        thing.__class__ = extended_class(type(thing), extension)
+        thing.__class__ = _extended_class(type(thing), extension)
     for name, value in attributes.items():
         setattr(thing, name, value)
 
@@ -44,7 +44,7 @@ def restore(thing: Any, extension: type[Extension]) -> None:
         thing.__class__ = thing.extended_from
 
 
-def extended_class(own: type, extension: type[Extension]) -> Any:
+def _extended_class(own: type, extension: type[Extension]) -> Any:
     """Return the subclass of ``own`` with the methods of ``extension``; it has the name of ``own``."""
     if (own, extension) not in _CLASSES:
         _CLASSES[own, extension] = _make_class(own, extension)
@@ -71,5 +71,5 @@ def _override(own: type, name: str, extension: type[Extension]) -> Any:
 
 
 def _new(own: type, extension: type[Extension], *arguments: Any) -> Any:
-    made = extended_class(own, extension)
+    made = _extended_class(own, extension)
     return made.__new__(made, *arguments)

@@ -49,7 +49,7 @@ class LayerExperts(NamedTuple):
         names: Name of each.
         ranks: Rank of each.
         scalings: Scaling of each.
-        readable: Whether their matrices can be read directly; see ``has_readable_matrices``.
+        readable: Whether their matrices can be read directly; see ``_has_readable_matrices``.
     """
 
     columns: tuple[int, ...] | None
@@ -68,11 +68,11 @@ def active_experts(layer: LoraLinear) -> LayerExperts:
         names,
         tuple([len(lora_a[name].weight) for name in names]),
         tuple([scaling[name] for name in names]),
-        has_readable_matrices(layer, names),
+        _has_readable_matrices(layer, names),
     )
 
 
-def has_readable_matrices(layer: LoraLinear, names: Iterable[str]) -> bool:
+def _has_readable_matrices(layer: LoraLinear, names: Iterable[str]) -> bool:
     """Return whether the matrices of a layer's experts can be read directly instead of calling their modules.
 
     Not where hooks or a wrapped forward do more than multiply: offloading, for one, puts a matrix in place only while

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dylo_moe.core.lora.stacking import stacked_view
 from dylo_moe.core.lora.token_weights import TokenWeights
 
-SPARSE_FROM = 6
+_SPARSE_FROM = 6
 """Number of experts per top-k expert from which only the top-k experts are computed."""
 
 
@@ -122,7 +122,7 @@ def add_lora_single_token(
 
 def prefer_sparse(num_experts: int, top_k: int) -> bool:
     """Return whether the top-k experts alone cost less than all experts in one product."""
-    return num_experts > SPARSE_FROM * top_k
+    return num_experts > _SPARSE_FROM * top_k
 
 
 def has_sparse_kernel(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], weights: TokenWeights) -> bool:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 from dylo_moe.spec import RoutingMode
 
-AUTO_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")
+_AUTO_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")
 """Names of attention projections in the model families; by default an expert adapts those that the base model has."""
 
 ALL_LINEAR = "all-linear"
@@ -42,7 +42,7 @@ def select_targets(
     Args:
         base_model: The model to adapt.
         layers: Decoder layers that may carry experts.
-        wanted: Names of linear modules, ``"all-linear"``, or None for those of ``AUTO_TARGETS``.
+        wanted: Names of linear modules, ``"all-linear"``, or None for those of ``_AUTO_TARGETS``.
 
     Returns:
         The names, and whether weights are stored as ``(in, out)`` (GPT-2's ``Conv1D``).
@@ -56,10 +56,10 @@ def select_targets(
     if wanted == ALL_LINEAR:
         targets = have
     elif wanted is None:
-        targets = [name for name in AUTO_TARGETS if name in have]
+        targets = [name for name in _AUTO_TARGETS if name in have]
         if not targets:
             raise ModelError(
-                f"{family} has none of the target modules {', '.join(AUTO_TARGETS)}; "
+                f"{family} has none of the target modules {', '.join(_AUTO_TARGETS)}; "
                 f"name some of its linear modules with `target_modules`: {', '.join(have) or 'it has none'}"
             )
     else:

@@ -14,7 +14,7 @@ from typing import Any
 from dylo_moe.evaluation.candidate import codec
 from dylo_moe.evaluation.problems import Problem
 
-FAILURES = (
+_FAILURES = (
     AssertionError,
     ArithmeticError,
     AttributeError,
@@ -47,7 +47,7 @@ def first_wrong(problem: Problem, inputs: Sequence[Any], expected: Sequence[Any]
             tolerance = 1e-6
         try:
             right = _is_right(problem, arguments, wanted, output, tolerance)
-        except FAILURES:
+        except _FAILURES:
             right = False
         if not right:
             return number
@@ -117,7 +117,7 @@ def record_calls(problem: Problem) -> tuple[list[str], list[str]]:
 
         return call
 
-    with contextlib.suppress(*FAILURES):  # a test that fails on the canonical solution fails again when it is judged
+    with contextlib.suppress(*_FAILURES):  # a test that fails on the canonical solution fails again when it is judged
         _run_test(problem, recording)
     return calls, sorted(used)
 
@@ -138,7 +138,7 @@ def passes_test(problem: Problem, inputs: Sequence[str], outputs: Sequence[objec
 
     try:
         _run_test(problem, replaying)
-    except FAILURES:
+    except _FAILURES:
         return False
     return True
 

@@ -25,7 +25,7 @@ LIMIT_FLOOR, LIMIT_FACTOR = 1.0, 4.0
 The multiple is EvalPlus's.
 """
 
-CODE_LIMIT = 5.0
+_CODE_LIMIT = 5.0
 """Seconds of CPU time before an answer is called, which go mostly to imports."""
 
 CPU_FLOOR, CPU_FACTOR = 30.0, 2.0
@@ -74,7 +74,7 @@ def run_reference(problem: Problem, sandbox: Sandbox, worker: ComparisonWorker, 
         _keep(file, json.dumps([inputs, names, lines]))
     seconds = [json.loads(line)[2] for line in lines]
     limits = ResourceLimits(
-        call_seconds=(CODE_LIMIT, *(max(LIMIT_FLOOR, LIMIT_FACTOR * time) for time in seconds)),
+        call_seconds=(_CODE_LIMIT, *(max(LIMIT_FLOOR, LIMIT_FACTOR * time) for time in seconds)),
         cpu_seconds=math.ceil(max(CPU_FLOOR, CPU_FACTOR * sum(seconds))),
         output_bytes=max(OUTPUT_FLOOR, OUTPUT_FACTOR * sum(map(len, lines))),
     )

@@ -17,7 +17,7 @@ from dylo_moe.durable import atomic_file
 from dylo_moe.errors import DISK_REFUSED, ArtifactError, ConfigError, causes_of, first_line
 from dylo_moe.training.artifacts.store import ArtifactRecord, artifact_directory
 
-RUN_FILE = "wandb_run.json"
+_RUN_FILE = "wandb_run.json"
 PROJECT = "dylora-moe"
 """Project of a run if neither the caller nor ``WANDB_PROJECT`` names one."""
 
@@ -188,20 +188,20 @@ def adopt_run(output_dir: Path, metadata: Mapping[str, Any]) -> None:
     if "run_id" in metadata:
         _store_run(output_dir, {"id": metadata["run_id"]} | {key: metadata.get(key) for key in ("project", "entity")})
     else:
-        (output_dir / RUN_FILE).unlink(missing_ok=True)
+        (output_dir / _RUN_FILE).unlink(missing_ok=True)
 
 
 def _stored_run(output_dir: Path) -> dict[str, str | None]:
     """Return id, project, entity and name of the run of a folder; empty if there is none or it cannot be read."""
     try:
-        found = json.loads((output_dir / RUN_FILE).read_text())
+        found = json.loads((output_dir / _RUN_FILE).read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _store_run(output_dir: Path, entry: Mapping[str, str | None]) -> None:
-    with atomic_file(output_dir / RUN_FILE) as file:
+    with atomic_file(output_dir / _RUN_FILE) as file:
         file.write(json.dumps(entry, indent=2) + "\n")
 
 

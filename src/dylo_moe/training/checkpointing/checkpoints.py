@@ -45,7 +45,7 @@ def begin_write(folder: Path, *, in_place: bool = False) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover)
-    clear_unfinished(folder.parent)
+    _clear_unfinished(folder.parent)
     if in_place:
         if folder.exists():
             remove(folder)
@@ -85,7 +85,7 @@ def rollback(folder: Path, *, in_place: bool = False) -> None:
 
 def recover(output_dir: Path, *, in_place: bool = False) -> None:
     """Remove unfinished checkpoints, and name complete ones whose writer was killed just before it did so."""
-    clear_unfinished(output_dir)
+    _clear_unfinished(output_dir)
     for partial in () if in_place else output_dir.glob(f"{_PARTIAL}{PREFIX}*"):
         folder = output_dir / partial.name.removeprefix(_PARTIAL)
         if not folder.exists() and find_corruption(partial) is None:
@@ -105,7 +105,7 @@ def unfinished(output_dir: Path) -> list[Path]:
     return [folder for folder in _marked(output_dir) if folder.exists() and find_corruption(folder) is not None]
 
 
-def clear_unfinished(output_dir: Path) -> None:
+def _clear_unfinished(output_dir: Path) -> None:
     """Remove unfinished checkpoints, and all marks."""
     for folder in unfinished(output_dir):
         shutil.rmtree(folder)

@@ -28,7 +28,7 @@ from dylo_moe.training.distributed import full_state_dict, loading_full_tensors
 
 _LOG = logging.getLogger(__name__)
 
-DATA_FILE = "data.json"
+_DATA_FILE = "data.json"
 """File of a checkpoint that holds the SHA-256 of its training data and their order."""
 
 
@@ -147,7 +147,7 @@ class ResumableTrainer(Trainer):
             ]
             self.state.stateful_callbacks = {type(one).__name__: one.state() for one in stateful}  # type: ignore[assignment]
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            (folder / DATA_FILE).write_text(json.dumps({"sha256": self.data_identity}) + "\n")
+            (folder / _DATA_FILE).write_text(json.dumps({"sha256": self.data_identity}) + "\n")
 
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -177,7 +177,7 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         checkpoints.check(folder)
-        saved_identity = json.loads((folder / DATA_FILE).read_text()).get("sha256")
+        saved_identity = json.loads((folder / _DATA_FILE).read_text()).get("sha256")
         if saved_identity is None:
             _LOG.warning(
                 "%s was written by version 0.1.0, whose record of the training data cannot be compared: make sure that "

@@ -27,11 +27,11 @@ from dylo_moe.training.monitoring.routing_statistics import RoutingStatistics, r
 
 logger = logging.getLogger(__name__)
 
-COLLAPSED_ABOVE = 0.9
+_COLLAPSED_ABOVE = 0.9
 """Share of the tokens' routing weight that one expert may get at a gate before the router counts as collapsed."""
-ZERO_GRADIENT_STEPS = 50
+_ZERO_GRADIENT_STEPS = 50
 """Number of optimizer steps in a row with a gradient of exactly zero after which a warning is logged."""
-MIB = 2**20
+_MIB = 2**20
 
 
 class MonitoringCallback(TrainerCallback):
@@ -86,7 +86,7 @@ class GradientMonitoringCallback(MonitoringCallback):
         zero_gradient_steps: Number of optimizer steps in a row with a zero gradient that cause a warning.
     """
 
-    def __init__(self, zero_gradient_steps: int = ZERO_GRADIENT_STEPS) -> None:
+    def __init__(self, zero_gradient_steps: int = _ZERO_GRADIENT_STEPS) -> None:
         super().__init__()
         self.zero_gradient_steps = zero_gradient_steps
 
@@ -188,7 +188,7 @@ class DyLoRAMonitoringCallback(MonitoringCallback):
         collapsed_above: Share of the routing weight, 0 to 1, above which the router counts as collapsed.
     """
 
-    def __init__(self, domains: Sequence[str], collapsed_above: float = COLLAPSED_ABOVE) -> None:
+    def __init__(self, domains: Sequence[str], collapsed_above: float = _COLLAPSED_ABOVE) -> None:
         super().__init__()
         self.domains = list(domains)
         self.collapsed_above = collapsed_above
@@ -272,9 +272,9 @@ def _more_balance(model: DyLoRA_MoE) -> str:
 
 def memory(trainer: Trainer) -> dict[str, float]:
     """Return memory in MiB, the maximum over all processes: resident, and the peak of the accelerator if any."""
-    used = {"memory_mib": psutil.Process().memory_info().rss / MIB}
+    used = {"memory_mib": psutil.Process().memory_info().rss / _MIB}
     device = trainer.args.device
     if device.type != "cpu":
-        used["accelerator_memory_mib"] = torch.accelerator.max_memory_allocated(device) / MIB
+        used["accelerator_memory_mib"] = torch.accelerator.max_memory_allocated(device) / _MIB
     most = trainer.accelerator.reduce(torch.tensor(list(used.values()), device=device), "max")
     return dict(zip(used, most.tolist(), strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dylo_moe.core import DyLoRAOutput, expert_mask
 
-DEAD_BELOW = 0.1
+_DEAD_BELOW = 0.1
 """Fraction of an even share of the choices below which an expert counts as dead."""
 
 
@@ -164,5 +164,5 @@ def dead_share(load: Tensor, expert_mask: Tensor) -> Tensor:
         expert_mask: The experts that each gate has, ``(num_gates, num_experts)`` of bool; others are not counted.
     """
     share = load / load.sum(dim=-1, keepdim=True).clamp(min=1)
-    dead = (share < DEAD_BELOW / expert_mask.sum(dim=-1, keepdim=True)) & expert_mask
+    dead = (share < _DEAD_BELOW / expert_mask.sum(dim=-1, keepdim=True)) & expert_mask
     return dead.sum() / expert_mask.sum()
