@@ -1,7 +1,7 @@
 """The flags of data, training and generation, and the configuration of each program.
 
 A flag comes from the command line, from the file that ``--config`` names, or from its default, in that order;
-``flags.py`` reads them. Everything a program needs is in these dataclasses; nothing below the programs sees them.
+``parser.py`` reads them. Everything a program needs is in these dataclasses; nothing below the programs sees them.
 """
 
 import math

@@ -17,7 +17,7 @@ from tests.support.tiny_folder import write_tiny_folder
 FILLS_UP = """
 import resource, signal, sys
 from dylo_moe.cli import main
-from dylo_moe.commands import train
+from dylo_moe.runs import training_loop
 from dylo_moe.training.checkpointing.interruption import InterruptionCallback
 
 step, limit, *flags = sys.argv[1:]
@@ -29,7 +29,7 @@ class FillsUp(InterruptionCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-train.InterruptionCallback = FillsUp
+training_loop.InterruptionCallback = FillsUp
 sys.exit(main(["train", *flags]))
 """
 
