@@ -1,4 +1,4 @@
-"""Markdown tables of the result of ``data.py``."""
+"""Markdown tables of the result of ``benchmarks.data``."""
 
 import statistics
 from typing import Any

@@ -4,7 +4,7 @@
     python -m benchmarks.forgetting --show      print the tables of the committed result
 
 FOLDER contains ``mbpp.jsonl`` and ``code_alpaca.json``; the other skills come from this machine's files, see
-``forgetting_skills.py``. All arms train the same number of steps on each skill. After each skill they are evaluated on
+``skills.py``. All arms train the same number of steps on each skill. After each skill they are evaluated on
 held-out rows of the skills so far:
 
     ours         one expert per skill, ``acquire_skill``, routed by the closed-form gate, top-1

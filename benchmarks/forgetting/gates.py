@@ -1,4 +1,4 @@
-"""Gates that learn the skills of a stream one after the other, and measures of novelty, for ``forgetting.py``."""
+"""Gates that learn the skills of a stream one after the other, and measures of novelty."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Tables and figure of the result of ``forgetting.py``. The figure needs matplotlib."""
+"""Tables and figure of the result of ``benchmarks.forgetting``. The figure needs matplotlib."""
 
 import statistics
 from collections.abc import Sequence

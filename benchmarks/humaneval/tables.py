@@ -1,4 +1,4 @@
-"""Markdown tables of the result of ``humaneval.py``."""
+"""Markdown tables of the result of ``benchmarks.humaneval``."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The arms of ``quality.py``: mixtures and plain LoRA on one shared frozen base, each with its own clock.
+"""The arms of ``benchmarks.quality``: mixtures and plain LoRA on one shared frozen base, each with its own clock.
 
 An arm's clock runs only while it trains, not while batches are made, while it is evaluated or while other arms train.
 The learning rate follows the used share of the clock, so that a faster arm takes more steps of the same schedule.

@@ -1,4 +1,4 @@
-"""Targets that a hostile answer could reach, and its effects; for ``sandbox.py`` and ``sandbox_others.py``."""
+"""Targets that a hostile answer could reach, and its effects; for ``benchmarks.sandbox`` and ``others.py``."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Markdown table of the result of ``sandbox.py``."""
+"""Markdown table of the result of ``benchmarks.sandbox``."""
 
 from typing import Any
 

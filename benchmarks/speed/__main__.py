@@ -5,7 +5,7 @@
     python -m benchmarks.speed --sections train --rounds-scale 0.1 --length 32 --output /tmp/speed.json    try it
 
 In float32 on the CPU, on SmolLM2-135M-Instruct with random tokens. Times are compared only within rounds in which every
-contender runs once (see ``timing.py``). Not covered: GPUs, other precisions, quality, and CodeGemma-2B as a whole.
+contender runs once (see ``timing``). Not covered: GPUs, other precisions, quality, and CodeGemma-2B as a whole.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Peak memory, measured in a separate process that ``speed.py`` starts; prints one line of JSON.
+"""Peak memory, measured in a separate process that ``benchmarks.speed`` starts; prints one line of JSON.
 
     python -m benchmarks.speed.memory train ours_prefix_4 256    two train steps of 2 x 256 tokens
     python -m benchmarks.speed.memory loss chunked 256000        cross-entropy over a large vocabulary

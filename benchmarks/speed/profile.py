@@ -3,7 +3,8 @@
     python -m benchmarks.speed.profile          measure, write benchmarks/speed/profile.json, print the tables
     python -m benchmarks.speed.profile --show   print the tables of the committed result
 
-The profiler itself costs time, most of all for small operators. So this shows where the time goes, and ``speed.py``
+The profiler itself costs time, most of all for small operators. So this shows where the time goes;
+``benchmarks.speed``
 measures how much there is.
 """
 

@@ -9,7 +9,7 @@ experts of rank 16, and one expert of rank 64, which is plain LoRA, with both sc
 same layers. A sweep on the first seed finds each arm's learning rate; the other seeds use it.
 
 Covered: some hundred steps in float32 on the CPU, on a small model. Not covered: GPUs, larger models, longer runs, and
-the time that the tokens take (see ``quality.py``): runs are parallel, one thread each.
+the time that the tokens take (see ``benchmarks.quality``): runs are parallel, one thread each.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Read dataclasses of flags from a command line, from the YAML file of ``--config``, or from their defaults.
 
 One field is the default, the limits, the help text and the flag. A flag may be written with ``-`` or ``_``. The groups
-of flags themselves are in the config modules, and ``config.py`` puts them together, one configuration for a program.
+of flags themselves are in the config modules, and ``commands.py`` puts them together, one configuration for a program.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The fields of ``transformers.TrainingArguments`` that are flags although no group of ``config.py`` names them.
+"""The fields of ``transformers.TrainingArguments`` that are flags although no group of ``commands.py`` names them.
 
 They are passed on unchanged. A field that would break a promise of this package, or that it sets itself, is refused
 with the reason: accepting a flag and ignoring it would be worse.

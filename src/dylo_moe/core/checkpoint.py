@@ -51,7 +51,7 @@ class ExpertRecord(_Entry):
     frozen: bool = False
     """Whether later training leaves the expert unchanged."""
     pissa: bool = False
-    """Whether the second half of its ranks is constant; see ``initialise.initialize_pissa``."""
+    """Whether the second half of its ranks is constant; see ``initialization.initialize_pissa``."""
 
 
 class RoutingRecord(_Entry):

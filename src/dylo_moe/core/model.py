@@ -53,7 +53,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
         use_rslora: Whether to scale updates by ``alpha / sqrt(rank)``.
         init: How experts start: ``default``, ``gaussian`` or ``orthogonal`` as in PEFT, or ``pissa``, see
-            ``initialise.initialize_pissa``. For EVA, which needs data, call ``initialize_eva`` afterwards.
+            ``initialization.initialize_pissa``. For EVA, which needs data, call ``initialize_eva`` afterwards.
         experts_per_layer: Number of the first experts that each block of layers carries, lowest block first; see
             ``targets.experts_per_layer``. Needs ``per_layer``, where each layer has a gate for its own experts.
         routing: ``per_layer``, ``prefix:K``, ``context:K`` (both also without ``:K``, for a quarter of the layers) or
@@ -303,7 +303,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         return self.experts.import_adapter(path, name, revision)
 
     def initialize_eva(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Start the experts again with the directions in which their inputs vary; see ``initialise.initialize_eva``.
+        """Start the experts again with the directions in which their inputs vary; see ``initialization``.
 
         Args:
             batches: Batches of training data with ``input_ids``, ``attention_mask`` and, for packed rows,
@@ -362,10 +362,10 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         save_and_load.save(self, Path(save_directory), is_main_process, state_dict, in_place, push_to_hub, kwargs)
 
     def write_files(
-        self, folder: Path, state: Mapping[str, Tensor] | None = None, *, beside: Path | None = None
+        self, folder: Path, state: Mapping[str, Tensor] | None = None, *, final_folder: Path | None = None
     ) -> None:
-        """Write a checkpoint's files into a folder that the caller renames to ``beside``; ``state`` as above."""
-        save_and_load.write_files(self, folder, state, final_folder=beside)
+        """Write a checkpoint's files into a folder that the caller renames to ``final_folder``; ``state`` as above."""
+        save_and_load.write_files(self, folder, state, final_folder=final_folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -28,7 +28,7 @@ class ModelRecord(_Record):
     Attributes:
         name: Where the model came from: a checkpoint folder, a Hub id or a folder.
         kind: ``mixture``, or ``base`` for a plain causal LM.
-        digest: Digest of the parameters in memory while it sampled; see ``identity.model_digest``.
+        digest: Digest of the parameters in memory while it sampled; see ``model_digest``.
         dtype: Floating type of the base model.
     """
 
@@ -60,7 +60,7 @@ class Settings(SamplingSettings):
 
 
 class VerdictRecord(_Record):
-    """The judge's verdict on one sample; see ``comparer.Verdict``."""
+    """The judge's verdict on one sample; see ``comparison.Verdict``."""
 
     passed: bool
     status: str

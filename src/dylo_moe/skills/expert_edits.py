@@ -212,7 +212,7 @@ def merge_experts(path: Path, one: str, other: str) -> None:
 
 
 def export_expert(path: Path, name: str, folder: Path) -> ExportedAdapter:
-    """Write an expert as a PEFT adapter folder that every tool scales the same way; see ``core.plain_adapter``.
+    """Write an expert as a PEFT adapter folder that every tool scales the same way; see ``plain_adapter``.
 
     Raises:
         ExpertError: The expert does not exist, its files are damaged, or ``folder`` is inside the mixture.

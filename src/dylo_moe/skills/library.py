@@ -69,8 +69,8 @@ class StreamMetrics(NamedTuple):
     """Effect of later skills on the losses of older ones, as the mean over all skills but the last, in nats per token.
 
     Attributes:
-        forgetting: Loss at the end less the lowest loss before; see ``metrics.forgetting``.
-        backward_transfer: Loss right after learning less the loss at the end; see ``metrics.backward_transfer``.
+        forgetting: Loss at the end less the lowest loss before; see ``continual_metrics``.
+        backward_transfer: Loss right after learning less the loss at the end; see ``continual_metrics``.
     """
 
     forgetting: float
@@ -329,5 +329,5 @@ def save_with_skills(model: DyLoRA_MoE, library: SkillLibrary, path: Path) -> No
         CheckpointError: The folder cannot be written.
     """
     with atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE) as folder:
-        model.write_files(folder, beside=path)
+        model.write_files(folder, final_folder=path)
         library.write_files(folder)

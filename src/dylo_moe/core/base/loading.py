@@ -46,7 +46,7 @@ def load_base_model(
         revision: Commit, tag or branch on the Hub.
         dtype: Floating type of the weights.
         attn_implementation: Passed to transformers; its own choice by default.
-        bits: 4 or 8 quantizes the linear layers; see ``quantised.quantization_config``.
+        bits: 4 or 8 quantizes the linear layers; see ``quantization.quantization_config``.
         **more: Passed to transformers: ``device_map``, ``max_memory``, ``quantization_config`` and others.
 
     Raises:

@@ -1,7 +1,7 @@
 """The forward of a routed LoRA layer: the base layer's output plus the mixture of the active adapters.
 
 A layer of PEFT stays an object of PEFT. ``RoutedLayer`` only gives it a forward that calls its ``LayerMixer``; which
-product computes the mixture is decided here, and ``mixture`` has the products.
+product computes the mixture is decided here, and ``ops`` has the products.
 """
 
 import functools

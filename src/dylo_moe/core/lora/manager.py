@@ -56,7 +56,7 @@ class ExpertManager:
         names: Names of all experts, in the order of the router's columns.
         active: Names of the experts that are routed among, in the same order.
         frozen: Names of the experts that do not train.
-        pissa_experts: Names of the experts whose second half of ranks is constant; see ``initialise.initialize_pissa``.
+        pissa_experts: Names of the experts whose second half of ranks is constant; see ``initialization``.
         on_added: Functions to call when an expert was added; a mixture's router grows by one.
 
     Raises:

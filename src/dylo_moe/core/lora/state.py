@@ -129,7 +129,7 @@ class ForwardCall:
 
 
 class Hooks(Protocol):
-    """Interface of a router's hooks on the forwards of a model; see ``routing.RouterHooks``."""
+    """Interface of a router's hooks on the forwards of a model; see ``hooks.RouterHooks``."""
 
     def remove(self) -> None:
         """Take the hooks off the model."""

@@ -48,7 +48,7 @@ class ComparisonWorker:
         self._connection: Connection[Any, Any] | None = None
 
     def record(self, problem: Problem) -> tuple[list[str], list[str]]:
-        """Return the result of ``oracle.record_calls``, run in the process."""
+        """Return the result of ``checker.record_calls``, run in the process."""
         found: tuple[list[str], list[str]] = self._ask("record", problem)
         return found
 

@@ -2,7 +2,7 @@
 
 Covered: gradient norms, the router, speed and memory; ``docs/training.md`` lists every name. The figures are added to
 the Trainer's own log entries, so every experiment tracker shows them. Not covered: losses on held-out data, which an
-evaluation computes (``metrics``).
+evaluation computes (``domain_metrics``).
 """
 
 import logging

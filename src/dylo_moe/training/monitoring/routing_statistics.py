@@ -1,6 +1,6 @@
 """Routing statistics since the last log entry: sums over tokens, and the figures computed from them.
 
-Tensors in, numbers out; when to log and when to warn is in ``monitoring``. Adding does not synchronize with the device
+Tensors in, numbers out; when to log and when to warn is in ``callbacks``. Adding does not synchronize with the device
 or with other processes; taking the sums does both, once.
 """
 
