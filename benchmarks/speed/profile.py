@@ -4,8 +4,7 @@
     python -m benchmarks.speed.profile --show   print the tables of the committed result
 
 The profiler itself costs time, most of all for small operators. So this shows where the time goes;
-``benchmarks.speed``
-measures how much there is.
+``benchmarks.speed`` measures how much there is.
 """
 
 import argparse
