@@ -25,7 +25,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +54,19 @@ class Difference:
     plain: str
     routed: str
     error: str
+
+
+def outcomes_table(result: Mapping[str, Any]) -> str:
+    """Return a Markdown table of a result: the tests that build a LoRA model, without and with routing."""
+    versions, rows = result["versions"], []
+    for title, key in (("plain PEFT", "plain_with_lora"), ("`enable_routing` on every model", "routed")):
+        outcomes = result[key]
+        rows.append(f"| {title} | {outcomes['passed']:,} | {outcomes['failed']} | {outcomes['skipped']} |")
+    note = (
+        f"PEFT {versions['peft']}, torch {versions['torch']}, transformers {versions['transformers']}. "
+        f"{len(result['differences'])} tests end differently."
+    )
+    return "\n".join(["| tests | passed | failed | skipped |", "| --- | --- | --- | --- |", *rows, "", note])
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from benchmarks.sandbox import table as sandbox_table
 from benchmarks.speed import profile as speed_profile
 from benchmarks.speed import table as speed_table
 from benchmarks.training import __main__ as training_run
+from tools import peft_own_tests
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 116
@@ -28,23 +29,24 @@ WIDTH = 116
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "demo": ("demo/demo.json", demo.table),
-    "speed peers": ("speed/speed.json", speed_table.peers_table),
-    "speed targets": ("speed/speed.json", speed_table.targets_table),
-    "profile": ("speed/profile.json", speed_profile.tables),
-    "quality": ("quality/quality.json", quality.table),
-    "training": ("training/training.json", training_run.table),
-    "forgetting arms": ("forgetting/forgetting.json", forgetting_report.arms_table),
-    "forgetting gates": ("forgetting/forgetting.json", forgetting_report.gates_table),
-    "forgetting novelty": ("forgetting/forgetting.json", forgetting_report.novelty_table),
-    "skill cost": ("forgetting/skill_cost.json", skill_cost.table),
-    "sandbox": ("sandbox/sandbox.json", sandbox_table.table),
-    "judge": ("judge/judge.json", judge.table),
-    "humaneval": ("humaneval/humaneval.json", humaneval_tables.scores_table),
-    "humaneval batches": ("humaneval/humaneval.json", humaneval_tables.batches_table),
-    "data rows": ("data/data.json", data_tables.rows_table),
-    "data scale": ("data/data.json", data_tables.scale_table),
-    "data throughput": ("data/data.json", data_tables.throughput_table),
+    "demo": ("benchmarks/demo/demo.json", demo.table),
+    "speed peers": ("benchmarks/speed/speed.json", speed_table.peers_table),
+    "speed targets": ("benchmarks/speed/speed.json", speed_table.targets_table),
+    "profile": ("benchmarks/speed/profile.json", speed_profile.tables),
+    "quality": ("benchmarks/quality/quality.json", quality.table),
+    "training": ("benchmarks/training/training.json", training_run.table),
+    "forgetting arms": ("benchmarks/forgetting/forgetting.json", forgetting_report.arms_table),
+    "forgetting gates": ("benchmarks/forgetting/forgetting.json", forgetting_report.gates_table),
+    "forgetting novelty": ("benchmarks/forgetting/forgetting.json", forgetting_report.novelty_table),
+    "skill cost": ("benchmarks/forgetting/skill_cost.json", skill_cost.table),
+    "sandbox": ("benchmarks/sandbox/sandbox.json", sandbox_table.table),
+    "judge": ("benchmarks/judge/judge.json", judge.table),
+    "humaneval": ("benchmarks/humaneval/humaneval.json", humaneval_tables.scores_table),
+    "humaneval batches": ("benchmarks/humaneval/humaneval.json", humaneval_tables.batches_table),
+    "peft": ("tools/peft_own_tests.json", peft_own_tests.outcomes_table),
+    "data rows": ("benchmarks/data/data.json", data_tables.rows_table),
+    "data scale": ("benchmarks/data/data.json", data_tables.scale_table),
+    "data throughput": ("benchmarks/data/data.json", data_tables.throughput_table),
 }
 
 
@@ -57,7 +59,7 @@ def page(path: Path) -> str:
 
     def filled(match: re.Match[str]) -> str:
         file, write = TABLES[match["name"]]
-        table = write(json.loads((ROOT / "benchmarks" / file).read_text()))
+        table = write(json.loads((ROOT / file).read_text()))
         note = textwrap.TextWrapper(WIDTH, break_on_hyphens=False)
         lines = [line if line.startswith("|") else note.fill(line) for line in table.splitlines()]
         return "\n".join([f"<!-- table: {match['name']} -->", *lines, "<!-- end -->"])
