@@ -1,6 +1,6 @@
 """Write ``src/dylo_moe/data/benchmark_grams.npz``, which keeps benchmark tasks out of training data.
 
-    python tools/build_decontamination_index.py FOLDER
+    python -m tools.build_decontamination_index FOLDER
 
 FOLDER contains EvalPlus's ``HumanEvalPlus.jsonl.gz`` and ``MbppPlus.jsonl.gz``, and Google's ``mbpp.jsonl``, whose
 solutions differ from those of MBPP+. The file contains hashes of word n-grams; no text can be read from them.

@@ -2,7 +2,7 @@
 
     pip download --no-deps --no-binary :all: peft==0.21.2
     pip install -r requirements.lock parameterized scipy scikit-learn diffusers
-    HF_HUB_OFFLINE=1 python tools/peft_own_tests.py peft-0.21.2.tar.gz --output results/peft.json
+    HF_HUB_OFFLINE=1 python -m tools.peft_own_tests peft-0.21.2.tar.gz --output results/peft.json
 
 The source distribution on PyPI contains ``tests/``; the wheel does not. It must have the installed version, because the
 tests are unpacked to a temporary folder and run against the installed package. The first run leaves them unchanged. The

@@ -1,6 +1,6 @@
 """Tiny random models that replace those that PEFT's tests load from the Hugging Face Hub.
 
-    python tools/peft_stand_ins.py FOLDER    write them to FOLDER
+    python -m tools.peft_stand_ins FOLDER    write them to FOLDER
 
 ``write_stand_ins`` writes a folder with the layout of the Hub's download cache. With ``HF_HUB_CACHE`` set to it and
 ``HF_HUB_OFFLINE=1``, ``from_pretrained`` finds the stand-ins under the real names, and no library is patched. Only the

@@ -14,7 +14,7 @@ class TrainingReport(BaseModel):
     Attributes:
         domains: Names of the domains.
         experts: Names of the experts.
-        base: Metrics of the base model on the held-out rows, named as by ``training.metrics.domain_metrics``.
+        base: Metrics of the base model on the held-out rows, named as by ``training.domain_metrics.domain_metrics``.
         mixture: The same metrics of the trained mixture, as saved.
         trainable_parameters: Number of parameters that were trained.
         base_parameters: Number of parameters of the base model.

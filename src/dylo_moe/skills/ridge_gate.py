@@ -49,7 +49,7 @@ class RidgeGate:
         """Add the tokens of one dataset.
 
         Args:
-            features: Features of the real tokens, ``(tokens, hidden_size)``, as ``core.features.base_features``
+            features: Features of the real tokens, ``(tokens, hidden_size)``, as ``skills.features.base_features``
                 returns them.
             expert: Number of their expert: a known one, or the next new one.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dylo_moe.errors import ExpertError, did_you_mean
 
 INITIALIZATIONS = ("default", "gaussian", "orthogonal", "pissa")
-"""Values of ``ExpertSpec.init``. EVA needs data and follows later, see ``core.initialise.initialize_eva``."""
+"""Values of ``ExpertSpec.init``. EVA needs data and follows later, see ``core.lora.initialization.initialize_eva``."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ExpertSpec:
         target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
         use_rslora: Whether to scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv 2312.03732).
         init: How the expert starts: ``default``, ``gaussian`` or ``orthogonal`` as in PEFT, or ``pissa``, see
-            ``core.initialise.initialize_pissa``.
+            ``core.lora.initialization.initialize_pissa``.
 
     Raises:
         ExpertError: A value is out of its range.

@@ -11,7 +11,7 @@ mode            the router reads                                                
 ==============  =====================================================================  ======
 
 Standard library only, so that flags can be checked before torch is imported. A new mode needs a ``RoutingKind`` and
-its properties here, and a method of ``core.routing.RouterHooks``.
+its properties here, and a method of ``core.routing.hooks.RouterHooks``.
 """
 
 import re
