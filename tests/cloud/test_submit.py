@@ -1,6 +1,6 @@
 """Requests to Vertex AI equal the golden files exactly, and invalid jobs are never sent.
 
-A golden file is the request as Google's own client sent it. ``PYTHONPATH=tests python tests/cloud/test_submit.py``
+A golden file is the request as Google's own client sent it. ``python -m tests.cloud.test_submit``
 writes them; review them before committing.
 """
 

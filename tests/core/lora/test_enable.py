@@ -1,6 +1,6 @@
 """``model(input_ids, routing_weights=w)`` on plain PEFT models, against what PEFT itself computes.
 
-Runs under pytest, and on its own: ``python tests/core/lora/test_enable.py`` prints a line for each check and
+Runs under pytest, and on its own: ``python -m tests.core.lora.test_enable`` prints a line for each check and
 family, and ends with the error of the first that fails.
 """
 
