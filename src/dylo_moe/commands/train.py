@@ -102,7 +102,7 @@ def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
             uploads.finish(Path(report.checkpoint), report.steps)
     _show(report, console)
     live.score_final()
-    trainer.end()  # type: ignore[no-untyped-call]
+    trainer.accelerator.end_training()
     return report
 
 
