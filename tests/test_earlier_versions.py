@@ -50,11 +50,12 @@ def test_a_mixture_has_the_same_weights_and_answers(earlier: Path, routing: str)
     assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), expected[f"{name}.tokens"])
 
 
-def test_a_run_is_resumed_by_its_recipe(earlier: Path) -> None:
+def test_a_run_is_resumed_by_its_recipe(earlier: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(earlier / "run" / "checkpoint-2", earlier / "again" / "checkpoint-2")
     resumed_from = str(earlier / "again" / "checkpoint-2")
     recipe = ["--config", "train.yaml", "--output_dir", "again"]
     assert main(["train", *recipe, "--resume_from_checkpoint", resumed_from]) == 0
+    assert "has an older record of its training data" in caplog.text
     files = sorted((earlier / "run" / "checkpoint-4").rglob("*.safetensors"))
     assert len(files) >= 3
     for file in files:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from dylo_moe import DyLoRA_MoE
@@ -61,6 +61,40 @@ def token_rows(capacity: int | None, lengths: tuple[int, ...] = (9, 5, 7, 3, 6, 
         for index, length in enumerate(lengths)
     ]
     return TokenRows(Dataset.from_list(made), np.zeros(len(made), dtype=np.int64), np.array(lengths), capacity)
+
+
+EXAMPLES = [{"input_ids": [5, 6, 7], "prompt_length": 1}, {"input_ids": [8, 9, 4], "prompt_length": 2}]
+OTHERS = {
+    "token": ([{**EXAMPLES[0], "input_ids": [5, 6, 3]}, EXAMPLES[1]], [0, 1], None),
+    "token of the next": (
+        [{**EXAMPLES[0], "input_ids": [5, 6]}, {**EXAMPLES[1], "input_ids": [7, 8, 9, 4]}],
+        [0, 1],
+        None,
+    ),
+    "prompt": ([{**EXAMPLES[0], "prompt_length": 0}, EXAMPLES[1]], [0, 1], None),
+    "order": (EXAMPLES[::-1], [0, 1], None),
+    "domain": (EXAMPLES, [1, 0], None),
+    "one more": ([*EXAMPLES, EXAMPLES[0]], [0, 1, 1], None),
+    "packing": (EXAMPLES, [0, 0], 8),
+}
+
+
+def rows_of(examples: list[dict[str, Any]], domains: list[int], capacity: int | None) -> TokenRows:
+    lengths = np.array([len(example["input_ids"]) for example in examples])
+    return TokenRows(Dataset.from_list(examples), np.array(domains), lengths, capacity)
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_the_digest_of_rows_depends_on_their_contents(change: str) -> None:
+    assert rows_of(*OTHERS[change]).digest() != rows_of(EXAMPLES, [0, 1], None).digest()
+
+
+def test_the_digest_of_rows_depends_on_nothing_else() -> None:
+    # a later version must find the same value, and so must a dataset that is read in other parts
+    expected = "96312a775816bf0913d46d827686ced41933a812ef65f2d2af3ae883e50bd39e"
+    assert rows_of(EXAMPLES, [0, 1], None).digest() == expected
+    parts = concatenate_datasets([Dataset.from_list([example]) for example in EXAMPLES])
+    assert TokenRows(parts, np.array([0, 1]), np.array([3, 3])).digest() == expected
 
 
 def batches() -> tuple[dict[str, Tensor], dict[str, Tensor], TokenRows]:

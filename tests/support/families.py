@@ -47,7 +47,23 @@ _COMMON = {
     "eos_token_id": None,
     "tie_word_embeddings": False,
 }
-_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 8}
+LLAMA_LIKE = {**_COMMON, "num_key_value_heads": 2}
+"""Settings of the families that name them as Llama does."""
+
+GPT_LIKE = {
+    "vocab_size": VOCABULARY,
+    "n_embd": HIDDEN,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+"""Settings of the families that name them as GPT-2 does."""
+
+_GROUPED = {**LLAMA_LIKE, "head_dim": 8}
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_GROUPED),
@@ -59,20 +75,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
     "qwen3": Qwen3Config(**_GROUPED),
-    "gpt2": GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=HIDDEN,
-        n_layer=LAYERS,
-        n_head=4,
-        n_positions=128,
-        initializer_range=0.2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=None,
-    ),
+    "gpt2": GPT2Config(**GPT_LIKE, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "neox": GPTNeoXConfig(**_COMMON),
 }
 FAMILIES = tuple(CONFIGS)

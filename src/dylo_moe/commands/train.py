@@ -91,6 +91,8 @@ def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
     if uploads is not None:
         trainer.add_callback(uploads)
     if not run_training(trainer, flags, resume_from, console):
+        # a process group that is still open can abort the process at its exit, with another exit code
+        trainer.accelerator.end_training()
         return None
     seconds = time.monotonic() - base.ended
     report = _report(trainer, data, base.metrics, _evaluate_mixture(trainer, console), seconds)

@@ -34,21 +34,19 @@ from transformers import (
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.base.structure import find_decoder
 from dylo_moe.errors import RoutingError
-from tests.support.families import PAD, ROUTINGS, VOCABULARY, padded, relative_error, stir, token_ids
+from tests.support.families import (
+    GPT_LIKE,
+    LLAMA_LIKE,
+    PAD,
+    ROUTINGS,
+    VOCABULARY,
+    padded,
+    relative_error,
+    stir,
+    token_ids,
+)
 
 _ALL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None}
-_NEW = {
-    **_ALL,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-}
-_GPT = {**_ALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
 _OPT = {
     **_ALL,
     "hidden_size": 32,
@@ -76,17 +74,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         is_encoder_decoder=False,
     ),
     "bloom": BloomConfig(**_ALL, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.2),
-    "codegen": CodeGenConfig(**_GPT, rotary_dim=4),
-    "cohere": CohereConfig(**_NEW),
+    "codegen": CodeGenConfig(**GPT_LIKE, rotary_dim=4),
+    "cohere": CohereConfig(**LLAMA_LIKE),
     "falcon": FalconConfig(
         **_ALL, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2, alibi=True
     ),
-    "gemma2": Gemma2Config(**_NEW, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
-    "gpt_bigcode": GPTBigCodeConfig(**_GPT),
-    "gptj": GPTJConfig(**_GPT, rotary_dim=4),
-    "granite": GraniteConfig(**_NEW),
+    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
+    "gpt_bigcode": GPTBigCodeConfig(**GPT_LIKE),
+    "gptj": GPTJConfig(**GPT_LIKE, rotary_dim=4),
+    "granite": GraniteConfig(**LLAMA_LIKE),
     "jamba": JambaConfig(
-        **_NEW,
+        **LLAMA_LIKE,
         attn_layer_period=2,
         attn_layer_offset=1,
         expert_layer_period=2,
@@ -94,24 +92,24 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         mamba_dt_rank=4,
         mamba_d_state=4,
     ),
-    "mistral": MistralConfig(**_NEW, sliding_window=8),
-    "mixtral": MixtralConfig(**_NEW, num_local_experts=4),
+    "mistral": MistralConfig(**LLAMA_LIKE, sliding_window=8),
+    "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4),
     "mpt": MptConfig(**_ALL, d_model=32, n_layers=3, n_heads=4, max_seq_len=128, initializer_range=0.2),
-    "olmo2": Olmo2Config(**_NEW),
+    "olmo2": Olmo2Config(**LLAMA_LIKE),
     "opt": OPTConfig(**_OPT, word_embed_proj_dim=32),
     "opt, projected": OPTConfig(**_OPT, word_embed_proj_dim=16),
-    "phi": PhiConfig(**_NEW),
-    "phi3": Phi3Config(**_NEW),
+    "phi": PhiConfig(**LLAMA_LIKE),
+    "phi3": Phi3Config(**LLAMA_LIKE),
     "qwen2_moe": Qwen2MoeConfig(
-        **_NEW,
+        **LLAMA_LIKE,
         moe_intermediate_size=16,
         shared_expert_intermediate_size=24,
         num_experts=4,
         num_experts_per_tok=2,
         decoder_sparse_step=1,
     ),
-    "stablelm": StableLmConfig(**_NEW),
-    "starcoder2": Starcoder2Config(**_NEW),
+    "stablelm": StableLmConfig(**LLAMA_LIKE),
+    "starcoder2": Starcoder2Config(**LLAMA_LIKE),
     "xglm": XGLMConfig(
         **_ALL,
         d_model=32,

@@ -65,11 +65,14 @@ def test_a_signal_saves_and_the_resumed_run_is_bit_equal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     wanted = flags(undisturbed, str(tmp_path / "stopped"))
+    ended: list[bool] = []
     monkeypatch.setattr(StopsIn, "step", step)
     monkeypatch.setattr(StopsIn, "batch", batch)
     with monkeypatch.context() as patch:
         patch.setattr("dylo_moe.runs.training_loop.InterruptionCallback", StopsIn)
+        patch.setattr(Accelerator, "end_training", lambda accelerator: ended.append(True))
         assert main(["train", *wanted]) == EXIT_STOPPED
+    assert ended == [True], "an open process group can abort the process at its exit"
     said = capsys.readouterr()
     assert "saving after this step" in said.err and "Resume with --resume_from_checkpoint" in said.out
     assert not (tmp_path / "stopped" / "best_model").exists()

@@ -67,6 +67,7 @@ def _override(own: type, name: str, extension: type[Extension]) -> Any:
     method: Any = getattr(extension, name)
     # copied, not wrapped: one more frame in each layer would slow decoding
     override = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
+    override.__kwdefaults__ = method.__kwdefaults__
     return functools.update_wrapper(override, getattr(own, name))
 
 

@@ -180,8 +180,8 @@ class ResumableTrainer(Trainer):
         saved_identity = json.loads((folder / _DATA_FILE).read_text()).get("sha256")
         if saved_identity is None:
             _LOG.warning(
-                "%s was written by version 0.1.0, whose record of the training data cannot be compared: make sure that "
-                "this run has the same data, seed and batch size",
+                "%s has an older record of its training data, which cannot be compared with this run's: make sure that "
+                "the data, the seed and the batch size are the same",
                 folder,
             )
         elif saved_identity != self.data_identity:
