@@ -240,6 +240,8 @@ def test_the_help_is_in_groups_and_leaves_out_what_is_passed_on(capsys: pytest.C
     assert "Any field." in shown and "--router_learning_rate" in shown
     assert "--[no_]packing" in shown and "--no_packing" not in shown and "--lora_r N " in shown
     assert "--adam_beta2" not in shown and "TrainingArguments:" not in shown
+    assert "(default: 0.0)" in shown and "(default: 1.0)" in shown
+    assert "default: None" not in shown and "default: True" not in shown and "default: False" not in shown
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -273,7 +273,8 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 
     @override
     def _get_help_string(self, action: Action) -> str | None:
-        if action.default in (None, False, True, SUPPRESS):
+        # compared by type: 0 and 1 equal False and True, and are shown
+        if action.default is None or isinstance(action.default, bool) or action.default == SUPPRESS:
             return action.help
         return super()._get_help_string(action)
 
