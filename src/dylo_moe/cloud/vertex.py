@@ -7,7 +7,7 @@ https://cloud.google.com/vertex-ai/docs/reference/rest/v1/projects.locations.cus
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from dylo_moe.cloud.secrets import VARIABLE
 from dylo_moe.cloud.settings import Settings
@@ -59,7 +59,14 @@ class JobSpec:
         return self.replicas * self.timeout_hours
 
 
-def create_request(job: JobSpec, settings: Settings, training: Sequence[str]) -> dict[str, Any]:
+class JobRequest(TypedDict):
+    """Request to create a job, ready for JSON, with the names of Google's API."""
+
+    parent: str
+    customJob: Mapping[str, object]
+
+
+def create_request(job: JobSpec, settings: Settings, training: Sequence[str]) -> JobRequest:
     """Return the CreateCustomJob request: ``parent`` and ``customJob``, ready for JSON.
 
     Args:
@@ -67,12 +74,12 @@ def create_request(job: JobSpec, settings: Settings, training: Sequence[str]) ->
         settings: Project, region, bucket and image.
         training: Arguments of the container's training program.
     """
-    scheduling: dict[str, Any] = {
+    scheduling: dict[str, object] = {
         "timeout": f"{round(job.timeout_hours * 3600)}s",
         "restartJobOnWorkerRestart": True,
         "strategy": "SPOT" if job.spot else "STANDARD",
     }
-    spec: dict[str, Any] = {
+    spec: dict[str, object] = {
         # the leading machine has a pool of its own
         "workerPoolSpecs": [_pool(job, settings, training, replicas) for replicas in (1, job.replicas - 1) if replicas],
         "scheduling": scheduling,
@@ -104,7 +111,7 @@ def connect(region: str) -> "JobServiceClient":
         ) from error
 
 
-def send(request: dict[str, Any], client: "JobServiceClient") -> str:
+def send(request: JobRequest, client: "JobServiceClient") -> str:
     """Create a job from a request of ``create_request``; return its resource name.
 
     Raises:
@@ -171,8 +178,8 @@ def _api_errors() -> tuple[type[Exception], ...]:
     return GoogleAPIError, GoogleAuthError, RequestException
 
 
-def _pool(job: JobSpec, settings: Settings, training: Sequence[str], replicas: int) -> dict[str, Any]:
-    container: dict[str, Any] = {"imageUri": settings.image, "args": ["--train", *training]}
+def _pool(job: JobSpec, settings: Settings, training: Sequence[str], replicas: int) -> dict[str, object]:
+    container: dict[str, object] = {"imageUri": settings.image, "args": ["--train", *training]}
     variables = dict(job.env)
     if job.secrets:
         references = []

@@ -293,7 +293,7 @@ class _StopAfterPrompt(StoppingCriteria):
         self._stops, self._width = stops, width
 
     @override
-    def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: LongTensor, scores: Tensor, **kwargs: object) -> Any:
         return self._stops(input_ids[:, self._width :], scores, **kwargs)
 
 

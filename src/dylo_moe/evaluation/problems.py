@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from dylo_moe.errors import EvaluationError, did_you_mean, first_line
 
@@ -18,6 +18,18 @@ _MBPP_TEST = range(11, 511)
 """The task ids of MBPP's official test split."""
 
 _OVERRIDES = {"humaneval": "HUMANEVAL_OVERRIDE_PATH", "mbpp": "MBPP_OVERRIDE_PATH"}
+
+
+class _EvalPlusTask(TypedDict):
+    task_id: str
+    prompt: str
+    entry_point: str
+    canonical_solution: str
+    base_input: Sequence[Sequence[object]]
+    plus_input: Sequence[Sequence[object]] | None
+    atol: float
+    contract: str
+    assertion: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,8 @@ class Problem:
     prompt: str
     entry_point: str
     canonical_solution: str
-    base_inputs: Sequence[Sequence[Any]] = ()
-    plus_inputs: Sequence[Sequence[Any]] = ()
+    base_inputs: Sequence[Sequence[object]] = ()
+    plus_inputs: Sequence[Sequence[object]] = ()
     atol: float = 0
     contract: str = ""
     assertion: str = ""
@@ -98,7 +110,7 @@ def prompts_hash(problems: Iterable[Problem]) -> str:
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
-def _evalplus_tasks(family: str) -> dict[str, dict[str, Any]]:
+def _evalplus_tasks(family: str) -> dict[str, _EvalPlusTask]:
     try:
         from evalplus.data import get_human_eval_plus, get_mbpp_plus
     except ImportError as error:
@@ -106,7 +118,7 @@ def _evalplus_tasks(family: str) -> dict[str, dict[str, Any]]:
             f"EvalPlus is not installed ({first_line(error)}): pip install 'dylora-moe[evaluation]', or give "
             "`no_evalplus`"
         ) from error
-    load: Callable[[], dict[str, dict[str, Any]]] = {"humaneval": get_human_eval_plus, "mbpp": get_mbpp_plus}[family]
+    load: Callable[[], dict[str, _EvalPlusTask]] = {"humaneval": get_human_eval_plus, "mbpp": get_mbpp_plus}[family]
     variable = _OVERRIDES[family]
     where = f"{variable}={os.environ[variable]}" if variable in os.environ else "EvalPlus's data"
     try:
@@ -118,7 +130,7 @@ def _evalplus_tasks(family: str) -> dict[str, dict[str, Any]]:
         ) from error
 
 
-def _evalplus_problem(task: Mapping[str, Any], benchmark: str, plus: bool) -> Problem:
+def _evalplus_problem(task: _EvalPlusTask, benchmark: str, plus: bool) -> Problem:
     return Problem(
         task_id=task["task_id"],
         benchmark=benchmark,

@@ -61,7 +61,7 @@ class DyLoRATrainer(ResumableTrainer):
         self.add_callback(_TrainerEvents(self))
 
     @override
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+    def _get_train_sampler(self, train_dataset: Dataset[object] | None = None) -> Sampler[int] | None:
         if self.train_sampler is not None:
             return self.train_sampler
         return super()._get_train_sampler(train_dataset)
@@ -104,8 +104,8 @@ class DyLoRATrainer(ResumableTrainer):
 
     @override
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """Return the parts of a global batch, each with the counts that make their losses add up to the whole's.
 
         ``num_tokens_in_batch`` is the number of real tokens over all parts and processes. ``expert_load``, the
@@ -145,14 +145,15 @@ class DyLoRATrainer(ResumableTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, DyLoRAOutput]:
-        part, inputs = inputs, {key: value for key, value in inputs.items() if key not in ("domain", "length")}
-        inputs["label_smoothing"] = self.args.label_smoothing_factor
-        inputs["return_logits"] = return_outputs
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        arguments: dict[str, object] = {k: value for k, value in inputs.items() if k not in ("domain", "length")}
+        arguments |= {"label_smoothing": self.args.label_smoothing_factor, "return_logits": return_outputs}
+        loss, outputs = super().compute_loss(
+            model, arguments, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
         if model.training:
             logits, router = outputs["router_logits"], self.model.router
             self._expert_mask = expert_mask(logits)
@@ -161,12 +162,12 @@ class DyLoRATrainer(ResumableTrainer):
             load = expert_load(biased, inputs["attention_mask"], router.top_k)
             self._batch_load = load if self._batch_load is None else self._batch_load + load
             for monitor in self._monitors():
-                monitor.on_forward(self, part, outputs, load)
+                monitor.on_forward(self, inputs, outputs, load)
         return (loss, outputs) if return_outputs else loss
 
     @override
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         for monitor in self._monitors():
@@ -202,7 +203,7 @@ class DyLoRATrainer(ResumableTrainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

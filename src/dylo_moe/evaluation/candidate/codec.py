@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import marshal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ def decode_line(line: bytes, names: Mapping[str, object] | None = None) -> tuple
     raise ValueError("not a line of an answer's process")
 
 
-def _checked_value(tagged: Any, names: Mapping[str, object] | None) -> object:
+def _checked_value(tagged: object, names: Mapping[str, object] | None) -> object:
     try:
         return _from_json(tagged, names or {})
     except (LookupError, TypeError, AttributeError, RecursionError, OverflowError, ImportError) as error:
@@ -235,7 +235,8 @@ def _update_digest(update: Callable[[bytes], object], value: Any) -> None:
     if kind is list or kind is tuple:
         update(b"[" if kind is list else b"(")
         update(str(len(value)).encode())
-        for chunk in _chunks(value):
+        for start in range(0, len(value), _CHUNK):
+            chunk = list(value[start : start + _CHUNK])
             if _has_exact_bytes(chunk):
                 update(marshal.dumps(chunk, 2))
             else:
@@ -249,11 +250,6 @@ def _update_digest(update: Callable[[bytes], object], value: Any) -> None:
         update(f"{family}:{''.join(parts if ordered else sorted(parts))}".encode())
     else:
         update(marshal.dumps(_normal_form(value), 2))
-
-
-def _chunks(items: list[Any] | tuple[Any, ...]) -> Iterator[list[Any]]:
-    for start in range(0, len(items), _CHUNK):
-        yield list(items[start : start + _CHUNK])
 
 
 def _has_exact_bytes(chunk: Iterable[Any]) -> bool:

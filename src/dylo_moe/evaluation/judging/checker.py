@@ -34,7 +34,9 @@ class Diverged(ValueError):
     """A test made another call than when it was recorded, because an earlier call returned another value."""
 
 
-def first_wrong(problem: Problem, inputs: Sequence[Any], expected: Sequence[Any], outputs: Sequence[Any]) -> int | None:
+def first_wrong(
+    problem: Problem, inputs: Sequence[Sequence[object]], expected: Sequence[object], outputs: Sequence[object]
+) -> int | None:
     """Return the index of the first input whose output is wrong by EvalPlus's rules, or None if all are right."""
     from evalplus.eval import is_floats
 
@@ -54,7 +56,7 @@ def first_wrong(problem: Problem, inputs: Sequence[Any], expected: Sequence[Any]
     return None
 
 
-def _is_right(problem: Problem, arguments: Any, wanted: Any, output: Any, tolerance: float) -> bool:
+def _is_right(problem: Problem, arguments: Sequence[object], wanted: Any, output: Any, tolerance: float) -> bool:
     name = problem.entry_point
     if isinstance(wanted, codec.Digest) or isinstance(output, codec.Digest):
         return _digest(wanted) == _digest(output)
@@ -75,7 +77,9 @@ def _is_right(problem: Problem, arguments: Any, wanted: Any, output: Any, tolera
     return bool(numpy.allclose(output, wanted, rtol=1e-7, atol=tolerance))
 
 
-def _mbpp_exact(name: str, arguments: Any, wanted: Any, output: Any, tolerance: float) -> tuple[Any, Any]:
+def _mbpp_exact(
+    name: str, arguments: Sequence[object], wanted: Any, output: Any, tolerance: float
+) -> tuple[object, Any]:
     """Apply EvalPlus's special rules for MBPP: return whether the output is exactly right, and the expected value."""
     from evalplus.eval import _special_oracle as special
 

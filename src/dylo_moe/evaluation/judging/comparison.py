@@ -45,7 +45,7 @@ class ComparisonWorker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection[Any, Any] | None = None
+        self._connection: Connection[object, Any] | None = None
 
     def record(self, problem: Problem) -> tuple[list[str], list[str]]:
         """Return the result of ``checker.record_calls``, run in the process."""
@@ -82,7 +82,7 @@ class ComparisonWorker:
             raise RuntimeError(f"{problem.task_id}: its test does not end on the canonical solution")
         return Verdict(False, "output", f"comparing its outputs takes more than {PATIENCE} s")
 
-    def _start(self) -> "Connection[Any, Any]":
+    def _start(self) -> "Connection[object, Any]":
         own, other = Pipe()
         with other:
             self._process = subprocess.Popen(

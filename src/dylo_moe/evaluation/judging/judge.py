@@ -46,7 +46,8 @@ class Judge:
     def __init__(self, sandbox: Sandbox | None = None, workers: int | None = None, cache: Path | None = None) -> None:
         self._sandbox = sandbox or choose_sandbox().sandbox
         self._cache = cache or cache_directory() / "expected"
-        count = workers or _num_cores()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = workers or cores
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="judge")
         self._turns = _SharedExclusiveLock(count)
         self._lock = threading.Lock()
@@ -137,7 +138,3 @@ class _SharedExclusiveLock:
                 yield
             finally:
                 self._free.release(self._count)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,9 +10,7 @@ there it is written in place, and an empty mark file next to it says that it is 
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dylo_moe.durable import sha256_of, sync, unfinished_mark
 from dylo_moe.errors import DISK_REFUSED, CheckpointError, first_line
@@ -63,7 +61,10 @@ def commit(folder: Path, *, in_place: bool = False) -> None:
         CheckpointError: The file system cannot rename folders.
     """
     staging = staging_path(folder, in_place=in_place)
-    files = {str(path.relative_to(staging)): _entry(path) for path in _files(staging)}
+    files = {}
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        sync(path)
+        files[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     for inner in [path for path in staging.rglob("*") if path.is_dir()]:
         sync(inner)
     manifest = staging / MANIFEST
@@ -171,15 +172,6 @@ def find_corruption(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} or a file of it cannot be read ({first_line(error)})"
     return None
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    sync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _rename(staging: Path, folder: Path) -> None:

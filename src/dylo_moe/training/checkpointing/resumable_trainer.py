@@ -98,7 +98,7 @@ class ResumableTrainer(Trainer):
         return self.args.eval_strategy == IntervalStrategy.EPOCH and (epoch == int(epoch) or self._is_finished())
 
     @override
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         """Run an epoch, unless all steps are done: the Trainer would take one more when such a run is resumed."""
         if self._is_finished():
             self.control.should_training_stop = True
@@ -203,7 +203,7 @@ class ResumableTrainer(Trainer):
             ) from error
 
     @override
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
         """Restore the Trainer's progress, and find the best checkpoint by its step: the folder may have moved."""
         progress: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if self.state.best_global_step:
