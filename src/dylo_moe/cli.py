@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
 
 from dylo_moe.errors import DISK_REFUSED, EXIT_INTERRUPTED, EXIT_USER_ERROR, DyLoRAError, did_you_mean
 
@@ -52,7 +52,10 @@ def run(program: str, arguments: Sequence[str] | None = None, called_as: str | N
         code: int = module.main(arguments, called_as or os.path.basename(sys.argv[0]))
         return code
     except DyLoRAError as error:
-        return _fail(_in_flags(program, " ".join(str(error).split())))
+        from dylo_moe.config import COMMANDS, with_flags
+
+        # a message of the library names parameters; the user gave flags
+        return _fail(with_flags(" ".join(str(error).split()), COMMANDS[program]))
     except RuntimeError:
         # another process already reported its error, and this one failed while waiting for it
         if _several() and _processes().another_failed():
@@ -72,17 +75,10 @@ def _fail(message: str) -> int:
     return EXIT_USER_ERROR
 
 
-def _in_flags(program: str, message: str) -> str:
-    """Return a message of the library with the program's flags for its parameters."""
-    from dylo_moe.config import COMMANDS, with_flags
-
-    return with_flags(message, COMMANDS[program])
-
-
 def _several() -> bool:
     """Return whether this is one of several processes that run the same program."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _processes() -> Any:
+def _processes() -> ModuleType:
     return importlib.import_module("dylo_moe.training.distributed")

@@ -119,12 +119,12 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def hidden_flag() -> Any:
+def hidden_flag() -> object:
     """Return a dataclass field that is a flag and not in the help; its value is None unless it is given."""
     return dataclasses.field(default=None, metadata={_FLAG: Flag()})
 
 
-def flag_of(field: "dataclasses.Field[Any]") -> Flag:
+def flag_of(field: "dataclasses.Field[object]") -> Flag:
     """Return the flag that a field of a group is."""
     found: Flag = field.metadata[_FLAG]
     return found
@@ -308,7 +308,7 @@ def _arguments(group: type[Group]) -> Iterator[tuple[list[str], dict[str, Any]]]
             yield _spellings(name), {"dest": field.name, "action": "store_false", "help": found.help}
 
 
-def _opposite(field: "dataclasses.Field[Any]") -> list[str]:
+def _opposite(field: "dataclasses.Field[object]") -> list[str]:
     return [f"no_{field.name}"] if field.default is True else []
 
 
@@ -342,14 +342,14 @@ def _build(config: type[Config], values: Mapping[str, object]) -> Config:
     return make(**{name: _build(part, values) for name, part in _parts(config).items()})
 
 
-def _from_text(hint: Any, text: str) -> Any:
+def _from_text(hint: Any, text: str) -> object:
     try:
         return TypeAdapter(hint).validate_strings(text)
     except ValidationError as error:
         raise ArgumentTypeError(f"cannot be {text!r}: {error.errors()[0]['msg']}") from error
 
 
-def _read_yaml(path: Path, config: "type[DataclassInstance]") -> dict[str, Any]:
+def _read_yaml(path: Path, config: "type[DataclassInstance]") -> dict[str, object]:
     """Return the values of a YAML file, checked against the types of the flags."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

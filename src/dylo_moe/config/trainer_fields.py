@@ -74,7 +74,7 @@ class PassthroughArgs(Group):
                 raise ConfigError(f"--{name} cannot be given: {REFUSED[name]}")
 
     @property
-    def given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, object]:
         """The given fields, with their values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None}
@@ -91,7 +91,7 @@ def other_fields(named: Iterable[str]) -> type[PassthroughArgs]:
     return dataclasses.make_dataclass("OtherFields", fields, bases=(PassthroughArgs,))
 
 
-def _without_enums(hint: Any) -> Any:
+def _without_enums(hint: object) -> Any:
     """Return ``str`` for ``SomeEnum | str``: a file holds text, which ``TrainingArguments`` converts to the enum."""
     kept = [part for part in get_args(hint) if not (isclass(part) and issubclass(part, Enum))]
     return reduce(or_, kept) if str in kept else hint

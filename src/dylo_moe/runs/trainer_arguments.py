@@ -31,7 +31,10 @@ def make_trainer_arguments(flags: TrainConfig) -> TrainingArguments:
             f"--lr_scheduler_type must be left out where --lr_strategy is given ({args.schedule}), "
             f"got {given['lr_scheduler_type']}"
         )
-    options: dict[str, Any] = {**_own_options(args), "report_to": _trackers(flags), **_intervals(given), **given}
+    trackers = resolve_trackers(split_names(args.report_to))
+    if flags.uses_wandb and "wandb" not in trackers:
+        trackers = [*trackers, "wandb"]
+    options: dict[str, Any] = {**_own_options(args), "report_to": trackers, **_intervals(given), **given}
     eval_strategy, save_strategy = options["eval_strategy"], options["save_strategy"]
     picks_best = "no" not in (eval_strategy, save_strategy)
     if picks_best and save_strategy not in ("best", eval_strategy):
@@ -83,12 +86,6 @@ def _own_options(args: TrainArgs) -> dict[str, object]:
         "logging_nan_inf_filter": False,  # monitoring must see losses that are not finite
         "seed": args.seed,
     }
-
-
-def _trackers(flags: TrainConfig) -> list[str]:
-    """Return the trackers to report to; a W&B flag adds W&B."""
-    trackers = resolve_trackers(split_names(flags.training.report_to))
-    return [*trackers, *(["wandb"] if flags.uses_wandb and "wandb" not in trackers else [])]
 
 
 def _intervals(given: Mapping[str, object]) -> dict[str, object]:

@@ -135,7 +135,8 @@ def acquire_skill(
     sample, held_out = extract_features(model, data.sample), extract_features(model, data.held_out)
     report = library.judge(sample.embeddings, sample.routed, measure)
     nearest = _expert_to_extend(model, library, report, extend)
-    expert = nearest or _new_expert(model, library, expert_options)
+    unused = model.experts.names[library.gate.num_experts :]  # the first expert of a new model has no skill yet
+    expert = nearest or (unused[-1] if unused else model.add_expert(**expert_options))
     on_judged(report, expert)
     with training_only(model, expert):
         if not train(expert):
@@ -177,13 +178,6 @@ def _check_library(model: DyLoRA_MoE, library: SkillLibrary, name: str) -> None:
             f"the model has the experts {', '.join(model.experts.names)}, and its library knows "
             f"{library.gate.num_experts} of them; begin with one expert, and let acquire add the others"
         )
-
-
-def _new_expert(model: DyLoRA_MoE, library: SkillLibrary, options: dict[str, Any]) -> str:
-    """Return an expert that no skill uses yet, such as the first one of a new model, or add one."""
-    if len(model.experts.names) > library.gate.num_experts:
-        return model.experts.names[-1]
-    return model.add_expert(**options)
 
 
 @contextmanager

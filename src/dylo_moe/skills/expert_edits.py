@@ -48,6 +48,7 @@ from dylo_moe.skills.library import DESCRIPTION_FILE, TENSORS_FILE, SkillLibrary
 from dylo_moe.spec import RoutingMode
 
 _A, _B = ".lora_A.", ".lora_B."
+_Adapter = tuple[dict[str, Tensor], dict[str, Any]]
 _REWRITTEN = (
     checkpoint.EXPERTS_FOLDER,
     checkpoint.ROUTER_FILE,
@@ -273,9 +274,7 @@ def import_expert(
     return name
 
 
-def _sum(
-    parts: list[tuple[dict[str, Tensor], dict[str, Any]]], names: tuple[str, str]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _sum(parts: list[_Adapter], names: tuple[str, str]) -> _Adapter:
     """Return the tensors and the configuration of an adapter whose update is the sum of those of all parts."""
     (first, config), *others = parts
     if any(set(weights) != set(first) for weights, _ in others):

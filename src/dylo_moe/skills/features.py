@@ -4,7 +4,7 @@ Two of them are used: the last hidden states, which show what a text is about, a
 reads frozen ones (``final``, ``prefix:K``, ``context:K``). Both are scaled as the router scales its input.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def base_features(model: DyLoRA_MoE, input_ids: Tensor, attention_mask: Tensor) 
     decoder = model.experts.decoder
     entering: list[Tensor] = []
 
-    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         entering.append(hidden_states_of(args, kwargs))
 
     layer = decoder.layers[mode.first_expert_layer]
