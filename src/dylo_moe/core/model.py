@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.generic import can_return_tuple
 
 from dylo_moe.core import save_and_load
 from dylo_moe.core.base.fingerprint import fingerprint
@@ -28,7 +29,7 @@ from dylo_moe.core.lora.initialization import initialize_eva
 from dylo_moe.core.lora.state import ForwardRecord
 from dylo_moe.core.losses import without_padding
 from dylo_moe.core.ordinary_model import OrdinaryModel
-from dylo_moe.core.output import AuxLossWeights, DyLoRAOutput, lm_loss, make_output, sum_losses
+from dylo_moe.core.output import AuxLossWeights, DyLoRAOutput, LossOptions, lm_loss, make_output, sum_losses
 from dylo_moe.core.parts import Parts, RouterSpec, new_parts
 from dylo_moe.core.routing.caches import with_cache_renamed
 from dylo_moe.core.routing.context import real_tokens
@@ -133,6 +134,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             )
             self._mark_config(hooks.undo)
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -148,11 +150,10 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         num_tokens_in_batch: Tensor | int | None = None,
         expert_load: Tensor | None = None,
         return_logits: bool = True,
-        return_dict: bool | None = None,
         segment_ids: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
-    ) -> DyLoRAOutput | tuple[Any, ...]:
+    ) -> DyLoRAOutput:
         """Run the mixture, and with ``labels`` sum its losses.
 
         Args:
@@ -164,59 +165,61 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             position_ids: ``(batch, seq)``.
             inputs_embeds: ``(batch, seq, hidden_size)`` instead of ``input_ids``.
             logits_to_keep: Number of last tokens, or positions, to compute logits for; 0 for all tokens.
-            smoothing: Share of each target spread over the vocabulary; also accepted as ``label_smoothing``.
-            num_items_in_batch: Number of labelled tokens in the whole global batch, if this is a part of one.
-            num_tokens_in_batch: Number of real tokens in the whole global batch.
-            expert_load: Expert counts of a larger batch, ``(num_gates, num_active_experts)``; see
-                ``balance.load_balance_loss``.
-            return_logits: False leaves out the logits of a forward with ``labels``. The loss is then computed in
-                chunks, at the labelled tokens alone, and ``backward`` can run once; the Trainer does so.
-            return_dict: False returns a tuple, the loss first if there are labels; the configuration's by default.
+            smoothing: See ``LossOptions``, as for the next four; also accepted as ``label_smoothing``.
+            num_items_in_batch: Labelled tokens in the whole global batch.
+            num_tokens_in_batch: Real tokens in the whole global batch.
+            expert_load: Expert counts of a larger batch.
+            return_logits: Whether a forward with ``labels`` also gives logits; the Trainer needs none.
             segment_ids: ``(batch, seq)``, for rows of several examples: the number of a token's example in its row,
                 from 1, and 0 for padding. Examples do not see each other. Replaces ``attention_mask``.
             adapter_names: The expert of each row, or ``__base__`` for the base alone, instead of the router's choice.
-            **kwargs: Passed to the base model; a cache as ``cache`` or ``past_key_values``.
-
-        Returns:
-            Losses, logits, cache and router logits.
+            **kwargs: Passed to the base model; a cache as ``cache`` or ``past_key_values``. With ``return_dict=False``
+                the result is a tuple, the loss first if there are labels.
 
         Raises:
             RoutingError: ``segment_ids`` have a shape or an attention that cannot keep examples apart, or
                 ``adapter_names`` are not active experts.
         """
         smoothing = kwargs.pop("label_smoothing", smoothing)
-        kwargs = with_cache_renamed(kwargs, self._argument_names)
-        mask = attention_mask
-        if segment_ids is not None:
-            self._check_segments(segment_ids)
-            mask, attention_mask = (segment_ids != 0).long(), None
-            position_ids = positions_in_segments(segment_ids)
-            kwargs["use_cache"] = False
-        head = token_mask = None
-        if labels is not None:
-            kwargs.setdefault("use_cache", False)
-            head = None if return_logits else self._head_for_loss()
-            token_mask = None if mask is None else real_tokens(mask)
-            labels = labels if token_mask is None else without_padding(labels, token_mask)
-        if head is not None:  # an empty list of positions: the base model computes no logits
-            logits_to_keep = torch.empty(0, dtype=torch.long, device=head.weight.device)
-        optional = {
+        options = LossOptions(smoothing, num_items_in_batch, num_tokens_in_batch, expert_load, return_logits)
+        optional: dict[str, object] = {
             "routing_weights": self._given_weights(routing_weights, adapter_names),
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
             "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
         }
-        kwargs |= {name: value for name, value in optional.items() if value is not None}
-        result, features = self._run_base(input_ids, attention_mask, kwargs, wants_features=head is not None)
-        if labels is not None:
-            result.lm_loss = lm_loss(result.logits, features, head, labels, smoothing, num_items_in_batch)
-            sum_losses(
-                result, token_mask, self.router.top_k, self.losses, num_tokens_in_batch, expert_load, self.training
-            )
-            if not return_logits:
-                result.logits = None
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if as_dict else result.to_tuple()
+        given = {name: value for name, value in optional.items() if value is not None}
+        given |= {"input_ids": input_ids, **with_cache_renamed(kwargs, self._argument_names)}
+        return self._run(given, attention_mask, segment_ids, labels, options)
+
+    def _run(
+        self,
+        arguments: dict[str, object],
+        mask: Tensor | None,
+        segment_ids: Tensor | None,
+        labels: Tensor | None,
+        options: LossOptions,
+    ) -> DyLoRAOutput:
+        """Run the base model with the routed experts, and with ``labels`` sum the losses."""
+        arguments["attention_mask"] = mask
+        if segment_ids is not None:
+            self._check_segments(segment_ids)
+            mask, positions = (segment_ids != 0).long(), positions_in_segments(segment_ids)
+            arguments |= {"attention_mask": None, "position_ids": positions, "use_cache": False}
+        if labels is None:
+            return self._run_base(arguments)[0]
+        arguments.setdefault("use_cache", False)
+        head = None if options.return_logits else self._head_for_loss()
+        if head is not None:  # an empty list of positions: the base model computes no logits
+            arguments["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=head.weight.device)
+        result, features = self._run_base(arguments, wants_features=head is not None)
+        token_mask = None if mask is None else real_tokens(mask)
+        labels = labels if token_mask is None else without_padding(labels, token_mask)
+        result.lm_loss = lm_loss(result.logits, features, head, labels, options)
+        sum_losses(result, token_mask, self.router.top_k, self.losses, options, self.training)
+        if not options.return_logits:
+            result.logits = None
+        return result
 
     def _head_for_loss(self) -> nn.Linear | None:
         """Return the head if a loss can be computed from its input and its weight; None otherwise."""
@@ -227,7 +230,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         return None if is_wrapped(head) else head
 
     def _run_base(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, arguments: dict[str, Any], wants_features: bool
+        self, arguments: dict[str, object], wants_features: bool = False
     ) -> tuple[DyLoRAOutput, Tensor | None]:
         """Run the base model with the routed experts.
 
@@ -236,9 +239,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         """
         record = ForwardRecord(wants_features=wants_features)
         with self.experts.routing_state.scoped(record=record):
-            outputs = self.experts.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **arguments
-            )
+            outputs = self.experts.base_model(return_dict=True, **arguments)
         return make_output(outputs, record), record.features
 
     def _check_segments(self, segment_ids: Tensor) -> None:
@@ -254,10 +255,10 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
 
     def generate(
         self,
-        *args: Any,
+        *args: object,
         routing_weights: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Generate with the mixture: transformers' ``generate``, each new token routed as in training.
 
@@ -277,8 +278,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         if weights is not None:
             weights = check_weights(weights)
         with state.cache_stacks(), state.scoped(weights=weights), self._overrides_of_generate():
-            base: Any = self.experts.base_model
-            return base.generate(*args, **kwargs)
+            return self._base.generate(*args, **kwargs)
 
     @contextmanager
     def base_only(self) -> Iterator[None]:

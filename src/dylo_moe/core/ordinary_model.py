@@ -96,6 +96,11 @@ class OrdinaryModel(PreTrainedModel):
         self.experts.base_model.generation_config = value
 
     @property
+    def _base(self) -> Any:
+        """The base model, for methods that versions of transformers name or type differently."""
+        return self.experts.base_model
+
+    @property
     def base_model(self) -> nn.Module:
         """The mixture without its head: a routed forward that returns ``last_hidden_state``."""
         return self.experts.decoder.backbone
@@ -142,27 +147,29 @@ class OrdinaryModel(PreTrainedModel):
         return head
 
     @override
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        self.experts.base_model.tie_weights(*args, **kwargs)
+    def tie_weights(self, *args: object, **kwargs: object) -> None:
+        self._base.tie_weights(*args, **kwargs)
 
     @override
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        self.experts.base_model.set_attn_implementation(*args, **kwargs)
+    def set_attn_implementation(self, *args: object, **kwargs: object) -> None:
+        self._base.set_attn_implementation(*args, **kwargs)
 
     @override
     def init_weights(self) -> None:
         """Do nothing: the weights are there."""
 
-    def initialize_weights(self, *args: Any, **kwargs: Any) -> None:
+    def initialize_weights(self, *args: object, **kwargs: object) -> None:
         """Do nothing: the weights are there."""
 
     def post_init(self) -> None:
         """Do nothing: the base model has done it."""
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: object, **kwargs: object) -> Any:
         return attn_implementation  # the base model has checked it
 
-    def _check_and_adjust_experts_implementation(self, experts_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+    def _check_and_adjust_experts_implementation(
+        self, experts_implementation: Any, *args: object, **kwargs: object
+    ) -> Any:
         return experts_implementation
 
     def num_trainable_parameters(self) -> int:
@@ -181,7 +188,7 @@ class OrdinaryModel(PreTrainedModel):
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")  # noqa: T201
 
     def activation_checkpointing_enable(  # type: ignore[override]
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+        self, activation_checkpointing_kwargs: dict[str, object] | None = None, **options: object
     ) -> None:
         """Recompute activations in the backward pass to save memory; the recomputation routes as the first run did.
 
@@ -195,22 +202,20 @@ class OrdinaryModel(PreTrainedModel):
         for_torch = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if for_torch["use_reentrant"]:
             raise RoutingError("`use_reentrant` must be False for a mixture's activation checkpointing, got True")
-        base: Any = self.experts.base_model
-        if hasattr(base, "activation_checkpointing_enable"):
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs=for_torch, **options)
+        if hasattr(self._base, "activation_checkpointing_enable"):
+            self._base.activation_checkpointing_enable(activation_checkpointing_kwargs=for_torch, **options)
         else:  # its name in older versions of transformers
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=for_torch, **options)
+            self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=for_torch, **options)
 
     def activation_checkpointing_disable(self) -> None:
         """End activation checkpointing."""
-        base: Any = self.experts.base_model
-        if hasattr(base, "activation_checkpointing_disable"):
-            base.activation_checkpointing_disable()
+        if hasattr(self._base, "activation_checkpointing_disable"):
+            self._base.activation_checkpointing_disable()
         else:
-            base.gradient_checkpointing_disable()
+            self._base.gradient_checkpointing_disable()
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+        self, gradient_checkpointing_kwargs: dict[str, object] | None = None, **options: object
     ) -> None:
         """Call ``activation_checkpointing_enable``; this is its older name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
@@ -219,24 +224,23 @@ class OrdinaryModel(PreTrainedModel):
         """Call ``activation_checkpointing_disable``; this is its older name."""
         self.activation_checkpointing_disable()
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> Any:
         """Call the base model's method."""
-        base: Any = self.experts.base_model
-        return base.prepare_inputs_for_generation(*args, **kwargs)
+        return self._base.prepare_inputs_for_generation(*args, **kwargs)
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def generate_batch(self, *args: object, **kwargs: object) -> Any:
         """Generate by continuous batching; see ``transformers``.
 
         Raises:
             RoutingError: The mode needs more of earlier tokens than a paged cache holds.
         """
         self._check_paged()
-        return self.experts.base_model.generate_batch(*args, **kwargs)  # type: ignore[operator]
+        return self._base.generate_batch(*args, **kwargs)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+    def init_continuous_batching(self, *args: object, **kwargs: object) -> Any:
         """Start continuous batching; raises as ``generate_batch``."""
         self._check_paged()
-        return self.experts.base_model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
+        return self._base.init_continuous_batching(*args, **kwargs)
 
     def _check_paged(self) -> None:
         if self.routing_mode.needs_router_cache:
@@ -284,8 +288,9 @@ def _refusing(name: str, remedy: str) -> Callable[..., NoReturn]:
 
 
 def _of_base(name: str) -> property:
-    def get(self: OrdinaryModel) -> Any:
-        return getattr(self.experts.base_model, name)
+    def get(self: OrdinaryModel) -> object:
+        value: object = getattr(self.experts.base_model, name)
+        return value
 
     return property(get, doc=f"``{name}`` of the base model.")
 

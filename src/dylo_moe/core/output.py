@@ -1,6 +1,7 @@
 """The output of a mixture's forward, and the router's losses in it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,26 @@ class AuxLossWeights:
     z_loss_coefficient: float = 0.0
 
 
+class LossOptions(NamedTuple):
+    """What a forward with labels takes into account.
+
+    Attributes:
+        smoothing: Share of each target spread over the vocabulary.
+        num_items_in_batch: Number of labelled tokens in the whole global batch, if this is a part of one.
+        num_tokens_in_batch: Number of real tokens in the whole global batch, likewise.
+        expert_load: Expert counts of a larger batch, ``(num_gates, num_active_experts)``; see
+            ``balance.load_balance_loss``.
+        return_logits: False leaves out the logits. The loss is then computed in chunks, at the labelled tokens alone,
+            and ``backward`` can run once.
+    """
+
+    smoothing: float = 0.0
+    num_items_in_batch: Tensor | int | None = None
+    num_tokens_in_batch: Tensor | int | None = None
+    expert_load: Tensor | None = None
+    return_logits: bool = True
+
+
 def make_output(base_output: ModelOutput, record: ForwardRecord) -> DyLoRAOutput:
     """Return the base model's output, without its loss, together with the router's record."""
     # only known fields: versions of transformers differ in the name of the cache
@@ -67,8 +88,7 @@ def lm_loss(
     features: Tensor | None,
     head: nn.Linear | None,
     labels: Tensor,
-    smoothing: float,
-    num_items: Tensor | int | None,
+    options: LossOptions,
 ) -> Tensor:
     """Return the cross-entropy in nats per labelled token, from logits or, chunk by chunk, from features and head.
 
@@ -77,9 +97,9 @@ def lm_loss(
         features: Last hidden states, ``(batch, seq, hidden_size)``.
         head: Head that makes the logits of the features.
         labels: ``(batch, seq)``, not shifted, -100 where there is no loss.
-        smoothing: Share of each target spread over the vocabulary.
-        num_items: Number of labelled tokens in the whole global batch, if this is a part of one.
+        options: Smoothing and the number of tokens to divide by.
     """
+    smoothing, num_items = options.smoothing, options.num_items_in_batch
     if head is None or features is None:
         assert logits is not None
         return causal_lm_loss(logits, labels, label_smoothing=smoothing, num_items=num_items)
@@ -93,8 +113,7 @@ def sum_losses(
     token_mask: Tensor | None,
     top_k: int,
     weights: AuxLossWeights,
-    num_tokens: Tensor | int | None,
-    expert_load: Tensor | None,
+    options: LossOptions,
     training: bool,
 ) -> None:
     """Fill in the router's losses and ``loss`` of an output that has ``lm_loss``.
@@ -104,16 +123,15 @@ def sum_losses(
         token_mask: ``(batch, seq)``, nonzero for real tokens; None if all are real.
         top_k: Experts per token when routing is sparse.
         weights: Weights of the router's losses.
-        num_tokens: Number of real tokens in the whole global batch, if this is a part of one.
-        expert_load: Expert counts of a larger batch, ``(num_gates, num_active_experts)``.
+        options: Number of tokens to divide by, and counts of a larger batch.
         training: Whether ``loss`` includes the router's losses.
     """
     assert result.lm_loss is not None
     result.loss = result.lm_loss
     if result.router_logits is None:
         return
-    logits = result.router_logits
-    result.balance_loss = load_balance_loss(logits, token_mask, top_k, load=expert_load, num_tokens=num_tokens)
+    logits, num_tokens = result.router_logits, options.num_tokens_in_batch
+    result.balance_loss = load_balance_loss(logits, token_mask, top_k, load=options.expert_load, num_tokens=num_tokens)
     result.z_loss = router_z_loss(logits, token_mask, num_tokens=num_tokens)
     result.aux_loss = weights.balance_coefficient * result.balance_loss + weights.z_loss_coefficient * result.z_loss
     if training:

@@ -7,7 +7,6 @@ does, so that no list of families is needed.
 
 import inspect
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,5 +56,5 @@ def linear_lm_head(causal_lm: PreTrainedModel, backbone: nn.Module | None = None
     return head if linear else None
 
 
-def _replace_output(features: Tensor, module: nn.Module, args: tuple[Any, ...], output: ModelOutput) -> None:
+def _replace_output(features: Tensor, module: nn.Module, args: tuple[object, ...], output: ModelOutput) -> None:
     output["last_hidden_state"] = features

@@ -5,7 +5,6 @@ Calling a module brings its weights into place. This is for code that reads weig
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -15,10 +14,11 @@ from transformers import PreTrainedModel
 from dylo_moe.errors import ModelError
 
 
-def in_place(module: nn.Module) -> AbstractContextManager[Any]:
+def in_place(module: nn.Module) -> AbstractContextManager[object]:
     """Return a context in which the weights that a module itself holds are in place."""
     if "_hf_hook" in vars(module):
-        return align_module_device(module)  # type: ignore[no-any-return]
+        aligned: AbstractContextManager[object] = align_module_device(module)
+        return aligned
     return nullcontext()
 
 

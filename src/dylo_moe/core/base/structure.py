@@ -49,7 +49,11 @@ def find_decoder(causal_lm: PreTrainedModel) -> Decoder:
     """
     calls = _record_calls(causal_lm)
     called = [call.module for call in calls]
-    hidden = {id(call.module) for call in calls if _is_hidden_states(call.first_argument)}
+    hidden = {
+        id(call.module)
+        for call in calls
+        if isinstance(first := call.first_argument, Tensor) and first.is_floating_point() and first.shape[:-1] == (1, 2)
+    }
     for layers in causal_lm.modules():
         if not isinstance(layers, nn.ModuleList) or not len(layers) or not {*map(id, layers)} <= hidden:
             continue
@@ -78,7 +82,9 @@ def backbone(causal_lm: PreTrainedModel) -> nn.Module:
     return find_decoder(causal_lm).backbone
 
 
-def named_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named_arguments(
+    names: tuple[str, ...], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
     """Return all arguments of a call by name, positional ones too."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -88,7 +94,7 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def hidden_states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def hidden_states_of(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
     """Return the hidden states among the arguments of a decoder layer, ``(batch, seq, hidden_size)``."""
     first = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(first, Tensor)
@@ -121,10 +127,10 @@ def _record_calls(causal_lm: PreTrainedModel) -> list[_Call]:
     """Return the module calls of a forward of two tokens, in order."""
     calls: list[_Call] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         calls.append(_Call(module, args[0] if args else next(iter(kwargs.values()), None)))
 
-    def note_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note_output(module: nn.Module, args: tuple[object, ...], output: object) -> None:
         next(call for call in reversed(calls) if call.module is module).output = output
 
     handles = [
@@ -148,7 +154,3 @@ def _record_calls(causal_lm: PreTrainedModel) -> list[_Call]:
         for handle in handles:
             handle.remove()
     return calls
-
-
-def _is_hidden_states(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.is_floating_point() and argument.shape[:-1] == (1, 2)

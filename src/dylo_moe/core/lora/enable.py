@@ -46,11 +46,11 @@ class RoutedTuner(Extension):
     overrides = ("unload", "merge_and_unload")
     routing: RoutingState
 
-    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def unload(self, *args: object, **kwargs: object) -> nn.Module:
         """Do as PEFT does, and leave a plain base model."""
         return _without_routing(self, self.extended_from.unload(self, *args, **kwargs))
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def merge_and_unload(self, *args: object, **kwargs: object) -> nn.Module:
         """Do as PEFT does, and leave a plain base model."""
         return _without_routing(self, self.extended_from.merge_and_unload(self, *args, **kwargs))
 

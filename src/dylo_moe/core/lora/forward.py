@@ -4,33 +4,40 @@ Both are extended at ``__call__`` and at ``forward``: the first runs whatever ho
 some libraries call the second directly.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from dylo_moe.core.lora.extension import Extension
-from dylo_moe.core.lora.state import ForwardCall, RoutingState, Run
+from dylo_moe.core.lora.state import ForwardCall, Hooks, RoutingState, Run
 from dylo_moe.errors import RoutingError
 
 
-class RoutedCausalLM(Extension):
-    """Methods that a causal language model gains: ``routing_weights`` is an argument of its forward.
+class _RoutedModule(Extension):
+    """What the methods here use of the module that they extend.
 
     Attributes:
         routing: State that its routed layers share.
     """
 
-    overrides = ("__call__", "forward", "prepare_inputs_for_generation")
     routing: RoutingState
+    training: bool
+    modules: Callable[[], Iterator[Any]]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+
+class RoutedCausalLM(_RoutedModule):
+    """Methods that a causal language model gains: ``routing_weights`` is an argument of its forward."""
+
+    overrides = ("__call__", "forward", "prepare_inputs_for_generation")
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Run a forward as one call."""
         return _run_causal_lm(self, self.extended_from.__call__, args, kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Run a forward as one call, unless ``__call__`` has begun it."""
         call = self.routing.call
         if call is not None and call.running == [self]:
@@ -38,7 +45,7 @@ class RoutedCausalLM(Extension):
             return self.extended_from.forward(self, *args, **kwargs)
         return _run_causal_lm(self, self.extended_from.forward, args, kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> object:
         """Keep the mask of real tokens where the model is given a mask of another form for its cache."""
         inputs = self.extended_from.prepare_inputs_for_generation(self, *args, **kwargs)
         mask, other = kwargs.get("attention_mask"), inputs.get("attention_mask")
@@ -49,21 +56,16 @@ class RoutedCausalLM(Extension):
         return inputs
 
 
-class RoutedBackbone(Extension):
-    """Methods that the backbone of a mixture gains: the router's part of a forward.
-
-    Attributes:
-        routing: State that its routed layers share.
-    """
+class RoutedBackbone(_RoutedModule):
+    """Methods that the backbone of a mixture gains: the router's part of a forward."""
 
     overrides = ("__call__", "forward")
-    routing: RoutingState
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the backbone, within the call of its causal LM or as a call of its own."""
         return _run_backbone(self, self.extended_from.__call__, args, kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Run the backbone, unless ``__call__`` has begun it."""
         call = self.routing.call
         if call is not None and self in call.running:
@@ -71,9 +73,9 @@ class RoutedBackbone(Extension):
         return _run_backbone(self, self.extended_from.forward, args, kwargs)
 
 
-def _run_causal_lm(model: Any, method: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_causal_lm(model: RoutedCausalLM, method: Run, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     """Run a method of a causal LM as one call, with the routing weights among its arguments."""
-    state: RoutingState = model.routing
+    state = model.routing
     weights, mask = kwargs.pop("routing_weights", None), kwargs.pop("token_mask", None)
     if weights is not None:
         weights = check_weights(weights)
@@ -82,7 +84,7 @@ def _run_causal_lm(model: Any, method: Run, args: tuple[Any, ...], kwargs: dict[
     if state.route_new_adapters is not None and (weights is not None or state.hooks is not None):
         state.route_new_adapters()
     call = _new_call(state, model, weights)
-    call.token_mask = mask
+    call.token_mask = mask if isinstance(mask, Tensor) else None
     if call.stack_cache is not None:
         call.stack_cache.drop_if_stale()
     if model.training:
@@ -94,36 +96,44 @@ def _run_causal_lm(model: Any, method: Run, args: tuple[Any, ...], kwargs: dict[
     return output
 
 
-def _run_backbone(backbone: Any, method: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_backbone(backbone: RoutedBackbone, method: Run, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     """Run a method of a backbone, within the call that runs or as a call of its own."""
-    state: RoutingState = backbone.routing
+    state, hooks = backbone.routing, backbone.routing.hooks
+    assert hooks is not None  # they extended it
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         return method(backbone, *args, **kwargs)
 
     call = state.call
     if call is not None:
-        return _run_within(call, backbone, run, args, kwargs)
+        return _run_within(call, hooks, backbone, run, args, kwargs)
     call = _new_call(state, backbone, None)
     if backbone.training:  # without its causal LM, as TRL runs it
         _keep_routing_in_recomputation(state, backbone)
     with state.forward(call):
-        output = _run_within(call, backbone, run, args, kwargs)
-    backbone.routing.hooks.check(call)
+        output = _run_within(call, hooks, backbone, run, args, kwargs)
+    hooks.check(call)
     return output
 
 
-def _run_within(call: ForwardCall, backbone: Any, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_within(
+    call: ForwardCall,
+    hooks: Hooks,
+    backbone: RoutedBackbone,
+    run: Run,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> object:
     """Run a backbone by the router's hooks, as part of a call."""
     before, call.running = call.running, [*call.running, backbone]
-    output = backbone.routing.hooks.run_backbone(call, run, args, kwargs)
+    output = hooks.run_backbone(call, run, args, kwargs)
     call.running = before
     if call.record is not None and call.record.wants_features:
         call.record.features = output[0]
     return output
 
 
-def _new_call(state: RoutingState, module: nn.Module, weights: Tensor | None) -> ForwardCall:
+def _new_call(state: RoutingState, module: _RoutedModule, weights: Tensor | None) -> ForwardCall:
     """Return a call for a forward that begins now."""
     scope = state.scope
     if state.call is not None:
@@ -141,7 +151,7 @@ def check_weights(weights: object) -> Tensor:
     return weights
 
 
-def _slice_weights(weights: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _slice_weights(weights: Tensor, args: tuple[object, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the part of a generation's routing weights that one forward needs.
 
     Args:
@@ -166,10 +176,9 @@ def _is_token_mask(mask: object) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
-def _keep_routing_in_recomputation(state: RoutingState, model: nn.Module) -> None:
+def _keep_routing_in_recomputation(state: RoutingState, model: _RoutedModule) -> None:
     """Let gradient checkpointing run a layer again, in the backward pass, with the weights of its first run."""
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
+    for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, RoutedCheckpoint):
             module._gradient_checkpointing_func = RoutedCheckpoint(state, checkpoint)
@@ -187,14 +196,14 @@ class RoutedCheckpoint:
         self.state = state
         self.checkpoint = checkpoint
 
-    def __call__(self, function: Run, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, function: Run, *args: object, **kwargs: object) -> object:
         """Run ``function`` under gradient checkpointing."""
         call = self.state.call
         if call is None:
             return self.checkpoint(function, *args, **kwargs)
         entered = call.for_recomputation()
 
-        def in_call(*inputs: Any, **options: Any) -> Any:
+        def in_call(*inputs: object, **options: object) -> object:
             if self.state.call is call:
                 call.drop_derived()
                 output = function(*inputs, **options)

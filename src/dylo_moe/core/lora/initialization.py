@@ -39,18 +39,13 @@ def create_experts(experts: ExpertManager, number: int, spec: ExpertSpec) -> Non
         ExpertError: The base has too few components for ``init`` pissa.
     """
     from_base = spec.init == "pissa"
-    if from_base:
-        spec = _with_constant(spec)
+    if from_base:  # twice the rank and the same scaling: the second half of the ranks will hold the constant
+        factor = math.sqrt(2) if spec.use_rslora else 2
+        spec = replace(spec, rank=2 * spec.rank, alpha=factor * spec.effective_alpha, init="default")
     for _ in range(number):
         experts.create(spec=spec)
     if from_base:
         initialize_pissa(experts)
-
-
-def _with_constant(spec: ExpertSpec) -> ExpertSpec:
-    """Return a spec of twice the rank and the same scaling: the second half of the ranks will hold the constant."""
-    factor = math.sqrt(2) if spec.use_rslora else 2
-    return replace(spec, rank=2 * spec.rank, alpha=factor * spec.effective_alpha, init="default")
 
 
 @torch.no_grad()
@@ -64,7 +59,7 @@ def initialize_pissa(experts: ExpertManager) -> None:
     Train it without weight decay, which would shrink the constant.
 
     Args:
-        experts: All of them, created with the spec of ``_with_constant``.
+        experts: All of them, created with twice the rank, as ``create_experts`` does.
 
     Raises:
         ExpertError: The base has fewer components than there are ranks to start.

@@ -6,7 +6,6 @@ product computes the mixture is decided here, and ``ops`` has the products.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class LayerMixer:
         self.group = SharedInputGroup([layer])
         self.trained: list[nn.Parameter] | None = None
 
-    def forward(self, call: ForwardCall, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def forward(self, call: ForwardCall, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the output of the layer in a forward that routes or leaves out the adapters.
 
         Args:
@@ -189,7 +188,7 @@ class RoutedLayer(Extension):
     overrides = ("forward", "enable_adapters")
     mixer: LayerMixer
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the base layer's output plus the mixture of the active adapters; PEFT's own output without routing."""
         mixer = self.mixer
         call = mixer.state.call

@@ -1,7 +1,7 @@
 """PEFT's LoRA layers as routing reads them: their attributes and their active experts."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class LoraLinear(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the layer's parameters."""
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
+    def requires_grad_(self, requires_grad: bool = True) -> object:
         """Set whether the layer's parameters train."""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dylo_moe.core.lora.layer_experts import LoraLinear
 from dylo_moe.core.lora.stacking import WeightStackCache
@@ -90,7 +90,7 @@ class ForwardCall:
         shared_projection: Projection that a layer computed for its whole group.
     """
 
-    def __init__(self, module: nn.Module, scope: Scope, weights: Tensor | None = None) -> None:
+    def __init__(self, module: object, scope: Scope, weights: Tensor | None = None) -> None:
         self.module = module
         self.weights = None if weights is None else TokenWeights(weights)
         self.weights_from_caller = weights is not None
@@ -137,7 +137,7 @@ class Hooks(Protocol):
     def check(self, call: ForwardCall) -> None:
         """Raise ``RoutingError`` unless the router ran in a forward that has ended."""
 
-    def run_backbone(self, call: ForwardCall, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_backbone(self, call: ForwardCall, run: Run, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Run the backbone's own forward, with its arguments, and return its output."""
 
 
@@ -157,7 +157,7 @@ class RoutingState:
         self._thread = threading.local()
         self._scope: ContextVar[Scope] = ContextVar("scope", default=Scope())  # noqa: B039 - it is immutable
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Copy and pickle it without the calls and scopes of this process."""
         kept = {"hooks": self.hooks, "adapters": self.adapters, "route_new_adapters": self.route_new_adapters}
         return RoutingState, (), kept

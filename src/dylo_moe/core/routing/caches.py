@@ -46,7 +46,7 @@ class RouterPart(Protocol):
         """Return the number of tokens that it covers."""
 
     @abstractmethod
-    def follow(self, method: str, num_removed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(self, method: str, num_removed: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Do what a method of the cache did, which removed ``num_removed`` tokens."""
 
 
@@ -64,7 +64,7 @@ class BasePass(RouterPart):
         return int(self.cache.get_seq_length())
 
     @override
-    def follow(self, method: str, num_removed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(self, method: str, num_removed: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         getattr(self.cache, method)(*args, **kwargs)
 
 
@@ -104,7 +104,7 @@ class ContextPart(RouterPart):
             self._newest.pop(0)
 
     @override
-    def follow(self, method: str, num_removed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(self, method: str, num_removed: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not self._newest:
             return
         if method == "reset" or num_removed == self._length:
@@ -149,20 +149,17 @@ class RouterCache(Extension):
     """
 
     router_part: RouterPart
-
-    def _call_and_follow(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        cache: Any = self
-        before = int(cache.get_seq_length())
-        result = getattr(self.extended_from, method)(self, *args, **kwargs)
-        self.router_part.follow(method, before - int(cache.get_seq_length()), args, kwargs)
-        return result
+    get_seq_length: Callable[[], int]
 
 
-def _following(method: str) -> Callable[..., Any]:
+def _following(method: str) -> Callable[..., object]:
     """Return a method that calls the cache's own ``method`` and does the same to its router part."""
 
-    def call_and_follow(self: RouterCache, *args: Any, **kwargs: Any) -> Any:
-        return RouterCache._call_and_follow(self, method, *args, **kwargs)
+    def call_and_follow(self: RouterCache, *args: object, **kwargs: object) -> object:
+        before = int(self.get_seq_length())
+        result: object = getattr(self.extended_from, method)(self, *args, **kwargs)
+        self.router_part.follow(method, before - int(self.get_seq_length()), args, kwargs)
+        return result
 
     return call_and_follow
 
@@ -208,7 +205,7 @@ def part_of(cache: object, kind: type[P], routing: str) -> P | None:
     return part
 
 
-def with_cache_renamed(kwargs: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+def with_cache_renamed(kwargs: dict[str, object], names: Collection[str]) -> dict[str, object]:
     """Return arguments in which the cache has the name that a model has for it.
 
     Args:

@@ -118,11 +118,10 @@ def _sums_by_example(values: RunningSums, positions: Tensor) -> tuple[RunningSum
     step = 1
     while step < length:
         same_example = (num_before >= step)[:, step:]
-        values = RunningSums(*(_add_shifted(part, step, same_example) for part in values))
+        # each token's value and that of the token ``step`` places before, where both are of one example
+        shifted = (part[:, step:] + part[:, :-step] * same_example for part in values)
+        values = RunningSums(
+            *(torch.cat([part[:, :step], new], dim=1) for part, new in zip(values, shifted, strict=True))
+        )
         step *= 2
     return values, started
-
-
-def _add_shifted(values: Tensor, step: int, same_example: Tensor) -> Tensor:
-    """Add to each token's value that of the token ``step`` places before, where both are of one example."""
-    return torch.cat([values[:, :step], values[:, step:] + values[:, :-step] * same_example], dim=1)

@@ -100,7 +100,7 @@ class RouterHooks:
             "load the mixture again, and report it with the version of transformers if that does not help"
         )
 
-    def run_backbone(self, call: ForwardCall, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_backbone(self, call: ForwardCall, run: Run, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Run the backbone in a forward, and let its cache carry along what the router needs.
 
         Args:
@@ -119,7 +119,7 @@ class RouterHooks:
                 return self._run_with_context(call, run, named_arguments(self._argument_names, args, kwargs))
         return run(*args, **kwargs)
 
-    def _run_base_first(self, call: ForwardCall, run: Run, arguments: dict[str, Any]) -> Any:
+    def _run_base_first(self, call: ForwardCall, run: Run, arguments: dict[str, object]) -> object:
         """Run the base alone for the router, then the mixture, each with its own cache."""
         name, cache = _cache_among(arguments)
         part: BasePass | None = part_of(cache, BasePass, self.kind)
@@ -141,7 +141,7 @@ class RouterHooks:
             carry(cache, part or BasePass(base_cache))
         return output
 
-    def _run_with_context(self, call: ForwardCall, run: Run, arguments: dict[str, Any]) -> Any:
+    def _run_with_context(self, call: ForwardCall, run: Run, arguments: dict[str, object]) -> object:
         """Run the mixture, with the sums over the tokens so far in its cache."""
         cache = _cache_among(arguments)[1]
         part: ContextPart | None = part_of(cache, ContextPart, self.kind)
@@ -151,7 +151,8 @@ class RouterHooks:
                 "`routing` 'context' needs an attention_mask of shape (batch, seq) or (batch, 1, seq, seq), got "
                 f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
             )
-        call.router_input = Context(mask, arguments.get("position_ids"), part)
+        positions = arguments.get("position_ids")
+        call.router_input = Context(mask, positions if isinstance(positions, Tensor) else None, part)
         output = run(**arguments)
         cache, sums = _cache_of(output, cache), call.router_result
         if cache is not None and isinstance(sums, RunningSums):
@@ -160,7 +161,7 @@ class RouterHooks:
             carry(cache, part)
         return output
 
-    def _at_layer(self, gate: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _at_layer(self, gate: int, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Route by the hidden states that enter a decoder layer."""
         call = self.state.call
         if call is None or call.base_only or call.weights_from_caller:
@@ -221,7 +222,7 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Arguments that can be a cache of another class than ``transformers.Cache``, so that it is refused, not overlooked."""
 
 
-def _cache_among(arguments: Mapping[str, Any]) -> tuple[str, Any]:
+def _cache_among(arguments: Mapping[str, object]) -> tuple[str, Any]:
     """Return name and value of the argument that is a cache; its name depends on the version of transformers."""
     for name, value in arguments.items():
         if isinstance(value, Cache) or (name in _CACHE_NAMES and value is not None):

@@ -7,7 +7,7 @@ A linear gate on normalized hidden states, then a softmax over all experts (dens
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -221,7 +221,7 @@ def rms_normalize(hidden_states: Tensor) -> Tensor:
     return wide * (math.sqrt(wide.shape[-1]) / norm.clamp(min=_SMALLEST_NORM))
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def _without_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
