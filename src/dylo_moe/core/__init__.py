@@ -16,6 +16,7 @@ from dylo_moe.core.lora.manager import ExpertManager, adapter_folder_of, check_i
 from dylo_moe.core.lora.plain_adapter import check_target, make_plain
 from dylo_moe.core.losses import IGNORE_INDEX, token_cross_entropy
 from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
+from dylo_moe.core.output import routing_shares
 from dylo_moe.core.routing.balance import expert_load, expert_mask, updated_selection_bias
 from dylo_moe.core.routing.caches import CACHE_NAME
 from dylo_moe.core.routing.context import Context, running_means
@@ -64,6 +65,7 @@ __all__ = [
     "read_description",
     "read_weights",
     "rms_normalize",
+    "routing_shares",
     "running_means",
     "supports_packing",
     "token_cross_entropy",

@@ -61,6 +61,14 @@ class RoutingRecord(_Entry):
     top_k: int
     temperature: float
     experts_per_layer: list[int] | None = None
+    expert_scale: Literal["sum_to_one", "unit"] = "sum_to_one"
+
+
+class SharedExpertRecord(_Entry):
+    """The expert that every token has at weight 1."""
+
+    name: str
+    frozen: bool = False
 
 
 class LossRecord(_Entry):
@@ -77,9 +85,15 @@ class MixtureConfig(_Entry):
     dylo_moe_version: str
     base_model: BaseModelRecord
     experts: list[ExpertRecord]
+    shared: SharedExpertRecord | None = None
     routing: RoutingRecord
     losses: LossRecord
     prompt_template: Literal["chat", "plain"] | None = None
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the experts and, last, of the shared one."""
+        return [expert.name for expert in (*self.experts, self.shared) if expert is not None]
 
 
 def write_files(
@@ -98,8 +112,8 @@ def write_files(
         description: Contents of ``dylo_moe.json``.
         adapters: State dict of the experts with the PEFT model's keys; by default that of the PEFT model.
     """
-    for expert in description.experts:
-        write_adapter(folder / EXPERTS_FOLDER / expert.name, peft_model, expert.name, adapters)
+    for name in description.adapters:
+        write_adapter(folder / EXPERTS_FOLDER / name, peft_model, name, adapters)
     save_file({key: value.contiguous() for key, value in router_state.items()}, folder / ROUTER_FILE)
     write_description(folder, description)
 
@@ -125,11 +139,11 @@ def read_description(path: Path) -> MixtureConfig:
         first = error.errors()[0]
         location = ".".join(map(str, first["loc"])) or "the file"
         raise CheckpointError(f"{file} cannot be read: {location}: {first['msg']}") from error
-    for expert in description.experts:
+    for expert in description.adapters:
         for name in ADAPTER_FILES:
-            if not (path / EXPERTS_FOLDER / expert.name / name).is_file():
+            if not (path / EXPERTS_FOLDER / expert / name).is_file():
                 raise CheckpointError(
-                    f"the checkpoint {path} is not whole: expert {expert.name!r} has no {name}; "
+                    f"the checkpoint {path} is not whole: expert {expert!r} has no {name}; "
                     "restore it or use another checkpoint"
                 )
     if not (path / ROUTER_FILE).is_file():
@@ -165,6 +179,8 @@ def _model_card(description: MixtureConfig) -> str:
     rows = "\n".join(
         f"| `{expert.name}` | {'mature' if expert.maturity else 'young'} |" for expert in description.experts
     )
+    if description.shared is not None:
+        rows += f"\n| `{description.shared.name}` | shared: every token has it |"
     return f"""---
 {data.to_yaml()}
 ---

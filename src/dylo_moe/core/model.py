@@ -55,12 +55,15 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         use_rslora: Whether to scale updates by ``alpha / sqrt(rank)``.
         init: How experts start: ``default``, ``gaussian`` or ``orthogonal`` as in PEFT, or ``pissa``, see
             ``initialization.initialize_pissa``. For EVA, which needs data, call ``initialize_eva`` afterwards.
+        shared_rank: Rank of a further expert that every token has at weight 1; 0 for none.
         experts_per_layer: Number of the first experts that each block of layers carries, lowest block first; see
             ``targets.experts_per_layer``. Needs ``per_layer``, where each layer has a gate for its own experts.
         routing: ``per_layer``, ``prefix:K``, ``context:K`` (both also without ``:K``, for a quarter of the layers) or
             ``final``; the default did best in ``benchmarks/quality``.
         top_k: Experts per token when routing is sparse; 2 by default, or 1 if there is one expert.
         temperature: Divisor of the router's logits.
+        expert_scale: ``sum_to_one``, or ``unit`` to add up the experts as one LoRA of all their ranks does; see
+            ``DynamicHybridRouter``.
         balance_coefficient: Weight of the balance loss; 0 leaves it out.
         z_loss_coefficient: Weight of the router z-loss; 0 leaves it out.
         revision: Revision of the base model on the Hub.
@@ -91,10 +94,12 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         target_modules: str | Sequence[str] | None = ExpertSpec.target_modules,
         use_rslora: bool = ExpertSpec.use_rslora,
         init: str = ExpertSpec.init,
+        shared_rank: int = 0,
         experts_per_layer: Sequence[int] | None = None,
         routing: str = RouterSpec.routing,
         top_k: int | None = RouterSpec.top_k,
         temperature: float = RouterSpec.temperature,
+        expert_scale: str = RouterSpec.expert_scale,
         balance_coefficient: float = AuxLossWeights.balance_coefficient,
         z_loss_coefficient: float = AuxLossWeights.z_loss_coefficient,
         revision: str | None = None,
@@ -109,8 +114,9 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
                     model,
                     num_experts,
                     ExpertSpec(rank, alpha, dropout, target_modules, use_rslora, init),
-                    RouterSpec(routing, top_k, temperature, experts_per_layer),
+                    RouterSpec(routing, top_k, temperature, experts_per_layer, expert_scale),
                     AuxLossWeights(balance_coefficient, z_loss_coefficient),
+                    shared_rank=shared_rank,
                     revision=revision,
                     dtype=dtype,
                     attn_implementation=attn_implementation,
@@ -161,7 +167,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             attention_mask: ``(batch, seq)``, nonzero for real tokens; or ``(batch, 1, seq, seq)``, nonzero for the
                 tokens that each token sees.
             labels: ``(batch, seq)``, not shifted, -100 where there is no loss.
-            routing_weights: ``(batch, seq, num_active_experts)`` instead of the router's; batch and seq may be 1.
+            routing_weights: ``(batch, seq, num_active_experts)`` instead of the router's; batch and seq may be 1. One
+                more column is the weight of the shared expert, which is 1 otherwise.
             position_ids: ``(batch, seq)``.
             inputs_embeds: ``(batch, seq, hidden_size)`` instead of ``input_ids``.
             logits_to_keep: Number of last tokens, or positions, to compute logits for; 0 for all tokens.

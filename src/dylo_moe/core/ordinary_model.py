@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
@@ -174,13 +175,13 @@ class OrdinaryModel(PreTrainedModel):
 
     def num_trainable_parameters(self) -> int:
         """Return the number of parameters that train, without the constants of PiSSA experts."""
-        training = set(self.experts.active) - self.experts.frozen
+        training = set(self.experts.active_adapters) - self.experts.frozen
         constant = sum(self.experts.num_parameters(name) // 2 for name in self.experts.pissa_experts & training)
         return count_parameters(self, trainable=True) - constant
 
     def num_base_parameters(self) -> int:
         """Return the number of parameters of the frozen base."""
-        return count_parameters(self.model) - sum(map(self.experts.num_parameters, self.experts.names))
+        return count_parameters(self.model) - sum(map(self.experts.num_parameters, self.experts.adapters))
 
     def print_trainable_parameters(self) -> None:
         """Print the number of parameters that train, in PEFT's format."""
@@ -263,11 +264,14 @@ class OrdinaryModel(PreTrainedModel):
                 base.pop(name, None)
 
     def _given_weights(self, routing_weights: Tensor | None, adapter_names: Sequence[str] | None) -> Tensor | None:
+        shared = self.experts.shared is not None
         if adapter_names is None:
+            if shared and routing_weights is not None and routing_weights.shape[-1] == len(self.experts.active):
+                return F.pad(routing_weights, (0, 1), value=1.0)
             return routing_weights
         if routing_weights is not None:
             raise RoutingError("`adapter_names` and `routing_weights` both choose a row's expert; give one of them")
-        return _rows_of_experts(self.experts.active, adapter_names, torch.float32, self.device)
+        return _rows_of_experts(self.experts.active, shared, adapter_names, torch.float32, self.device)
 
     @override
     def __repr__(self) -> str:
@@ -314,11 +318,14 @@ for _name, _remedy in _REFUSED.items():
     setattr(OrdinaryModel, _name, _refusing(_name, _remedy))
 
 
-def _rows_of_experts(names: list[str], rows: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _rows_of_experts(
+    names: list[str], shared: bool, rows: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Return routing weights that send each row to one expert, ``(rows, 1, num_experts)``.
 
     Args:
         names: Names of the active experts.
+        shared: Whether there is a shared expert, which has the last column.
         rows: The expert of each row, or ``__base__`` for the base alone, as in PEFT's mixed batches.
         dtype: Floating type of the weights.
         device: Device of the weights.
@@ -331,8 +338,8 @@ def _rows_of_experts(names: list[str], rows: Sequence[str], dtype: torch.dtype, 
         raise RoutingError(
             f"`adapter_names` must be active experts ({', '.join(names)}) or __base__, got {', '.join(unknown)}"
         )
-    weights = torch.zeros(len(rows), 1, len(names), dtype=dtype, device=device)
+    weights = torch.zeros(len(rows), 1, len(names) + shared, dtype=dtype, device=device)
     for index, row in enumerate(rows):
         if row != "__base__":
-            weights[index, 0, names.index(row)] = 1
+            weights[index, 0, [names.index(row), -1] if shared else names.index(row)] = 1
     return weights

@@ -83,6 +83,11 @@ def make_output(base_output: ModelOutput, record: ForwardRecord) -> DyLoRAOutput
     return result
 
 
+def routing_shares(weights: Tensor) -> Tensor:
+    """Return routing weights, ``(..., num_experts)``, as shares that sum to 1, whatever the expert scale."""
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
 def lm_loss(
     logits: Tensor | None,
     features: Tensor | None,

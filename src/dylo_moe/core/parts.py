@@ -13,7 +13,7 @@ from dylo_moe.core.lora.manager import ExpertManager
 from dylo_moe.core.lora.targets import check_experts_per_block
 from dylo_moe.core.output import AuxLossWeights
 from dylo_moe.core.routing.hooks import make_router
-from dylo_moe.core.routing.router import DynamicHybridRouter
+from dylo_moe.core.routing.router import SUM_TO_ONE, DynamicHybridRouter
 from dylo_moe.spec import ExpertSpec, RoutingMode
 
 
@@ -26,12 +26,14 @@ class RouterSpec:
         top_k: Experts per token when routing is sparse; 2 by default, or 1 if there is one expert.
         temperature: Divisor of the router's logits.
         experts_per_block: Number of the first experts that each block of layers carries; None for all.
+        expert_scale: ``sum_to_one`` or ``unit``; see ``DynamicHybridRouter``.
     """
 
     routing: str = "per_layer"
     top_k: int | None = None
     temperature: float = 1.0
     experts_per_block: Sequence[int] | None = None
+    expert_scale: str = SUM_TO_ONE
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def build_parts(
     mode = RoutingMode.parse(spec.routing, len(experts.decoder.layers))
     # before the experts: an impossible router is refused while the base model is unchanged
     top_k = min(2, num_experts) if spec.top_k is None else spec.top_k
-    router = make_router(experts, mode, num_experts, top_k, spec.temperature, spec.experts_per_block)
+    router = make_router(experts, mode, num_experts, top_k, spec.temperature, spec.experts_per_block, spec.expert_scale)
     experts.place_on_layers(mode.first_expert_layer, spec.experts_per_block)
     add_experts(experts)
     experts.on_added.append(router.add_expert)
@@ -102,6 +104,7 @@ def new_parts(
     router_spec: RouterSpec,
     loss_weights: AuxLossWeights,
     *,
+    shared_rank: int = 0,
     revision: str | None,
     **loading: Any,
 ) -> Parts:
@@ -113,6 +116,7 @@ def new_parts(
         expert_spec: Options of the experts.
         router_spec: Options of the router.
         loss_weights: Weights of the router's losses.
+        shared_rank: Rank of the shared expert; 0 for none.
         revision: Revision of the base model on the Hub.
         **loading: Passed to ``load_base_model``, if the base model is given by its name.
 
@@ -126,7 +130,7 @@ def new_parts(
     experts = ExpertManager(base)
     blocks, layers = router_spec.experts_per_block, len(experts.decoder.layers)
     check_experts_per_block(blocks, num_experts, RoutingMode.parse(router_spec.routing, layers), layers)
-    create = partial(create_experts, number=num_experts, spec=expert_spec)
+    create = partial(create_experts, number=num_experts, spec=expert_spec, shared_rank=shared_rank)
     return build_parts(
         experts, num_experts, create, router_spec, base_name=base_name, revision=revision, loss_weights=loss_weights
     )

@@ -152,6 +152,7 @@ def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.MixtureConfig:
         )
         for name, maturity in zip(model.experts.names, router.maturity, strict=True)
     ]
+    shared = model.experts.shared
     return checkpoint.MixtureConfig(
         dylo_moe_version=version("dylora-moe"),
         base_model=checkpoint.BaseModelRecord(
@@ -163,11 +164,13 @@ def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.MixtureConfig:
             from_here=os.path.relpath(base_name, folder.resolve()) if Path(base_name).is_absolute() else None,
         ),
         experts=entries,
+        shared=shared and checkpoint.SharedExpertRecord(name=shared, frozen=shared in model.experts.frozen),
         routing=checkpoint.RoutingRecord(
             mode=model.routing,
             top_k=router.top_k,
             temperature=router.temperature,
             experts_per_layer=model.experts.experts_per_block,
+            expert_scale=router.expert_scale,
         ),
         losses=checkpoint.LossRecord(**asdict(model.losses)),
         prompt_template=model.prompt_template,
@@ -193,7 +196,8 @@ def load(
     description = checkpoint.read_description(path)
     model = cls(_read_parts(path, description, given, options))
     _set_router(model, checkpoint.read_router(path, model.router.state_dict()), description)
-    model.experts.freeze(*(expert.name for expert in description.experts if expert.frozen))
+    every = [expert for expert in (*description.experts, description.shared) if expert is not None]
+    model.experts.freeze(*(expert.name for expert in every if expert.frozen))
     hold_constant(model.experts, [expert.name for expert in description.experts if expert.pissa])
     _name_model(model, path)
     model.train(False)
@@ -210,12 +214,14 @@ def _read_parts(
     def add_experts(experts: ExpertManager) -> None:
         for expert in names:
             experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / expert, expert)
+        if (shared := description.shared) is not None:
+            experts.import_adapter(path / checkpoint.EXPERTS_FOLDER / shared.name, shared.name, shared=True)
 
     return build_parts(
         ExpertManager(base),
         len(names),
         add_experts,
-        RouterSpec(routing.mode, routing.top_k, routing.temperature, routing.experts_per_layer),
+        RouterSpec(routing.mode, routing.top_k, routing.temperature, routing.experts_per_layer, routing.expert_scale),
         base_name=name,
         revision=revision,
         loss_weights=AuxLossWeights(**description.losses.model_dump()),
@@ -297,8 +303,8 @@ def locate_base(path: Path, entry: checkpoint.BaseModelRecord, given: str | None
 def load_weights(model: "DyLoRA_MoE", path: Path) -> None:
     """Load the weights of a checkpoint into a mixture; see ``DyLoRA_MoE.load_weights``."""
     description = checkpoint.read_description(path)
-    theirs = ([expert.name for expert in description.experts], description.routing.mode)
-    ours = (model.experts.names, model.routing)
+    theirs = (description.adapters, description.routing.mode)
+    ours = (model.experts.adapters, model.routing)
     if theirs != ours:
         raise CheckpointError(
             f"the checkpoint {path} has experts {', '.join(theirs[0])} under routing {theirs[1]}, and this run "
@@ -307,7 +313,7 @@ def load_weights(model: "DyLoRA_MoE", path: Path) -> None:
     if not same_base_model(model._fingerprint, description.base_model.fingerprint):
         raise CheckpointError(f"the checkpoint {path} belongs to another base model, {description.base_model.name!r}")
     router = checkpoint.read_router(path, model.router.state_dict())
-    folders = {name: path / checkpoint.EXPERTS_FOLDER / name for name in model.experts.names}
+    folders = {name: path / checkpoint.EXPERTS_FOLDER / name for name in model.experts.adapters}
     for name, folder in folders.items():
         model.experts.read_matching_weights(name, folder)
     # everything fits; until here nothing was changed

@@ -3,8 +3,10 @@
 It knows no model and imports no torch: the command line checks its flags with it, and the core builds experts by it.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from dylo_moe.errors import ExpertError, did_you_mean
 
@@ -55,3 +57,8 @@ class ExpertSpec:
     def effective_alpha(self) -> float:
         """``alpha``, or its default."""
         return 2 * self.rank if self.alpha is None else self.alpha
+
+    def with_rank(self, rank: int) -> Self:
+        """Return the same options with another rank, and updates scaled as before."""
+        ratio = rank / self.rank
+        return replace(self, rank=rank, alpha=self.effective_alpha * (math.sqrt(ratio) if self.use_rslora else ratio))

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dylo_moe.core import IGNORE_INDEX, DyLoRAOutput, token_cross_entropy
+from dylo_moe.core import IGNORE_INDEX, DyLoRAOutput, routing_shares, token_cross_entropy
 
 LOSS_SUM, LABELLED, REAL, FIRST_EXPERT = 0, 1, 2, 3
 """Columns of ``example_sums``; those of the experts come last."""
@@ -34,7 +34,7 @@ def example_sums(output: DyLoRAOutput, labels: Tensor, mask: Tensor, num_experts
     labelled = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
     usage = torch.zeros(len(labels), num_experts, device=loss.device)
     if output.routing_weights is not None:
-        usage = (output.routing_weights.mean(dim=0) * mask[..., None]).sum(dim=1)
+        usage = (routing_shares(output.routing_weights).mean(dim=0) * mask[..., None]).sum(dim=1)
     return torch.cat([torch.stack([loss, labelled, mask.sum(dim=1)], dim=1).double(), usage.double()], dim=1)
 
 

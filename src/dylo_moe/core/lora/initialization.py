@@ -31,14 +31,20 @@ _MAX_FORWARDS = 200
 """Number of forwards after which EVA gives up, because its principal components do not settle."""
 
 
-def create_experts(experts: ExpertManager, number: int, spec: ExpertSpec) -> None:
+def create_experts(experts: ExpertManager, number: int, spec: ExpertSpec, shared_rank: int = 0) -> None:
     """Create the experts of a new mixture.
+
+    Args:
+        experts: Manager of the base model.
+        number: Number of routed experts.
+        spec: Their options.
+        shared_rank: Rank of the shared expert, which has the scaling of the others; 0 for none.
 
     Raises:
         ModelError: The base model cannot carry them.
         ExpertError: The base has too few components for ``init`` pissa.
     """
-    from_base = spec.init == "pissa"
+    from_base, shared = spec.init == "pissa", spec.with_rank(shared_rank) if shared_rank else None
     if from_base:  # twice the rank and the same scaling: the second half of the ranks will hold the constant
         factor = math.sqrt(2) if spec.use_rslora else 2
         spec = replace(spec, rank=2 * spec.rank, alpha=factor * spec.effective_alpha, init="default")
@@ -46,6 +52,8 @@ def create_experts(experts: ExpertManager, number: int, spec: ExpertSpec) -> Non
         experts.create(spec=spec)
     if from_base:
         initialize_pissa(experts)
+    if shared is not None:
+        experts.create(spec=replace(shared, init="default") if from_base else shared, shared=True)
 
 
 @torch.no_grad()

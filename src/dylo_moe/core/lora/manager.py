@@ -39,6 +39,9 @@ from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 from dylo_moe.spec import ExpertSpec
 
+SHARED = "shared"
+"""Name of a shared expert that is given none."""
+
 _NAMES_IN_KEYS = {"weight", "bias", "base_layer", "lora_A", "lora_B", "base_model", "model"}
 
 
@@ -53,7 +56,8 @@ class ExpertManager:
 
     Attributes:
         decoder: The base model's backbone and decoder layers.
-        names: Names of all experts, in the order of the router's columns.
+        names: Names of all routed experts, in the order of the router's columns.
+        shared: Name of the shared expert, which every token has at weight 1; None where there is none.
         active: Names of the experts that are routed among, in the same order.
         frozen: Names of the experts that do not train.
         pissa_experts: Names of the experts whose second half of ranks is constant; see ``initialization``.
@@ -76,6 +80,7 @@ class ExpertManager:
         self.place_on_layers(first_layer, experts_per_block)
         self.pissa_experts: set[str] = set()
         self.names: list[str] = []
+        self.shared: str | None = None
         self.active: list[str] = []
         self._active_indices: list[int] = []
         self.frozen: set[str] = set()
@@ -98,6 +103,16 @@ class ExpertManager:
         config = self.peft_model.peft_config[name]
         assert isinstance(config, LoraConfig)
         return config
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the routed experts and, last, of the shared one."""
+        return self.names if self.shared is None else [*self.names, self.shared]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that a forward mixes: the active experts and, last, the shared one."""
+        return self.active if self.shared is None else [*self.active, self.shared]
 
     def place_on_layers(self, first_layer: int, experts_per_block: Sequence[int] | None) -> None:
         """Set which layers carry the experts that are created from now on; see the class."""
@@ -123,12 +138,15 @@ class ExpertManager:
             raise ExpertError("there is no expert yet; create or import one first")
         return self._state
 
-    def create(self, name: str | None = None, spec: ExpertSpec | None = None, **options: Any) -> str:
+    def create(
+        self, name: str | None = None, spec: ExpertSpec | None = None, *, shared: bool = False, **options: Any
+    ) -> str:
         """Create an expert that changes nothing yet (``B`` is zero), and make all experts active.
 
         Args:
-            name: ``expert_N`` by default.
+            name: ``expert_N`` by default, or ``shared``.
             spec: Rank, scaling, target modules and start; the default one if not given.
+            shared: Whether the router has no column for it: every token has it at weight 1, in all layers.
             **options: Fields of ``ExpertSpec`` instead of a spec.
 
         Returns:
@@ -139,12 +157,13 @@ class ExpertManager:
             ModelError: The base model has none of the target modules, or is offloaded.
         """
         spec = ExpertSpec(**options) if spec is None else spec
-        name = self._new_name(name)
+        name = self._new_name(name, shared)
         refuse_offloaded(self.base_model, "no expert can be made on it; make the mixture first, and offload that")
         if spec.init == "pissa":
             raise ExpertError("`init` pissa divides components among all experts of a new mixture; use another one")
         targets, transposed = select_targets(self.base_model, self.layers, spec.target_modules)
-        layers = layers_of_expert(len(self.names), self.first_layer, self.experts_per_block, len(self.decoder.layers))
+        blocks = None if shared else self.experts_per_block
+        layers = layers_of_expert(len(self.names), self.first_layer, blocks, len(self.decoder.layers))
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=spec.rank,
@@ -162,19 +181,22 @@ class ExpertManager:
                 self._peft_model = get_peft_model(self.base_model, config, adapter_name=name)
             else:
                 self._peft_model.add_adapter(name, config)
-        self._register_expert(name, training)
+        self._register_expert(name, training, shared)
         cached = cached_repository(self.base_model.name_or_path or "")
         if cached is not None:  # PEFT has noted a folder that exists on this machine only
             config.base_model_name_or_path, config.revision = cached
         return name
 
-    def import_adapter(self, path: str | Path, name: str | None = None, revision: str | None = None) -> str:
+    def import_adapter(
+        self, path: str | Path, name: str | None = None, revision: str | None = None, *, shared: bool = False
+    ) -> str:
         """Add an existing PEFT LoRA adapter as an expert with its weights, and make all experts active.
 
         Args:
             path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id.
             name: The expert's name; by default that of the folder or the repository.
             revision: Commit, tag or branch on the Hub.
+            shared: See ``create``.
 
         Returns:
             The expert's name.
@@ -187,14 +209,15 @@ class ExpertManager:
         if not hasattr(self.base_model, "hf_device_map"):  # PEFT needs it to put an adapter on its layer's device
             refuse_offloaded(self.base_model, "no adapter can be loaded onto it; offload the mixture instead")
         folder, name = adapter_folder_of(path, revision), name or Path(path).absolute().name
-        check_import(folder, name, self.base_model, self.layers, self.names)
+        self._check_shared(shared)
+        check_import(folder, name, self.base_model, self.layers, self.adapters)
         training = self.base_model.training
         with _without_peft_warnings():
             if self._peft_model is None:
                 self._peft_model = PeftModel.from_pretrained(self.base_model, str(folder), adapter_name=name)
             else:
                 self._peft_model.load_adapter(str(folder), name)
-        self._register_expert(name, training)
+        self._register_expert(name, training, shared)
         return name
 
     def read_matching_weights(self, name: str, path: str | Path) -> dict[str, Tensor]:
@@ -246,13 +269,15 @@ class ExpertManager:
         """
         wanted = [names] if isinstance(names, str) else list(names)
         self.check_known(wanted)
+        if self.shared in wanted:
+            raise ExpertError(f"the shared expert {self.shared!r} is always active; name routed experts only")
         if not wanted:
             raise ExpertError("at least one expert must be active")
         self.active = [name for name in self.names if name in wanted]
         self._active_indices = [index for index, name in enumerate(self.names) if name in wanted]
         tuner: Any = self.peft_model.base_model
-        tuner.set_adapter(self.active, inference_mode=True)
-        tuner.set_requires_grad([name for name in self.active if name not in self.frozen])
+        tuner.set_adapter(self.active_adapters, inference_mode=True)
+        tuner.set_requires_grad([name for name in self.active_adapters if name not in self.frozen])
 
     def activate_all(self) -> None:
         """Route among all experts."""
@@ -286,28 +311,43 @@ class ExpertManager:
         """Return the number of parameters of an expert."""
         return sum(parameter.numel() for parameter in self.parameters(name))
 
-    def _register_expert(self, name: str, training: bool) -> None:
+    def _register_expert(self, name: str, training: bool, shared: bool) -> None:
         self._state = enable_routing(self.peft_model)
         # PEFT makes new layers in training mode, and loads adapters in evaluation mode
         self.peft_model.train(training)
+        if shared:
+            self.shared, self._state.has_shared_expert = name, True
+            self.set_active(self.active)
+            return
         self.names.append(name)
         self.activate_all()
         for call in self.on_added:
             call()
 
-    def _new_name(self, name: str | None) -> str:
+    def _check_shared(self, shared: bool) -> None:
+        if shared and (self.shared is not None or not self.names):
+            have = "no routed expert yet" if not self.names else f"the shared expert {self.shared!r} already"
+            raise ExpertError(f"a mixture has one shared expert, made after the routed ones; this one has {have}")
+
+    def _new_name(self, name: str | None, shared: bool) -> str:
+        """Return the name of a new expert, checked."""
+        self._check_shared(shared)
+        if name is None and shared:
+            name = SHARED
         if name is None:
             taken = [int(match[1]) for known in self.names if (match := re.fullmatch(r"expert_(\d+)", known))]
             name = f"expert_{max(taken, default=-1) + 1}"
-        check_new_name(name, self.names, base_modules(self.base_model))
+        check_new_name(name, self.adapters, base_modules(self.base_model))
         return name
 
     def check_known(self, names: Iterable[str]) -> None:
         """Raise ``ExpertError`` unless all names are experts'."""
         for name in names:
-            if name not in self.names:
-                known = ", ".join(self.names)
-                raise ExpertError(f"there is no expert {name!r} (there are: {known}){did_you_mean(name, self.names)}")
+            if name not in self.adapters:
+                known = ", ".join(self.adapters)
+                raise ExpertError(
+                    f"there is no expert {name!r} (there are: {known}){did_you_mean(name, self.adapters)}"
+                )
 
 
 @contextmanager

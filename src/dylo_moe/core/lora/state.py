@@ -147,19 +147,21 @@ class RoutingState:
     Attributes:
         hooks: Hooks of the router, where there is a router.
         adapters: Names of the adapters whose layers are routed.
+        has_shared_expert: Whether the last active adapter is always on, at weight 1; the router has no column for it.
         route_new_adapters: Called before a forward that routes: routes the layers of adapters that were added since.
     """
 
     def __init__(self) -> None:
         self.hooks: Hooks | None = None
         self.adapters: tuple[str, ...] = ()
+        self.has_shared_expert = False
         self.route_new_adapters: Callable[[], None] | None = None
         self._thread = threading.local()
         self._scope: ContextVar[Scope] = ContextVar("scope", default=Scope())  # noqa: B039 - it is immutable
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copy and pickle it without the calls and scopes of this process."""
-        kept = {"hooks": self.hooks, "adapters": self.adapters, "route_new_adapters": self.route_new_adapters}
+        kept = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return RoutingState, (), kept
 
     @property

@@ -5,6 +5,7 @@ from functools import cache, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
@@ -81,6 +82,13 @@ class TokenWeights:
         ids = self.topk_expert_ids
         return TokenWeights(function(self.weights), None if ids is None else function(ids))
 
+    def with_shared_expert(self) -> "TokenWeights":
+        """Return the weights with one more column, for an expert that every token has at weight 1."""
+        weights, ids = self.weights, self.topk_expert_ids
+        if ids is not None:
+            ids = torch.cat([ids, ids.new_full((*ids.shape[:-1], 1), weights.shape[-1])], dim=-1)
+        return TokenWeights(F.pad(weights, (0, 1), value=1.0), ids)
+
     @_once
     def select_experts(self, columns: tuple[int, ...]) -> "TokenWeights":
         """Return the weights of some of the experts, as dense weights."""
@@ -131,8 +139,9 @@ class TokenWeights:
 
 
 @cache
-def one_hot_weights(expert: int, num_experts: int) -> TokenWeights:
-    """Return the weights of one token, on a CPU, that goes to one expert."""
+def one_hot_weights(expert: int, num_experts: int, shared: bool = False) -> TokenWeights:
+    """Return the weights of one token, on a CPU, that goes to one expert, and to the shared one if there is one."""
     weights = torch.zeros(1, 1, num_experts)
     weights[..., expert] = 1
-    return TokenWeights(weights, torch.tensor([[[expert]]]))
+    one_hot = TokenWeights(weights, torch.tensor([[[expert]]]))
+    return one_hot.with_shared_expert() if shared else one_hot

@@ -22,7 +22,7 @@ from dylo_moe.core.lora.targets import experts_per_layer
 from dylo_moe.core.lora.token_weights import TokenWeights, one_hot_weights
 from dylo_moe.core.routing.caches import BasePass, ContextPart, RunningSums, carry, empty_copy, part_of
 from dylo_moe.core.routing.context import Context, means, running_sums
-from dylo_moe.core.routing.router import DynamicHybridRouter
+from dylo_moe.core.routing.router import SUM_TO_ONE, DynamicHybridRouter
 from dylo_moe.errors import ModelError, RoutingError
 from dylo_moe.spec import RoutingMode
 
@@ -180,10 +180,11 @@ class RouterHooks:
         if call.record is None:
             column = self.router.top1_fast_path(hidden_states, gate, experts)
             if column is not None:
-                call.weights = one_hot_weights(column, len(experts))
+                call.weights = one_hot_weights(column, len(experts), self.state.has_shared_expert)
                 return
         output = self.router(hidden_states, gate, experts)
-        call.weights = TokenWeights(output.weights, output.topk_expert_ids)
+        weights = TokenWeights(output.weights, output.topk_expert_ids)
+        call.weights = weights.with_shared_expert() if self.state.has_shared_expert else weights
         if call.record is not None:
             call.record.router_logits.append(output.logits)
             call.record.routing_weights.append(output.weights)
@@ -196,6 +197,7 @@ def make_router(
     top_k: int,
     temperature: float,
     experts_per_block: Sequence[int] | None,
+    expert_scale: str = SUM_TO_ONE,
 ) -> DynamicHybridRouter:
     """Return a new router for a mixture.
 
@@ -206,6 +208,7 @@ def make_router(
         top_k: Experts per token when routing is sparse.
         temperature: Divisor of the router's logits.
         experts_per_block: Number of experts that each block of layers carries; see ``targets.experts_per_layer``.
+        expert_scale: See ``DynamicHybridRouter``.
 
     Raises:
         RoutingError: A number is out of its range.
@@ -214,7 +217,9 @@ def make_router(
     num_gates = mode.num_gates(len(decoder.layers))
     experts_per_gate = None if experts_per_block is None else experts_per_layer(experts_per_block, num_gates)
     hidden_size = decoder.output_width if mode.reads_base_output else decoder.layer_width
-    router = DynamicHybridRouter(hidden_size, num_experts, top_k, temperature, num_gates, experts_per_gate)
+    router = DynamicHybridRouter(
+        hidden_size, num_experts, top_k, temperature, num_gates, experts_per_gate, expert_scale
+    )
     return router.to(device_of(experts.base_model))
 
 

@@ -18,6 +18,7 @@ from dylo_moe.core.base.offload import in_place
 from dylo_moe.errors import RoutingError
 
 YOUNG, MATURE = 0, 1
+SUM_TO_ONE, UNIT = "sum_to_one", "unit"
 
 _SMALLEST_NORM = 1e-6
 
@@ -50,9 +51,12 @@ class DynamicHybridRouter(nn.Module):
         num_gates: Number of independent gates, one for each place where a router input is read.
         experts_per_gate: Number of experts that each gate has, counted from the first; all by default. An expert that
             is added later belongs to every gate.
+        expert_scale: ``sum_to_one``, or ``unit``: a token's weights sum to the number of experts that are mixed, so
+            that equal weights add up the experts as one LoRA of all their ranks does.
 
     Attributes:
         maturity: 0 (young) or 1 (mature) for each expert.
+        sparse_training: Whether training also mixes the ``top_k`` best experts alone.
         selection_bias: ``(num_gates, num_experts)``; see ``select_topk``.
         expert_load: ``(num_gates, num_experts)``, choices of the last global batch of a training run, from which a
             resumed run continues. Routing does not depend on it.
@@ -72,6 +76,7 @@ class DynamicHybridRouter(nn.Module):
         temperature: float = 1.0,
         num_gates: int = 1,
         experts_per_gate: Sequence[int] | None = None,
+        expert_scale: str = SUM_TO_ONE,
     ) -> None:
         super().__init__()
         if num_experts < 1:
@@ -80,10 +85,14 @@ class DynamicHybridRouter(nn.Module):
             raise RoutingError(f"`top_k` must be from 1 to the number of experts ({num_experts}), got {top_k}")
         if not temperature > 0:
             raise RoutingError(f"`temperature` must be above 0, got {temperature}")
+        if expert_scale not in (SUM_TO_ONE, UNIT):
+            raise RoutingError(f"`expert_scale` must be {SUM_TO_ONE} or {UNIT}, got {expert_scale!r}")
         self.hidden_size = hidden_size
         self.top_k = top_k
         self.temperature = temperature
         self.experts_per_gate = experts_per_gate
+        self.expert_scale = expert_scale
+        self.sparse_training = False
         self.maturity = [YOUNG] * num_experts
         # on RMS-normalized input of common widths, this spread gives logits of unit variance or less
         self.gates = nn.ParameterList(
@@ -110,9 +119,11 @@ class DynamicHybridRouter(nn.Module):
         return len(self.maturity)
 
     def is_sparse(self, experts: Sequence[int] | None = None) -> bool:
-        """Return whether routing is sparse now: evaluating, with every routed expert mature."""
+        """Return whether routing is sparse now: evaluating with mature experts only, or by ``sparse_training``."""
+        if self.training:
+            return self.sparse_training
         routed = self.maturity if experts is None else [self.maturity[expert] for expert in experts]
-        return not self.training and all(maturity == MATURE for maturity in routed)
+        return all(maturity == MATURE for maturity in routed)
 
     def forward(self, hidden_states: Tensor, gate: int = 0, experts: Sequence[int] | None = None) -> RouterOutput:
         """Compute routing weights for each token from that token's hidden state alone.
@@ -125,8 +136,8 @@ class DynamicHybridRouter(nn.Module):
 
         Returns:
             Weights and temperature-scaled logits, float32 (float64 for a float64 input), each
-            ``(batch, seq, len(experts))``; each row of weights sums to 1. Where the gate does not have an expert, the
-            weight is 0 and the logit -inf.
+            ``(batch, seq, len(experts))``; each row of weights sums to 1, or as ``expert_scale`` says. Where the gate
+            does not have an expert, the weight is 0 and the logit -inf.
         """
         with in_place(self.gates):
             weight, bias = self.gates[gate], self.selection_bias[gate]
@@ -140,9 +151,13 @@ class DynamicHybridRouter(nn.Module):
         if masked:
             logits = logits.index_fill(-1, torch.tensor(masked, device=logits.device), -torch.inf)
         if not self.is_sparse(experts):
-            return RouterOutput(logits.softmax(dim=-1), logits)
-        ids = select_topk(logits, self.top_k, bias.to(logits.device))
-        return RouterOutput(sparse_weights(logits, ids), logits, ids)
+            weights, mixed, ids = logits.softmax(dim=-1), logits.shape[-1] - len(masked), None
+        else:
+            ids = select_topk(logits, self.top_k, bias.to(logits.device))
+            weights, mixed = sparse_weights(logits, ids), ids.shape[-1]
+        if self.expert_scale == UNIT and mixed > 1:
+            weights = weights * mixed
+        return RouterOutput(weights, logits, ids)
 
     def top1_fast_path(self, hidden_states: Tensor, gate: int = 0, experts: Sequence[int] | None = None) -> int | None:
         """Return the only expert of a single token, without its logits; for decoding on a CPU.

@@ -17,7 +17,7 @@ def parameter_groups(model: DyLoRA_MoE) -> dict[str, list[nn.Parameter]]:
 
     A router with a single active expert is left out: its output changes nothing.
     """
-    groups = {name: list(model.experts.parameters(name)) for name in model.experts.active}
+    groups = {name: list(model.experts.parameters(name)) for name in model.experts.active_adapters}
     if len(model.experts.active) > 1:
         groups[ROUTER] = list(model.router.gates.parameters())
     return {name: trained for name, group in groups.items() if (trained := [p for p in group if p.requires_grad])}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dylo_moe.core import DyLoRAOutput, expert_mask
+from dylo_moe.core import DyLoRAOutput, expert_mask, routing_shares
 
 _DEAD_BELOW = 0.1
 """Fraction of an even share of the choices below which an expert counts as dead."""
@@ -95,7 +95,7 @@ def routing_sums(
     """
     assert output.routing_weights is not None and output.router_logits is not None
     assert output.balance_loss is not None and output.z_loss is not None
-    weights = output.routing_weights
+    weights = routing_shares(output.routing_weights)
     mask = mask.to(weights)
     domain_of_row = _domain_of_rows(domain, mask, num_domains)
 
