@@ -15,7 +15,7 @@ from tests.support.families import LAYERS, ROUTINGS, gradients, mixture, relativ
 
 IDS = token_ids(2, 9)
 EVERY_ROUTING = pytest.mark.parametrize("routing", ROUTINGS)
-MERGEABLE = pytest.mark.parametrize("routing", [mode for mode in ROUTINGS if mode != "final"])
+MERGEABLE = pytest.mark.parametrize("routing", [mode for mode in ROUTINGS if "base" not in mode and mode != "final"])
 """Routing modes whose router reads the same with the shared expert merged into the base."""
 
 
@@ -58,11 +58,12 @@ def test_it_is_as_if_it_were_part_of_the_base(routing: str, mature: bool, expert
         assert torch.equal(model.generate(prompts, **options), reference.generate(prompts, **options))
 
 
-def test_with_the_first_pass_of_final_it_adds_its_update_to_the_weights_that_the_router_gave() -> None:
-    model = mixture(routing="final", shared_rank=6)
+@pytest.mark.parametrize("routing", ["final", "base_context:1"])
+def test_after_a_pass_of_the_base_it_adds_its_update_to_the_weights_that_the_router_gave(routing: str) -> None:
+    model = mixture(routing=routing, shared_rank=6)
     with torch.no_grad():
         output = model(IDS)
-        wanted = merged(model, "final")(IDS, routing_weights=output.routing_weights[0]).logits
+        wanted = merged(model, routing)(IDS, routing_weights=output.routing_weights[0]).logits
     assert output.routing_weights.shape[-1] == 3
     assert relative_error(output.logits, wanted) < 1e-12
 

@@ -32,7 +32,7 @@ PAD = 0
 TIED = "ignore:Model has `tie_word_embeddings=True`:UserWarning"
 """Warning filter: PEFT 0.19 warns of an adapted embedding or head even if the two are not tied."""
 
-ROUTINGS = ("final", "prefix:1", "context:1", "per_layer")
+ROUTINGS = ("final", "prefix:1", "context:1", "base_context:1", "per_layer")
 
 _COMMON = {
     "vocab_size": VOCABULARY,

@@ -6,6 +6,7 @@ from dylo_moe.config.parser import Group, flag, require, split_names
 from dylo_moe.spec import RoutingMode
 
 INITIALIZATIONS = ("default", "gaussian", "orthogonal", "eva", "pissa")
+PLACES = ("attention", "mlp", "all-linear")
 BALANCES = ("switch", "bias", "none")
 
 
@@ -57,7 +58,8 @@ class ExpertArgs(Group):
         choices=INITIALIZATIONS,
     )
     target_modules: str | None = flag(
-        None, "Linear modules to adapt, comma-separated, or all-linear; the attention if not given."
+        None,
+        "Linear modules to adapt: names, comma-separated, attention, mlp or all-linear; the attention if not given.",
     )
     routing: str = flag(
         "per_layer", "Where the router reads: per_layer, prefix:K or context:K (without :K, K = layers / 4), or final."
@@ -141,6 +143,6 @@ class ExpertArgs(Group):
     @property
     def targets(self) -> str | list[str] | None:
         """The target modules as ``DyLoRA_MoE`` takes them."""
-        if self.target_modules is None or self.target_modules == "all-linear":
+        if self.target_modules in (None, *PLACES):
             return self.target_modules
-        return split_names(self.target_modules)
+        return split_names(self.target_modules or "")

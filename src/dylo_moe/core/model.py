@@ -51,7 +51,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         rank: Rank of each expert.
         alpha: Updates are scaled by ``alpha / rank``; ``2 * rank`` by default.
         dropout: Dropout on the experts' input while training.
-        target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
+        target_modules: Names of linear modules, or a place; see ``ExpertSpec``.
         use_rslora: Whether to scale updates by ``alpha / sqrt(rank)``.
         init: How experts start: ``default``, ``gaussian`` or ``orthogonal`` as in PEFT, or ``pissa``, see
             ``initialization.initialize_pissa``. For EVA, which needs data, call ``initialize_eva`` afterwards.

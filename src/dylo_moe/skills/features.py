@@ -30,8 +30,8 @@ def check_frozen_features(mode: RoutingMode) -> None:
     """Raise ``RoutingError`` unless no expert can change what the router reads."""
     if not mode.reads_frozen_features:
         raise RoutingError(
-            f"`routing` must be context:K, prefix:K or final where skills are added one by one, got {mode}: its "
-            "router reads what the experts of the layers below have changed"
+            f"`routing` must be context:K, base_context:K, prefix:K or final here, got {mode}: its router reads what "
+            "the experts of the layers below have changed"
         )
 
 
@@ -40,7 +40,7 @@ def base_features(model: DyLoRA_MoE, input_ids: Tensor, attention_mask: Tensor) 
     """Run the base without any expert, in evaluation mode.
 
     Args:
-        model: With routing ``final``, ``prefix:K`` or ``context:K``.
+        model: With a routing mode that reads frozen features.
         input_ids: ``(batch, seq)``.
         attention_mask: ``(batch, seq)``, nonzero for real tokens.
 
@@ -55,7 +55,7 @@ def base_features(model: DyLoRA_MoE, input_ids: Tensor, attention_mask: Tensor) 
     def keep(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         entering.append(hidden_states_of(args, kwargs))
 
-    layer = decoder.layers[mode.first_expert_layer]
+    layer = decoder.layers[mode.layer or 0]
     hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with model.base_only(), evaluating(decoder.backbone):

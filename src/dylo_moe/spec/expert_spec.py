@@ -22,7 +22,8 @@ class ExpertSpec:
         rank: Rank of the update, at least 1.
         alpha: The update is scaled by ``alpha / rank``; ``2 * rank`` by default.
         dropout: Dropout on the expert's input while training, from 0 up to but not including 1.
-        target_modules: Names of linear modules, ``"all-linear"``, or None for the attention projections.
+        target_modules: Names of linear modules, ``"all-linear"``, ``"attention"``, ``"mlp"``, or None for the attention
+            projections that go by a common name.
         use_rslora: Whether to scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv 2312.03732).
         init: How the expert starts: ``default``, ``gaussian`` or ``orthogonal`` as in PEFT, or ``pissa``, see
             ``core.lora.initialization.initialize_pissa``.

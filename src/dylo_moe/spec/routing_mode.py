@@ -1,14 +1,15 @@
 """The routing mode: where the router reads its input.
 
-==============  =====================================================================  ======
-mode            the router reads                                                       passes
-==============  =====================================================================  ======
-``final``       the base's last hidden states, without adapters and gradients          2
-``prefix:K``    the hidden states entering decoder layer K; layers below K carry no    1
-                experts
-``context:K``   the mean of those over the example's tokens so far                     1
-``per_layer``   each decoder layer's own input, with one gate a layer                  1
-==============  =====================================================================  ======
+==================  =================================================================  =========
+mode                the router reads                                                   passes
+==================  =================================================================  =========
+``final``           the base's last hidden states, without adapters and gradients      2
+``prefix:K``        the hidden states entering decoder layer K; layers below K carry   1
+                    no experts
+``context:K``       the mean of those over the example's tokens so far                 1
+``base_context:K``  that mean in the base alone; all layers may carry experts          1 + K / L
+``per_layer``       each decoder layer's own input, with one gate a layer              1
+==================  =================================================================  =========
 
 Standard library only, so that flags can be checked before torch is imported. A new mode needs a ``RoutingKind`` and
 its properties here, and a method of ``core.routing.hooks.RouterHooks``.
@@ -21,7 +22,7 @@ from typing import Self
 
 from dylo_moe.errors import RoutingError
 
-_TEXT = re.compile(r"(?P<kind>final|per_layer|prefix|context)(:(?P<layer>\d+))?")
+_TEXT = re.compile(r"(?P<kind>final|per_layer|prefix|context|base_context)(:(?P<layer>\d+))?")
 
 
 class RoutingKind(StrEnum):
@@ -30,10 +31,11 @@ class RoutingKind(StrEnum):
     FINAL = "final"
     PREFIX = "prefix"
     CONTEXT = "context"
+    BASE_CONTEXT = "base_context"
     PER_LAYER = "per_layer"
 
 
-_WITH_LAYER = (RoutingKind.PREFIX, RoutingKind.CONTEXT)
+_WITH_LAYER = (RoutingKind.PREFIX, RoutingKind.CONTEXT, RoutingKind.BASE_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class RoutingMode:
 
     Attributes:
         kind: Kind of input.
-        layer: Decoder layer K of ``prefix:K`` and ``context:K``; None for the other kinds, and where K was left out
-            and the number of layers is not known yet.
+        layer: Decoder layer K of ``prefix:K``, ``context:K`` and ``base_context:K``; None for the other kinds, and
+            where K was left out and the number of layers is not known yet.
     """
 
     kind: RoutingKind
@@ -54,7 +56,7 @@ class RoutingMode:
         """Read a routing mode.
 
         Args:
-            text: ``final``, ``per_layer``, ``prefix``, ``prefix:K``, ``context`` or ``context:K``.
+            text: ``final``, ``per_layer``, or ``prefix``, ``context`` or ``base_context``, each also with ``:K``.
             num_layers: Number of decoder layers of the model. A K that was left out becomes a quarter of it.
 
         Raises:
@@ -64,7 +66,7 @@ class RoutingMode:
         kind = None if match is None else RoutingKind(match["kind"])
         if match is None or kind is None or (match["layer"] is not None and kind not in _WITH_LAYER):
             raise RoutingError(
-                f"`routing` must be final, per_layer, prefix, prefix:K, context or context:K, got {text!r}"
+                f"`routing` must be final, per_layer, prefix:K, context:K or base_context:K, got {text!r}"
             )
         if kind not in _WITH_LAYER:
             return cls(kind)
@@ -81,7 +83,7 @@ class RoutingMode:
     @property
     def first_expert_layer(self) -> int:
         """First decoder layer that carries experts."""
-        return self.layer or 0
+        return 0 if self.layer is None or self.reads_base_alone else self.layer
 
     @property
     def has_gate_per_layer(self) -> bool:
@@ -96,7 +98,12 @@ class RoutingMode:
     @property
     def reads_context(self) -> bool:
         """Whether the gate reads a mean over the tokens so far."""
-        return self.kind is RoutingKind.CONTEXT
+        return self.kind in (RoutingKind.CONTEXT, RoutingKind.BASE_CONTEXT)
+
+    @property
+    def reads_base_alone(self) -> bool:
+        """Whether the gate reads hidden states of a pass of the base alone."""
+        return self.kind in (RoutingKind.FINAL, RoutingKind.BASE_CONTEXT)
 
     @property
     def reads_frozen_features(self) -> bool:
@@ -116,5 +123,5 @@ class RoutingMode:
         """Return the decoder layers whose input a gate reads, in the order of the gates."""
         if self.reads_base_output:
             return range(0)
-        first = self.first_expert_layer
+        first = self.layer or 0
         return range(num_layers) if self.has_gate_per_layer else range(first, first + 1)

@@ -7,19 +7,22 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dylo_moe.core.base.structure import argument_names
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 from dylo_moe.spec import RoutingMode
 
 _AUTO_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "query_key_value", "c_attn", "Wqkv")
 """Names of attention projections in the model families; by default an expert adapts those that the base model has."""
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ATTENTION, MLP = "all-linear", "attention", "mlp"
+
+
+_ADAPTER_PARTS = (".base_layer", ".lora_")
 
 
 def base_modules(base_model: PreTrainedModel) -> list[str]:
     """Return the full names of a base model's modules, without those of adapters."""
-    inside = (".base_layer", ".lora_")
-    return [name for name, _ in base_model.named_modules() if not any(part in name for part in inside)]
+    return [name for name, _ in base_model.named_modules() if not any(part in name for part in _ADAPTER_PARTS)]
 
 
 def linear_modules(base_model: PreTrainedModel, layers: Iterable[nn.Module]) -> dict[str, nn.Module]:
@@ -34,6 +37,31 @@ def linear_modules(base_model: PreTrainedModel, layers: Iterable[nn.Module]) -> 
     return found
 
 
+def part_of_layers(layers: Iterable[nn.Module], part: str) -> list[str]:
+    """Return names of the linear modules in the attention or in the rest of decoder layers, sorted.
+
+    A module that takes an ``attention_mask`` is attention. Each name is the last part of the module's full name, or
+    its path in the layer where the other part has a module of that name.
+
+    Args:
+        layers: Decoder layers.
+        part: ``attention`` or ``mlp``.
+    """
+    places: dict[str, set[str]] = {ATTENTION: set(), MLP: set()}
+    for layer in layers:
+        modules = dict(layer.named_modules())
+        attention = [
+            f"{name}." for name, module in modules.items() if name and "attention_mask" in argument_names(module)
+        ]
+        for name, module in modules.items():
+            bare = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            if isinstance(bare, nn.Linear | Conv1D) and not any(inner in name for inner in _ADAPTER_PARTS):
+                places[ATTENTION if name.startswith(tuple(attention)) else MLP].add(name)
+    others = {name.rpartition(".")[2] for name in places[MLP if part == ATTENTION else ATTENTION]}
+    lasts = {name: name.rpartition(".")[2] for name in places[part]}
+    return sorted({name if last in others else last for name, last in lasts.items()})
+
+
 def select_targets(
     base_model: PreTrainedModel, layers: Iterable[nn.Module], wanted: str | Sequence[str] | None
 ) -> tuple[list[str], bool]:
@@ -42,7 +70,8 @@ def select_targets(
     Args:
         base_model: The model to adapt.
         layers: Decoder layers that may carry experts.
-        wanted: Names of linear modules, ``"all-linear"``, or None for those of ``_AUTO_TARGETS``.
+        wanted: Names of linear modules, ``"all-linear"``, ``"attention"``, ``"mlp"``, or None for those of
+            ``_AUTO_TARGETS``.
 
     Returns:
         The names, and whether weights are stored as ``(in, out)`` (GPT-2's ``Conv1D``).
@@ -50,11 +79,19 @@ def select_targets(
     Raises:
         ModelError: The base model has no such module.
     """
+    layers = list(layers)
     linear = linear_modules(base_model, layers)
     have = sorted({name.rpartition(".")[2] for name in linear})
     family = type(base_model).__name__
     if wanted == ALL_LINEAR:
         targets = have
+    elif wanted in (ATTENTION, MLP):
+        targets = part_of_layers(layers, str(wanted))
+        if not targets:
+            raise ModelError(
+                f"{family} has no linear modules in its {wanted} that experts can adapt; name some of its linear "
+                f"modules with `target_modules`: {', '.join(have) or 'it has none'}"
+            )
     elif wanted is None:
         targets = [name for name in _AUTO_TARGETS if name in have]
         if not targets:
@@ -70,7 +107,7 @@ def select_targets(
                     f"`target_modules` must be linear modules of {family} ({', '.join(have)}), got {target!r}"
                     f"{did_you_mean(target, have)}"
                 )
-    selected = [module for name, module in linear.items() if name.rpartition(".")[2] in targets]
+    selected = [module for name, module in linear.items() if name.endswith(tuple(f".{part}" for part in targets))]
     return targets, any(isinstance(module, Conv1D) for module in selected)
 
 

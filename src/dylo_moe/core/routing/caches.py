@@ -130,6 +130,22 @@ class ContextPart(RouterPart):
         self._newest[-1] = RunningSums(*(total[:, : size - tokens] for total in self._newest[-1]))
 
 
+class BaseContextPart(RouterPart):
+    """The cache of the base's first layers and the sums over the tokens so far, for routing ``base_context:K``."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.base, self.context = BasePass(cache), ContextPart()
+
+    @override
+    def length(self) -> int:
+        return self.context.length()
+
+    @override
+    def follow(self, method: str, num_removed: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        for part in (self.context, self.base):  # the first one may refuse
+            part.follow(method, num_removed, args, kwargs)
+
+
 def _num_tokens(sums: RunningSums) -> int:
     return sums.counts.shape[1]
 
@@ -222,6 +238,9 @@ def with_cache_renamed(kwargs: dict[str, object], names: Collection[str]) -> dic
     return {**{name: value for name, value in kwargs.items() if name not in given}, wanted: cache}
 
 
-def empty_copy(cache: Cache) -> Cache:
-    """Return another cache of the same kind, for a cache that is still empty."""
-    return copy.deepcopy(cache)
+def empty_copy(cache: Cache, num_layers: int | None = None) -> Cache:
+    """Return another cache of the same kind, for a cache that is still empty; with the first layers alone, if given."""
+    copied = copy.deepcopy(cache)
+    if num_layers is not None:  # some kinds cannot crop a layer that holds nothing
+        del copied.layers[num_layers:]
+    return copied

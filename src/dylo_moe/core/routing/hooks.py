@@ -5,12 +5,13 @@ a token depend on its own hidden state only, and so on no later token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from dylo_moe.core.base.offload import device_of
 from dylo_moe.core.base.structure import Decoder, argument_names, evaluating, hidden_states_of, named_arguments
@@ -20,7 +21,7 @@ from dylo_moe.core.lora.manager import ExpertManager
 from dylo_moe.core.lora.state import ForwardCall, RoutingState, Run
 from dylo_moe.core.lora.targets import experts_per_layer
 from dylo_moe.core.lora.token_weights import TokenWeights, one_hot_weights
-from dylo_moe.core.routing.caches import BasePass, ContextPart, RunningSums, carry, empty_copy, part_of
+from dylo_moe.core.routing.caches import BaseContextPart, BasePass, ContextPart, RunningSums, carry, empty_copy, part_of
 from dylo_moe.core.routing.context import Context, means, running_sums
 from dylo_moe.core.routing.router import SUM_TO_ONE, DynamicHybridRouter
 from dylo_moe.errors import ModelError, RoutingError
@@ -31,7 +32,8 @@ class RouterHooks:
     """Hooks by which a router sets the routing weights of each forward that is given none.
 
     ``run_backbone`` runs once a forward, ``_at_layer`` before each decoder layer that the mode reads. Modes that need
-    more than that have a method of their own: ``_run_base_first`` (``final``) and ``_run_with_context`` (``context``).
+    more than that have a method of their own: ``_run_base_first`` (``final``), ``_run_with_context`` (``context``) and
+    ``_run_base_layers_first`` (``base_context``).
 
     Args:
         causal_lm: The base model, with its routed LoRA layers.
@@ -61,6 +63,7 @@ class RouterHooks:
         self.router, self.state, self.backbone = router, state, decoder.backbone
         self.active_expert_indices = active_expert_indices
         self._reads_base_output, self._reads_context = mode.reads_base_output, mode.reads_context
+        self._reads_base_alone, self._layer = mode.reads_base_alone, mode.layer
         self._argument_names = argument_names(decoder.backbone)
         if self._reads_context and "attention_mask" not in self._argument_names:
             raise ModelError(
@@ -115,6 +118,8 @@ class RouterHooks:
         if not call.base_only and not call.weights_from_caller:
             if self._reads_base_output:
                 return self._run_base_first(call, run, named_arguments(self._argument_names, args, kwargs))
+            if self._reads_base_alone:
+                return self._run_base_layers_first(call, run, named_arguments(self._argument_names, args, kwargs))
             if self._reads_context:
                 return self._run_with_context(call, run, named_arguments(self._argument_names, args, kwargs))
         return run(*args, **kwargs)
@@ -124,16 +129,7 @@ class RouterHooks:
         name, cache = _cache_among(arguments)
         part: BasePass | None = part_of(cache, BasePass, self.kind)
         base_cache = part.cache if part is not None else None if cache is None else empty_copy(cache)
-        base_arguments = {**arguments, "output_hidden_states": False, "output_attentions": False}
-        if base_cache is not None:
-            base_arguments[name] = base_cache
-        call.base_only = True
-        try:
-            # evaluating: the features must not depend on dropout
-            with torch.no_grad(), evaluating(self.backbone):
-                base_output = run(**base_arguments)
-        finally:
-            call.base_only = False
+        base_output = self._run_base(call, run, arguments, {} if base_cache is None else {name: base_cache})
         self._route(call, base_output[0])
         output = run(**arguments)
         cache, base_cache = _cache_of(output, cache), _cache_of(base_output, base_cache)
@@ -141,18 +137,40 @@ class RouterHooks:
             carry(cache, part or BasePass(base_cache))
         return output
 
+    def _run_base_layers_first(self, call: ForwardCall, run: Run, arguments: dict[str, object]) -> object:
+        """Run the base's layers below K alone for the router, then the mixture, each with its own cache."""
+        name, cache = _cache_among(arguments)
+        part: BaseContextPart | None = part_of(cache, BaseContextPart, self.kind)
+        if part is None and (cache is not None or arguments.get("use_cache") is not False):
+            part = BaseContextPart(DynamicCache() if cache is None else empty_copy(cache, self._layer))
+            name = name or next((one for one in _CACHE_NAMES if one in self._argument_names), "")
+        call.router_input = self._context(call, arguments, None if part is None else part.context)
+        with suppress(_BaseLayersDone):
+            self._run_base(call, run, arguments, {} if part is None else {name: part.base.cache})
+        call.router_input, sums = None, call.router_result
+        assert isinstance(sums, RunningSums)
+        self._route(call, means(sums))
+        output = run(**arguments)
+        cache = _cache_of(output, cache)
+        if cache is not None and part is not None:
+            part.context.append(sums)
+            carry(cache, part)
+        return output
+
+    def _run_base(self, call: ForwardCall, run: Run, arguments: dict[str, object], cache: dict[str, Cache]) -> Any:
+        """Run the backbone without adapters, gradients and dropout, with a cache of its own."""
+        call.base_only = True
+        try:
+            with torch.no_grad(), evaluating(self.backbone):
+                return run(**{**arguments, "output_hidden_states": False, "output_attentions": False, **cache})
+        finally:
+            call.base_only = False
+
     def _run_with_context(self, call: ForwardCall, run: Run, arguments: dict[str, object]) -> object:
         """Run the mixture, with the sums over the tokens so far in its cache."""
         cache = _cache_among(arguments)[1]
         part: ContextPart | None = part_of(cache, ContextPart, self.kind)
-        mask = arguments.get("attention_mask") if call.token_mask is None else call.token_mask
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim not in (2, 4)):
-            raise RoutingError(
-                "`routing` 'context' needs an attention_mask of shape (batch, seq) or (batch, 1, seq, seq), got "
-                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
-            )
-        positions = arguments.get("position_ids")
-        call.router_input = Context(mask, positions if isinstance(positions, Tensor) else None, part)
+        call.router_input = self._context(call, arguments, part)
         output = run(**arguments)
         cache, sums = _cache_of(output, cache), call.router_result
         if cache is not None and isinstance(sums, RunningSums):
@@ -161,10 +179,27 @@ class RouterHooks:
             carry(cache, part)
         return output
 
+    def _context(self, call: ForwardCall, arguments: dict[str, object], part: ContextPart | None) -> Context:
+        mask = arguments.get("attention_mask") if call.token_mask is None else call.token_mask
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim not in (2, 4)):
+            raise RoutingError(
+                f"`routing` {self.kind!r} needs an attention_mask of shape (batch, seq) or (batch, 1, seq, seq), got "
+                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+            )
+        positions = arguments.get("position_ids")
+        return Context(mask, positions if isinstance(positions, Tensor) else None, part)
+
     def _at_layer(self, gate: int, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Route by the hidden states that enter a decoder layer."""
         call = self.state.call
-        if call is None or call.base_only or call.weights_from_caller:
+        if call is None or call.weights_from_caller:
+            return
+        if self._reads_base_alone:
+            if isinstance(call.router_input, Context):
+                call.router_result = running_sums(hidden_states_of(args, kwargs), call.router_input)
+                raise _BaseLayersDone
+            return
+        if call.base_only:
             return
         hidden_states = hidden_states_of(args, kwargs)
         if self._reads_context:
@@ -221,6 +256,10 @@ def make_router(
         hidden_size, num_experts, top_k, temperature, num_gates, experts_per_gate, expert_scale
     )
     return router.to(device_of(experts.base_model))
+
+
+class _BaseLayersDone(Exception):
+    """Ends the pass of the base alone at the layer whose input the router reads."""
 
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
