@@ -7,6 +7,7 @@ from dylo_moe.spec import RoutingMode
 
 INITIALIZATIONS = ("default", "gaussian", "orthogonal", "eva", "pissa")
 PLACES = ("attention", "mlp", "all-linear")
+SCALES = ("sum_to_one", "unit")
 BALANCES = ("switch", "bias", "none")
 
 
@@ -61,8 +62,18 @@ class ExpertArgs(Group):
         None,
         "Linear modules to adapt: names, comma-separated, attention, mlp or all-linear; the attention if not given.",
     )
+    shared_rank: int = flag(
+        0, "Rank of one more expert that every token has, beside those that the router mixes; 0 for none.", ge=0
+    )
+    expert_scale: str = flag(
+        "sum_to_one",
+        "A token's weights sum to 1 (sum_to_one) or to the number of experts mixed (unit), as in one LoRA of all ranks.",
+        choices=SCALES,
+    )
+    sparse_training: bool = flag(False, "Mix and train only the --top_k best experts of each token.")
     routing: str = flag(
-        "per_layer", "Where the router reads: per_layer, prefix:K or context:K (without :K, K = layers / 4), or final."
+        "per_layer",
+        "Where the router reads: per_layer, final, or prefix:K, context:K, base_context:K (without :K, K = layers / 4).",
     )
     experts_per_layer: str | None = flag(
         None, "How many of the experts each block of layers carries, lowest first: 2,4; all if not given."

@@ -80,10 +80,12 @@ class GrowingExpertArgs(ExpertArgs):
         require(
             RoutingMode.parse(self.routing).reads_frozen_features,
             "routing",
-            "context:K, prefix:K or final where skills are acquired",
+            "context:K, base_context:K, prefix:K or final where skills are acquired",
             "per_layer",
         )
         require(self.init != "eva", "init", "another one where skills are acquired", "eva")
+        # a shared expert that trains with a later skill would change the earlier ones
+        require(not self.shared_rank, "shared_rank", "0 where skills are acquired", self.shared_rank)
         super().__post_init__()
 
 

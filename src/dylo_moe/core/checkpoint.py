@@ -91,9 +91,14 @@ class MixtureConfig(_Entry):
     prompt_template: Literal["chat", "plain"] | None = None
 
     @property
+    def records(self) -> list[ExpertRecord | SharedExpertRecord]:
+        """The experts and, last, the shared one."""
+        return [*self.experts] if self.shared is None else [*self.experts, self.shared]
+
+    @property
     def adapters(self) -> list[str]:
         """Names of the experts and, last, of the shared one."""
-        return [expert.name for expert in (*self.experts, self.shared) if expert is not None]
+        return [expert.name for expert in self.records]
 
 
 def write_files(

@@ -196,8 +196,7 @@ def load(
     description = checkpoint.read_description(path)
     model = cls(_read_parts(path, description, given, options))
     _set_router(model, checkpoint.read_router(path, model.router.state_dict()), description)
-    every = [expert for expert in (*description.experts, description.shared) if expert is not None]
-    model.experts.freeze(*(expert.name for expert in every if expert.frozen))
+    model.experts.freeze(*(expert.name for expert in description.records if expert.frozen))
     hold_constant(model.experts, [expert.name for expert in description.experts if expert.pissa])
     _name_model(model, path)
     model.train(False)
@@ -303,8 +302,8 @@ def locate_base(path: Path, entry: checkpoint.BaseModelRecord, given: str | None
 def load_weights(model: "DyLoRA_MoE", path: Path) -> None:
     """Load the weights of a checkpoint into a mixture; see ``DyLoRA_MoE.load_weights``."""
     description = checkpoint.read_description(path)
-    theirs = (description.adapters, description.routing.mode)
-    ours = (model.experts.adapters, model.routing)
+    theirs = (description.adapters, f"{description.routing.mode}, {description.routing.expert_scale}")
+    ours = (model.experts.adapters, f"{model.routing}, {model.router.expert_scale}")
     if theirs != ours:
         raise CheckpointError(
             f"the checkpoint {path} has experts {', '.join(theirs[0])} under routing {theirs[1]}, and this run "

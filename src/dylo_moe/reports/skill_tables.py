@@ -39,7 +39,8 @@ def experts_table(experts: Sequence[ExpertFacts], library: SkillLibrary | None) 
     for expert in experts:
         skills = [skill.name for skill in library.skills if skill.expert == expert.name] if library else []
         usage = [f"{skill} {shares.get(expert.name, 0.0):.1%}" for skill, shares in newest.items()]
-        maturity = ("mature" if expert.maturity else "young") + (", frozen" if expert.frozen else "")
+        state = "shared" if expert.maturity is None else "mature" if expert.maturity else "young"
+        maturity = state + (", frozen" if expert.frozen else "")
         table.add_row(
             *(expert.name, ", ".join(skills), str(expert.rank), f"{expert.parameters:,}", maturity, ", ".join(usage))
         )

@@ -80,7 +80,7 @@ def check_packing(model: DyLoRA_MoE, data: PreparedData, console: Console) -> No
 def build_model(flags: TrainConfig) -> DyLoRA_MoE:
     """Build the base model with new experts and a new router."""
     model, experts = flags.model, flags.experts
-    return DyLoRA_MoE(
+    mixture = DyLoRA_MoE(
         model.model_name,
         experts.num_experts,
         rank=experts.lora_r,
@@ -94,6 +94,8 @@ def build_model(flags: TrainConfig) -> DyLoRA_MoE:
         routing=experts.routing,
         top_k=experts.experts_per_token,
         temperature=experts.router_temperature,
+        shared_rank=experts.shared_rank,
+        expert_scale=experts.expert_scale,
         balance_coefficient=experts.balance_weight,
         z_loss_coefficient=experts.z_loss_coefficient,
         revision=model.revision,
@@ -101,6 +103,8 @@ def build_model(flags: TrainConfig) -> DyLoRA_MoE:
         attn_implementation=model.attn_implementation,
         bits=model.bits,
     )
+    mixture.router.sparse_training = experts.sparse_training
+    return mixture
 
 
 def build_trainer(

@@ -185,11 +185,14 @@ def training_only(model: DyLoRA_MoE, expert: str) -> Iterator[None]:
     """Activate one expert, the only part of the model with gradients, in the block; then restore the model."""
     experts, router = model.experts, model.router
     before = [gate.requires_grad for gate in router.gates]
+    shared = [name for name in (experts.shared,) if name is not None and name not in experts.frozen]
     router.requires_grad_(False)
+    experts.freeze(*shared)  # it is part of every skill
     experts.set_active(expert)  # the others are neither computed nor trained
     try:
         yield
     finally:
+        experts.unfreeze(*shared)
         experts.activate_all()
         for gate, requires_grad in zip(router.gates, before, strict=True):
             gate.requires_grad_(requires_grad)

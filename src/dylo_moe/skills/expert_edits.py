@@ -70,14 +70,14 @@ class ExpertFacts:
         name: Name of the expert.
         rank: Rank of its adapter.
         parameters: Number of its parameters.
-        maturity: 0 (young) or 1 (mature).
+        maturity: 0 (young) or 1 (mature); None for the shared expert, which the router does not know.
         frozen: Whether it is excluded from further training.
     """
 
     name: str
     rank: int
     parameters: int
-    maturity: int
+    maturity: int | None
     frozen: bool
 
 
@@ -97,16 +97,17 @@ class ExportedAdapter:
 
 
 def list_experts(path: Path) -> list[ExpertFacts]:
-    """Return the experts of a checkpoint in the order of the router's columns.
+    """Return the experts of a checkpoint in the order of the router's columns, the shared one last.
 
     Raises:
         CheckpointError: The checkpoint is missing or incomplete.
     """
     found = []
-    for expert in checkpoint.read_description(path).experts:
-        folder = path / checkpoint.EXPERTS_FOLDER / expert.name
+    for expert in checkpoint.read_description(path).records:
+        folder = _expert(path, expert.name)
         size = sum(tensor.numel() for tensor in read_weights(folder).values())
-        found.append(ExpertFacts(expert.name, read_config(folder)["r"], size, expert.maturity, expert.frozen))
+        maturity = expert.maturity if isinstance(expert, ExpertRecord) else None
+        found.append(ExpertFacts(expert.name, read_config(folder)["r"], size, maturity, expert.frozen))
     return found
 
 
@@ -140,8 +141,8 @@ def rename_expert(path: Path, old: str, new: str, base_model: str | None = None)
     if description.base_model.name or base_model is not None:
         location, revision = locate_base(path, description.base_model, base_model)
         modules = module_names(location, revision=revision)
-    check_new_name(new, _names(description), modules)
-    for expert in description.experts:
+    check_new_name(new, description.adapters, modules)
+    for expert in description.records:
         expert.name = new if expert.name == old else expert.name
     for skill in library.skills if library else []:
         skill.expert = new if skill.expert == old else skill.expert
@@ -165,7 +166,7 @@ def freeze_expert(path: Path, name: str, frozen: bool = True) -> None:
         ExpertError: The expert does not exist.
     """
     description, library = _opened(path, name)
-    for expert in description.experts:
+    for expert in description.records:
         expert.frozen = frozen if expert.name == name else expert.frozen
     with _rewritten(path, description, library):
         pass
@@ -178,6 +179,10 @@ def remove_expert(path: Path, name: str) -> None:
         ExpertError: The expert does not exist, or is the only one.
     """
     description, library = _opened(path, name)
+    if description.shared is not None and description.shared.name == name:
+        description.shared = None
+        with _rewritten(path, description, library):
+            return
     removed = _names(description).index(name)
     _drop_column(description, removed)
     if library is not None:
@@ -197,6 +202,10 @@ def merge_experts(path: Path, one: str, other: str) -> None:
     """
     description, library = _opened(path, one)
     _check_known(description, other)
+    if description.shared is not None and description.shared.name in (one, other):
+        raise ExpertError(
+            f"the shared expert {description.shared.name!r} is always on, and cannot be merged; remove it"
+        )
     folders = [_expert(path, name) for name in (one, other)]
     weights, config = _sum([(read_weights(folder), read_config(folder)) for folder in folders], (one, other))
     for expert in description.experts:
@@ -231,7 +240,7 @@ def export_expert(path: Path, name: str, folder: Path) -> ExportedAdapter:
             shutil.copyfile(source / file, target / file)
         make_plain(target)
     config = read_config(folder)
-    pissa = next(expert.pissa for expert in description.experts if expert.name == name)
+    pissa = any(expert.pissa for expert in description.experts if expert.name == name)
     return ExportedAdapter(config["r"], config["lora_alpha"], trained // 2 if pissa else None)
 
 
@@ -265,7 +274,7 @@ def import_expert(
     folder, name = adapter_folder_of(source, revision), name or Path(source).absolute().name
     base, _, _ = load_base_of(path, description.base_model, base_model, {})
     layers = find_decoder(base).layers[RoutingMode.parse(description.routing.mode).first_expert_layer :]
-    check_import(folder, name, base, layers, _names(description))
+    check_import(folder, name, base, layers, description.adapters)
     description.experts.append(ExpertRecord(name=name, maturity=YOUNG))
     with _rewritten(path, description, library, added=True, replaced=name) as target:
         _expert(target, name).mkdir(parents=True)
@@ -323,7 +332,7 @@ def _rewritten(
         solved = library.gate.weight().to(router["gates.0"])
         router["gates.0"][: len(solved)] = solved  # an expert without a skill keeps its column
     with atomic_directory(path, marker=checkpoint.DESCRIPTION_FILE, ours=_REWRITTEN) as folder:
-        for name in _names(description):
+        for name in description.adapters:
             if _expert(path, name).is_dir() and name != replaced:
                 shutil.copytree(_expert(path, name), _expert(folder, name))
         save_file({key: tensor.contiguous() for key, tensor in router.items()}, folder / checkpoint.ROUTER_FILE)
@@ -371,7 +380,7 @@ def _opened(path: Path, name: str) -> tuple[MixtureConfig, SkillLibrary | None]:
 
 
 def _check_known(description: MixtureConfig, name: str) -> None:
-    names = _names(description)
+    names = description.adapters
     if name not in names:
         raise ExpertError(f"there is no expert {name!r} (there are: {', '.join(names)}){did_you_mean(name, names)}")
 
