@@ -12,6 +12,7 @@ from dylo_moe.errors import DISK_REFUSED, EXIT_INTERRUPTED, EXIT_USER_ERROR, DyL
 PROGRAMS = {
     "train": "train a mixture of experts on a frozen base model",
     "acquire": "learn skills one after another, each with an expert of its own",
+    "compose": "make one mixture of PEFT adapters that exist, routed by a few examples of each",
     "experts": "show a mixture's experts; rename, freeze, remove, merge, import or export them",
     "benchmark": "score a mixture or a base model on HumanEval(+) and MBPP(+)",
     "generate": "generate text with a trained mixture",

@@ -32,6 +32,7 @@ from dylo_moe.runs import (
     prepare,
     resume_folder,
     run_training,
+    teach,
 )
 from dylo_moe.training import ArtifactCallback, BaseEvaluation, DyLoRATrainer, broadcast_from_main, wandb_store
 
@@ -86,6 +87,8 @@ def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
     if flags.experts.init == "eva" and resume_from is None:
         console.print("Initializing the experts from the first training batches", highlight=False)
         trainer.model.initialize_eva(first_batches(trainer, data))
+    if flags.experts.taught and resume_from is None:
+        teach(trainer.model, flags, console)
     base = BaseEvaluation(partial(_evaluate_base, trainer, console))
     trainer.add_callback(base)
     if uploads is not None:

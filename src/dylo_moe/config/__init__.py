@@ -12,6 +12,7 @@ from dylo_moe.config.commands import (
     TrainArgs,
     TrainConfig,
 )
+from dylo_moe.config.composition import ComposeArgs
 from dylo_moe.config.evaluation import OWN_BASE, BenchmarkArgs
 from dylo_moe.config.model import ModelArgs
 from dylo_moe.config.parser import parse, split_names, to_yaml, with_flags
@@ -24,6 +25,7 @@ __all__ = [
     "OWN_BASE",
     "AcquireConfig",
     "BenchmarkArgs",
+    "ComposeArgs",
     "DataArgs",
     "DatasetsArgs",
     "ExpertsArgs",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dylo_moe.config.cloud import SubmitArgs
+from dylo_moe.config.composition import ComposeArgs
 from dylo_moe.config.evaluation import BenchmarkArgs, LiveBenchmarkArgs
 from dylo_moe.config.model import ExpertArgs, ModelArgs
 from dylo_moe.config.parser import GROUP, Group, flag, names_of, require, split_names
@@ -77,7 +78,7 @@ class DataArgs(SourceArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.names), "datasets", "at least one dataset name", repr(self.datasets))
-        plain = [name.partition("=")[0] for name in self.names]
+        plain = self.plain_names
         twice = sorted({name for name in plain if plain.count(name) > 1})
         require(not twice, "datasets", "different datasets", f"{', '.join(twice)} more than once")
         both = self.interleaved_sampling and self.mixing_temperature != 1
@@ -99,6 +100,11 @@ class DataArgs(SourceArgs):
     def names(self) -> list[str]:
         """The datasets, in order."""
         return split_names(self.datasets)
+
+    @property
+    def plain_names(self) -> list[str]:
+        """The names of the datasets without their paths."""
+        return [name.partition("=")[0] for name in self.names]
 
 
 @dataclass
@@ -287,6 +293,12 @@ class TrainConfig(_NamedTrainConfig):
 
     passthrough: PassthroughArgs = field(metadata={GROUP: _OTHER_FIELDS})
 
+    def __post_init__(self) -> None:
+        if self.experts.teach_router == "domains":
+            number = len(self.data.names)
+            require(number > 1, "datasets", "two or more where --teach_router is domains", repr(self.data.datasets))
+            self.experts.resolve_num_experts(number)
+
     @property
     def uses_wandb(self) -> bool:
         """Whether the run is logged to W&B: by one of the W&B flags, or as one of the trackers."""
@@ -311,6 +323,7 @@ class AcquireConfig:
 COMMANDS: Mapping[str, tuple[type["DataclassInstance"], ...]] = {
     "train": (TrainConfig,),
     "acquire": (AcquireConfig,),
+    "compose": (ComposeArgs,),
     "experts": (ExpertsArgs,),
     "benchmark": (BenchmarkArgs,),
     "generate": (GenerateArgs,),

@@ -6,7 +6,7 @@ of flags themselves are in the config modules, and ``commands.py`` puts them tog
 
 import dataclasses
 import re
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -285,6 +285,15 @@ class _Parser(ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
+class _Gather(Action):
+    """Gathers the values of a flag that is given several times; together they replace the default."""
+
+    def __call__(self, parser: object, namespace: Namespace, values: object, option_string: object = None) -> None:
+        before = getattr(namespace, self.dest)
+        assert isinstance(values, list)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
 def _arguments(group: type[Group]) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Yield the names and the options of each flag of a group, as argparse takes them."""
     hints = _types(group)
@@ -300,7 +309,7 @@ def _arguments(group: type[Group]) -> Iterator[tuple[list[str], dict[str, Any]]]
         elif types == [bool]:
             options |= {"type": partial(_from_text, bool), "nargs": "?", "const": True}
         elif types == [list[str]]:
-            options |= {"nargs": "+"}
+            options |= {"nargs": "+", "action": _Gather}
         else:
             options |= {"type": types[0]} | ({"nargs": "?", "const": found.bare} if found.bare else {})
         yield spellings, options

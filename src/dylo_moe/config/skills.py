@@ -68,7 +68,7 @@ class AcquireArgs(Group):
 class GrowingExpertArgs(ExpertArgs):
     """The experts, one for each skill, and their router."""
 
-    num_experts: int = flag(1, "How many experts to begin with: 1, as each skill adds its own.")
+    num_experts: int | None = flag(1, "How many experts to begin with: 1, as each skill adds its own.")
     routing: str = flag(
         "context",
         "Where the router reads what no expert changes: the mean over the tokens so far of what enters layer K "
@@ -85,6 +85,7 @@ class GrowingExpertArgs(ExpertArgs):
         )
         require(self.init != "eva", "init", "another one where skills are acquired", "eva")
         # a shared expert that trains with a later skill would change the earlier ones
+        require(self.teach_router == "none", "teach_router", "left out where skills are acquired", self.teach_router)
         require(not self.shared_rank, "shared_rank", "0 where skills are acquired", self.shared_rank)
         super().__post_init__()
 

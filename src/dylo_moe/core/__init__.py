@@ -6,7 +6,14 @@ import dylo_moe.core.model  # noqa: F401
 from dylo_moe.core import checkpoint
 from dylo_moe.core.base.embedded import cache_directory
 from dylo_moe.core.base.fingerprint import fingerprint
-from dylo_moe.core.base.loading import DTYPES, check_base_model, load_base_model, load_tokenizer, module_names
+from dylo_moe.core.base.loading import (
+    DTYPES,
+    check_base_model,
+    load_base_model,
+    load_tokenizer,
+    module_names,
+    portable_name,
+)
 from dylo_moe.core.base.quantization import check_quantization
 from dylo_moe.core.base.segments import supports_packing
 from dylo_moe.core.base.structure import evaluating, find_decoder, hidden_states_of
@@ -16,7 +23,8 @@ from dylo_moe.core.lora.manager import ExpertManager, adapter_folder_of, check_i
 from dylo_moe.core.lora.plain_adapter import check_target, make_plain
 from dylo_moe.core.losses import IGNORE_INDEX, token_cross_entropy
 from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
-from dylo_moe.core.output import routing_shares
+from dylo_moe.core.output import AuxLossWeights, routing_shares
+from dylo_moe.core.parts import RouterSpec, build_parts
 from dylo_moe.core.routing.balance import expert_load, expert_mask, updated_selection_bias
 from dylo_moe.core.routing.caches import CACHE_NAME
 from dylo_moe.core.routing.context import Context, running_means
@@ -34,6 +42,7 @@ __all__ = [
     "TRAINED_INDEX",
     "WEIGHTS_FILE",
     "YOUNG",
+    "AuxLossWeights",
     "Context",
     "DyLoRAOutput",
     "DyLoRA_MoE",
@@ -41,7 +50,9 @@ __all__ = [
     "ExpertManager",
     "ExpertRecord",
     "MixtureConfig",
+    "RouterSpec",
     "adapter_folder_of",
+    "build_parts",
     "cache_directory",
     "check_base_model",
     "check_import",
@@ -61,6 +72,7 @@ __all__ = [
     "locate_base",
     "make_plain",
     "module_names",
+    "portable_name",
     "read_config",
     "read_description",
     "read_weights",

@@ -48,6 +48,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         model: A Hub id, a folder, ``"demo"``, or a loaded causal LM. ``from_pretrained`` passes ``Parts`` that it has
             loaded, and no other argument.
         num_experts: Number of experts to create; at least 1.
+        expert_names: Their names; ``expert_0`` and so on by default.
         rank: Rank of each expert.
         alpha: Updates are scaled by ``alpha / rank``; ``2 * rank`` by default.
         dropout: Dropout on the experts' input while training.
@@ -88,6 +89,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         model: str | PreTrainedModel | Parts,
         num_experts: int = 4,
         *,
+        expert_names: Sequence[str] | None = None,
         rank: int = ExpertSpec.rank,
         alpha: float | None = ExpertSpec.alpha,
         dropout: float = ExpertSpec.dropout,
@@ -116,6 +118,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
                     ExpertSpec(rank, alpha, dropout, target_modules, use_rslora, init),
                     RouterSpec(routing, top_k, temperature, experts_per_layer, expert_scale),
                     AuxLossWeights(balance_coefficient, z_loss_coefficient),
+                    expert_names=expert_names,
                     shared_rank=shared_rank,
                     revision=revision,
                     dtype=dtype,

@@ -14,6 +14,7 @@ from dylo_moe.core.lora.targets import check_experts_per_block
 from dylo_moe.core.output import AuxLossWeights
 from dylo_moe.core.routing.hooks import make_router
 from dylo_moe.core.routing.router import SUM_TO_ONE, DynamicHybridRouter
+from dylo_moe.errors import ExpertError
 from dylo_moe.spec import ExpertSpec, RoutingMode
 
 
@@ -104,6 +105,7 @@ def new_parts(
     router_spec: RouterSpec,
     loss_weights: AuxLossWeights,
     *,
+    expert_names: Sequence[str] | None = None,
     shared_rank: int = 0,
     revision: str | None,
     **loading: Any,
@@ -116,6 +118,7 @@ def new_parts(
         expert_spec: Options of the experts.
         router_spec: Options of the router.
         loss_weights: Weights of the router's losses.
+        expert_names: Names of the experts.
         shared_rank: Rank of the shared expert; 0 for none.
         revision: Revision of the base model on the Hub.
         **loading: Passed to ``load_base_model``, if the base model is given by its name.
@@ -130,7 +133,10 @@ def new_parts(
     experts = ExpertManager(base)
     blocks, layers = router_spec.experts_per_block, len(experts.decoder.layers)
     check_experts_per_block(blocks, num_experts, RoutingMode.parse(router_spec.routing, layers), layers)
-    create = partial(create_experts, number=num_experts, spec=expert_spec, shared_rank=shared_rank)
+    names = [None] * num_experts if expert_names is None else list(expert_names)
+    if len(names) != num_experts:
+        raise ExpertError(f"`expert_names` must be {num_experts} names, one for each expert, got {len(names)}")
+    create = partial(create_experts, names=names, spec=expert_spec, shared_rank=shared_rank)
     return build_parts(
         experts, num_experts, create, router_spec, base_name=base_name, revision=revision, loss_weights=loss_weights
     )

@@ -82,7 +82,8 @@ def build_model(flags: TrainConfig) -> DyLoRA_MoE:
     model, experts = flags.model, flags.experts
     mixture = DyLoRA_MoE(
         model.model_name,
-        experts.num_experts,
+        experts.expert_count,
+        expert_names=flags.data.plain_names if experts.teach_router == "domains" else None,
         rank=experts.lora_r,
         alpha=experts.lora_alpha,
         dropout=experts.lora_dropout,
@@ -104,6 +105,8 @@ def build_model(flags: TrainConfig) -> DyLoRA_MoE:
         bits=model.bits,
     )
     mixture.router.sparse_training = experts.sparse_training
+    if experts.taught and not experts.train_router:
+        mixture.router.requires_grad_(False)
     return mixture
 
 

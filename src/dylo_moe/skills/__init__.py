@@ -1,6 +1,7 @@
 """Skills learned one after another: is it new, which expert, and the closed-form router."""
 
-from dylo_moe.skills.acquisition import SkillData, acquire_skill
+from dylo_moe.skills.acquisition import SkillData, SkillFeatures, acquire_skill, extract_features
+from dylo_moe.skills.composition import learn_routes, mixture_of, routes_of
 from dylo_moe.skills.expert_edits import (
     ExpertFacts,
     ExportedAdapter,
@@ -15,23 +16,32 @@ from dylo_moe.skills.expert_edits import (
 )
 from dylo_moe.skills.library import NoveltyReport, SkillLibrary, SkillRecord, save_with_skills
 from dylo_moe.skills.rank_choice import rank_for
+from dylo_moe.skills.teaching import cluster_examples, route_accuracy, teach_router
 
 __all__ = [
     "ExpertFacts",
     "ExportedAdapter",
     "NoveltyReport",
     "SkillData",
+    "SkillFeatures",
     "SkillLibrary",
     "SkillRecord",
     "acquire_skill",
+    "cluster_examples",
     "export_expert",
+    "extract_features",
     "freeze_expert",
     "import_expert",
+    "learn_routes",
     "list_experts",
     "merge_experts",
+    "mixture_of",
     "rank_for",
     "read_library",
     "remove_expert",
     "rename_expert",
+    "route_accuracy",
+    "routes_of",
     "save_with_skills",
+    "teach_router",
 ]

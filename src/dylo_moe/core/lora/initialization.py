@@ -31,12 +31,12 @@ _MAX_FORWARDS = 200
 """Number of forwards after which EVA gives up, because its principal components do not settle."""
 
 
-def create_experts(experts: ExpertManager, number: int, spec: ExpertSpec, shared_rank: int = 0) -> None:
+def create_experts(experts: ExpertManager, names: Sequence[str | None], spec: ExpertSpec, shared_rank: int = 0) -> None:
     """Create the experts of a new mixture.
 
     Args:
         experts: Manager of the base model.
-        number: Number of routed experts.
+        names: Name of each routed expert; None for ``expert_N``.
         spec: Their options.
         shared_rank: Rank of the shared expert, which has the scaling of the others; 0 for none.
 
@@ -48,8 +48,8 @@ def create_experts(experts: ExpertManager, number: int, spec: ExpertSpec, shared
     if from_base:  # twice the rank and the same scaling: the second half of the ranks will hold the constant
         factor = math.sqrt(2) if spec.use_rslora else 2
         spec = replace(spec, rank=2 * spec.rank, alpha=factor * spec.effective_alpha, init="default")
-    for _ in range(number):
-        experts.create(spec=spec)
+    for name in names:
+        experts.create(name, spec)
     if from_base:
         initialize_pissa(experts)
     if shared is not None:
