@@ -295,7 +295,7 @@ def _arguments(group: type[Group]) -> Iterator[tuple[list[str], dict[str, Any]]]
         types = [kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not NoneType]
         if found.help is None:
             options |= {"type": partial(_from_text, hint)}
-            may_stand_alone = {bool, Any} & set(get_args(hint))
+            may_stand_alone = {bool, object} & set(get_args(hint))
             options |= {"nargs": "?", "const": True} if may_stand_alone else {}
         elif types == [bool]:
             options |= {"type": partial(_from_text, bool), "nargs": "?", "const": True}

@@ -85,17 +85,16 @@ class ResumableTrainer(Trainer):
 
     def evaluate_if_due(self) -> None:
         """Run the evaluation that an interruption cut off or came before; called when training begins."""
-        step = self.state.global_step
+        step, epoch, strategy = self.state.global_step, self.state.epoch or 0.0, self.args.eval_strategy
         done = any("eval_loss" in entry for entry in self.state.log_history if entry.get("step") == step)
-        if step and not done and self._evaluation_is_due():
+        if not step or done:
+            return
+        # due where the Trainer evaluates after the last step that was taken
+        due = strategy == IntervalStrategy.EPOCH and (epoch == int(epoch) or self._is_finished())
+        if strategy == IntervalStrategy.STEPS:
+            due = step % self.state.eval_steps == 0
+        if due:
             self._determine_best_metric(self._evaluate(None, None), None)
-
-    def _evaluation_is_due(self) -> bool:
-        """Return whether the Trainer evaluates after the last step that was taken."""
-        step, epoch = self.state.global_step, self.state.epoch or 0.0
-        if self.args.eval_strategy == IntervalStrategy.STEPS:
-            return step % self.state.eval_steps == 0
-        return self.args.eval_strategy == IntervalStrategy.EPOCH and (epoch == int(epoch) or self._is_finished())
 
     @override
     def _run_epoch(self, *args: object, **kwargs: object) -> None:
