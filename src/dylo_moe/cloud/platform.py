@@ -169,9 +169,9 @@ def _cluster(spec: str) -> Cluster | None:
 
 
 def _vast(job: str, environment: Mapping[str, str], root: Path) -> Platform:
-    """Return a share of a machine: threads only for the cores that the control group grants, NCCL off too small memory.
+    """Return a share of a machine: as many threads as it may use cores, and NCCL off shared memory if there is little.
 
-    Where the group sets no limit, all visible cores may be used.
+    The usable cores are those that the control group grants, or all visible ones if it sets no limit.
     """
     visible = len(os.sched_getaffinity(0))
     file = root / "sys/fs/cgroup/cpu.max"  # "QUOTA PERIOD" in microseconds, or "max PERIOD"

@@ -293,8 +293,9 @@ class _StopAfterPrompt(StoppingCriteria):
         self._stops, self._width = stops, width
 
     @override
-    def __call__(self, input_ids: LongTensor, scores: Tensor, **kwargs: object) -> Any:
-        return self._stops(input_ids[:, self._width :], scores, **kwargs)
+    def __call__(self, input_ids: LongTensor, scores: Tensor, **kwargs: object) -> Tensor:
+        stopped: Tensor = self._stops(input_ids[:, self._width :], scores, **kwargs)
+        return stopped
 
 
 class _PerSampleRNG(LogitsProcessor):
@@ -319,7 +320,7 @@ class _PerSampleRNG(LogitsProcessor):
         self._numbers = torch.stack(numbers)
 
     @override
-    def __call__(self, input_ids: LongTensor, scores: Tensor) -> Any:
+    def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self._width
         # on the CPU: not every accelerator has float64, and the sum over a large vocabulary must not be rounded
         cumulative = (scores.cpu().double() / self._temperature).softmax(dim=-1).cumsum(dim=-1)

@@ -7,6 +7,7 @@ Saving and resuming are in ``resumable``; everything else is ``transformers.Trai
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -220,12 +221,9 @@ class DyLoRATrainer(ResumableTrainer):
         return None, sums, inputs["domain"]
 
     def _domain_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        return domain_metrics(
-            prediction.predictions,  # type: ignore[arg-type]
-            prediction.label_ids,  # type: ignore[arg-type]
-            self.domains,
-            self.model.experts.active,
-        )
+        sums, domain_of = prediction.predictions, prediction.label_ids
+        assert isinstance(sums, np.ndarray) and isinstance(domain_of, np.ndarray)
+        return domain_metrics(sums, domain_of, self.domains, self.model.experts.active)
 
 
 class _TrainerEvents(TrainerCallback):

@@ -50,7 +50,7 @@ _ITERATORS: tuple[type, ...] = (
     type(iter(())),
     type(_ for _ in ()),
 )
-_BUILD: dict[str, Callable[[list[Any]], object]] = {
+_BUILD: dict[str, Callable[[list[object]], object]] = {
     "list": list,
     "tuple": tuple,
     "set": set,
@@ -59,6 +59,8 @@ _BUILD: dict[str, Callable[[list[Any]], object]] = {
     "keys": lambda items: dict.fromkeys(items).keys(),
     "values": lambda items: dict(enumerate(items)).values(),
     "iterator": iter,
+}
+_BUILD_MAPPING: dict[str, Callable[[list[tuple[object, Any]]], object]] = {
     "dict": dict,
     "OrderedDict": collections.OrderedDict,
     "Counter": lambda pairs: collections.Counter(dict(pairs)),
@@ -122,7 +124,7 @@ def decode(text: str | bytes, names: Mapping[str, object] | None = None) -> Any:
         raise ValueError("not an encoded value: too deep") from error
 
 
-def decode_line(line: bytes, names: Mapping[str, object] | None = None) -> tuple[str, Any]:
+def decode_line(line: bytes, names: Mapping[str, object] | None = None) -> tuple[str, object]:
     """Return the word and the content of a line from an answer's process: ``("ok", value)`` or another word and a text.
 
     Raises:
@@ -209,8 +211,8 @@ def _from_json(tagged: Any, names: Mapping[str, object]) -> object:
         found = range(start, stop, step)
         # opaque where a list of it would not fit into memory
         return found if (stop - start) // step <= MAX_ITERATOR_ITEMS else Opaque("range")
-    if tag in _MAPPINGS.values():
-        return _BUILD[tag]([(_from_json(key, names), _from_json(item, names)) for key, item in rest[0]])
+    if tag in _BUILD_MAPPING:
+        return _BUILD_MAPPING[tag]([(_from_json(key, names), _from_json(item, names)) for key, item in rest[0]])
     if tag in _BUILD:
         return _BUILD[tag]([_from_json(item, names) for item in rest[0]])
     return _LEAVES[tag](names, *rest)
