@@ -33,7 +33,8 @@ class TokenProgressCallback(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        open_bar: Callable[..., None] = super().on_train_begin
+        open_bar(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description("Training")
             _PACKAGE_LOGGER.addHandler(_ABOVE_BARS)
@@ -44,7 +45,8 @@ class TokenProgressCallback(ProgressCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        advance_bar: Callable[..., None] = super().on_step_end
+        advance_bar(args, state, control, **kwargs)
         rate = (state.num_input_tokens_seen - self._tokens_before) / (time.monotonic() - self._started)
         self._show({"tokens/s": f"{rate:.0f}"})
 
@@ -57,7 +59,8 @@ class TokenProgressCallback(ProgressCallback):
         eval_dataloader: object = None,
         **kwargs: object,
     ) -> None:
-        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
+        advance_bar: Callable[..., None] = super().on_prediction_step
+        advance_bar(args, state, control, eval_dataloader, **kwargs)
         if self.prediction_bar is not None:
             self.prediction_bar.set_description("Evaluating", refresh=False)
 

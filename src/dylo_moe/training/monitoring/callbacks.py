@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 import torch
@@ -92,9 +92,15 @@ class GradientMonitoringCallback(MonitoringCallback):
 
     @override
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: DyLoRA_MoE | None = None,
+        **kwargs: object,
     ) -> None:
-        self._model: DyLoRA_MoE = kwargs["model"]
+        assert model is not None
+        self._model = model
         self._groups = parameter_groups(self._model)
         # kept on the device, so that no step waits for it
         self._loss = self._bad_step = torch.zeros((), device=args.device)
@@ -197,9 +203,15 @@ class DyLoRAMonitoringCallback(MonitoringCallback):
 
     @override
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: DyLoRA_MoE | None = None,
+        **kwargs: object,
     ) -> None:
-        self._model: DyLoRA_MoE = kwargs["model"]
+        assert model is not None
+        self._model = model
         self._statistics = RoutingStatistics(len(self.domains))
         self._logged_step = state.global_step
         self._since = self._step_ended = time.monotonic()
