@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 from typing_extensions import override
 
-from dylo_moe.training.checkpointing.interruption import EvaluationInterrupted
+from dylo_moe.training.checkpointing import EvaluationInterrupted
 
 
 class TokenProgressCallback(ProgressCallback):
