@@ -15,10 +15,10 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from typing_extensions import override
 
 from dylo_moe.core import DyLoRA_MoE, DyLoRAOutput, expert_load, expert_mask, updated_selection_bias
-from dylo_moe.training.checkpointing.resumable_trainer import ResumableTrainer
+from dylo_moe.training.checkpointing import ResumableTrainer
 from dylo_moe.training.distributed import check_sharding
 from dylo_moe.training.domain_metrics import domain_metrics, example_sums
-from dylo_moe.training.monitoring.callbacks import MonitoringCallback
+from dylo_moe.training.monitoring import MonitoringCallback
 from dylo_moe.training.schedules import warm_restarts
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from dylo_moe.evaluation.candidate import codec
 from dylo_moe.evaluation.judging import checker
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox.runner import start_arguments
+from dylo_moe.evaluation.sandbox import start_arguments
 
 PATIENCE = 60.0
 """Seconds of CPU time for one comparison: honest ones take milliseconds."""

@@ -17,7 +17,7 @@ from dylo_moe.evaluation.candidate import codec, process
 from dylo_moe.evaluation.judging import checker
 from dylo_moe.evaluation.judging.comparison import ComparisonWorker
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox.runner import ResourceLimits, Sandbox
+from dylo_moe.evaluation.sandbox import ResourceLimits, Sandbox
 
 LIMIT_FLOOR, LIMIT_FACTOR = 1.0, 4.0
 """Limit of one call in seconds of CPU time: at least the floor, else a multiple of the canonical solution's time.

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from dylo_moe.core import DyLoRA_MoE, DyLoRAOutput
 from dylo_moe.errors import TrainingError
-from dylo_moe.training.checkpointing.checkpoints import newest_whole
+from dylo_moe.training.checkpointing import checkpoints
 from dylo_moe.training.monitoring.gradients import ROUTER, gradient_norm, max_abs, parameter_groups
 from dylo_moe.training.monitoring.routing_statistics import RoutingStatistics, routing_entries
 
@@ -150,7 +150,7 @@ class GradientMonitoringCallback(MonitoringCallback):
     def _end(self, trainer: Trainer, reason: str) -> NoReturn:
         # closes the progress bars and the trackers, as at any other end
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-        checkpoint, _ = newest_whole(Path(trainer.args.output_dir or "."))
+        checkpoint, _ = checkpoints.newest_whole(Path(trainer.args.output_dir or "."))
         remedy = (
             "there is no checkpoint of this run yet, so start again"
             if checkpoint is None
