@@ -72,6 +72,7 @@ if [ "$push" = yes ]; then
   [ -n "$project" ] || fail "--project is missing: give it, set GOOGLE_CLOUD_PROJECT, or run gcloud config set project PROJECT"
   [ -n "$region" ] || fail "--region is missing: give it, set GOOGLE_CLOUD_REGION, or run gcloud config set compute/region REGION"
 fi
+git rev-parse --quiet --verify HEAD > /dev/null 2>&1 || fail "this folder is no git clone; the tag of the image names its commit"
 [ -z "$(git status --porcelain)" ] || fail "the working tree has uncommitted changes; commit or stash them first"
 
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)

@@ -61,6 +61,20 @@ def test_other_packages_are_imported_by_their_public_names(path: Path) -> None:
             assert {alias.name for alias in node.names} <= {*public}, f"dylo_moe.{package} does not list {name}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_packages_within_a_package_are_imported_by_their_public_names(path: Path) -> None:
+    part, *inner = path.relative_to(PACKAGE).parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+        top, *below = name.split(".")[1:] if name.startswith("dylo_moe.") else [""]
+        if top == part and below and below[0] != inner[0] and (PACKAGE / part / below[0]).is_dir():
+            face = f"dylo_moe.{part}.{below[0]}"
+            assert name == face, f"import from {face} and not from {name}"
+            assert {alias.name for alias in node.names} <= {*import_module(face).__all__}, (
+                f"{face} does not list a name"
+            )
+
+
 def test_each_package_says_what_it_is() -> None:
     for path in PACKAGE.rglob("__init__.py"):
         tree = ast.parse(path.read_text())

@@ -47,7 +47,8 @@ _SUBREAPER = 36
 def main() -> None:
     """Read the flags, run, write the result and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=list(hostile.HOSTILE), help="names of programs")
+    names = list(hostile.HOSTILE)
+    parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="NAME", help="names of programs")
     args = parse_flags(parser, RESULT)
     if not args.show:
         args.output.write_text(json.dumps(measure(args.only), indent=2) + "\n")

@@ -1,11 +1,14 @@
-"""The command ``dylora-moe``, and the one place where errors become exit codes."""
+"""The command ``dylora-moe``, and the one place where errors become exit codes and warnings become lines."""
 
 import importlib
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+
+from typing_extensions import override
 
 from dylo_moe.errors import DISK_REFUSED, EXIT_INTERRUPTED, EXIT_USER_ERROR, DyLoRAError, did_you_mean
 
@@ -20,6 +23,21 @@ PROGRAMS = {
     "entrypoint": "train or benchmark in a container, with the settings of the platform that it runs on",
     "datasets": "list the datasets, or show what is in some",
 }
+
+
+class _Warnings(logging.Handler):
+    """Log handler that writes each warning of the library as one line, above progress bars, for one program."""
+
+    def __init__(self, program: str) -> None:
+        super().__init__(logging.WARNING)
+        self.program = program
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        message = _in_words_of_flags(record.getMessage(), self.program)
+        tqdm.write(f"{record.levelname.lower()}: {message}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(program: str, arguments: Sequence[str] | None = None, called_as: str | None = None) -> int:
-    """Run one program and return its exit code; a user's error becomes one line on standard error.
+    """Run one program and return its exit code; errors of a user and warnings become lines on standard error.
 
     Args:
         program: Its name, one of ``PROGRAMS``.
@@ -47,16 +65,15 @@ def run(program: str, arguments: Sequence[str] | None = None, called_as: str | N
     arguments = sys.argv[1:] if arguments is None else arguments
     # peft reads a property that transformers has renamed; users cannot change that
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    logger, shown = logging.getLogger("dylo_moe"), _Warnings(program)
+    logger.addHandler(shown)
     try:
         # a late import: --help and a mistyped program should not wait for torch
         module = importlib.import_module(f"dylo_moe.commands.{program}")
         code: int = module.main(arguments, called_as or os.path.basename(sys.argv[0]))
         return code
     except DyLoRAError as error:
-        from dylo_moe.config import COMMANDS, with_flags
-
-        # a message of the library names parameters; the user gave flags
-        return _fail(with_flags(" ".join(str(error).split()), COMMANDS[program]))
+        return _fail(_in_words_of_flags(str(error), program))
     except RuntimeError:
         # another process already reported its error, and this one failed while waiting for it
         if _several() and _processes().another_failed():
@@ -68,6 +85,15 @@ def run(program: str, arguments: Sequence[str] | None = None, called_as: str | N
         return _fail(f"{error.strerror}: {error.filename or 'while writing'}; free space, or write elsewhere")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    finally:
+        logger.removeHandler(shown)
+
+
+def _in_words_of_flags(message: str, program: str) -> str:
+    """Return a message of the library as one line that names flags, as the user gave them, for parameters."""
+    from dylo_moe.config import COMMANDS, with_flags
+
+    return with_flags(" ".join(message.split()), COMMANDS[program])
 
 
 def _fail(message: str) -> int:

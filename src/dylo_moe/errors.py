@@ -1,8 +1,8 @@
 """The errors that a user can cause or fix: one line that names the parameter, what was got, and what to do.
 
-The command line prints the message of a ``DyLoRAError`` and exits with ``EXIT_USER_ERROR``, without a traceback. It
-replaces each parameter in backquotes by its flag. Any other exception is a defect of this package, and keeps its
-traceback.
+The command line prints the message of a ``DyLoRAError`` and exits with ``EXIT_USER_ERROR``, without a traceback. In
+errors and in logged warnings it replaces each parameter in backquotes by its flag. Any other exception is a defect of
+this package, and keeps its traceback.
 """
 
 import difflib

@@ -141,6 +141,13 @@ def test_the_script_refuses(tmp_path: Path, arguments: list[str], dirty: bool, m
     assert done.returncode == 2 and message in done.stderr and not done.stdout
 
 
+def test_the_script_refuses_a_folder_without_a_commit(tmp_path: Path) -> None:
+    for name in ("build_and_push.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = subprocess.run(["./build_and_push.sh", "--no-push"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: this folder is no git clone") and not done.stdout
+
+
 def test_every_step_of_the_cpu_target_is_found() -> None:
     text = (ROOT / "Dockerfile").read_text()
     only_cuda = DOCKERFILE.partition("FROM build AS build-cuda\n")[2].partition("\nFROM ")[0]

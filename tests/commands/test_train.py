@@ -1,6 +1,7 @@
 """The programs run with a tiny base model, local data and real processes."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -119,6 +120,22 @@ def test_a_model_that_cannot_be_packed_is_refused(
     errors = capsys.readouterr().err
     assert "LlamaForCausalLM lets the examples of a packed row see each other" in errors and "--no_packing" in errors
     assert main([*arguments, "--no_packing"]) == 0
+
+
+def test_a_warning_names_flags_and_is_printed_above_the_bars(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [json.dumps({"prompt": str(n), "completion": "z" * 92}) for n in range(80)]  # nearly all tokens are equal
+    path.write_text("\n".join(rows))
+    arguments = ["train", "--model_name", str(base), *SHORT, "--datasets", f"mine={path}", "--training_subset", "100"]
+    arguments += ["--router_temperature", "1e-4", "--max_steps", "2", "--logging_steps", "1"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "the router has collapsed" in line]
+    assert len(said) == 1 and said[0].rpartition("\r")[2].startswith("warning: the router has collapsed at layer ")
+    assert said[0].endswith("up to step 1: raise --balance_coefficient (now 0.01)")
+    logging.getLogger("dylo_moe").warning("afterwards")
+    assert "warning: afterwards" not in capsys.readouterr().err
 
 
 def test_a_bad_row_is_reported_by_file_and_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

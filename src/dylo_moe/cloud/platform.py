@@ -111,9 +111,7 @@ def detect(environment: Mapping[str, str], root: Path = Path("/")) -> Platform:
         )
     vast_instance = environment.get("VAST_CONTAINERLABEL") or environment.get("CONTAINER_ID")
     if vast_instance:
-        cores = _usable_cores(root)
-        settings = _shared_machine_settings(environment, root, cores)
-        return Platform(VAST, job=f"instance {vast_instance}", settings=settings, cores=cores)
+        return _vast(f"instance {vast_instance}", environment, root)
     is_container = any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv"))
     if is_container or environment.get("KUBERNETES_SERVICE_HOST"):
         return Platform(DOCKER, job=environment.get("HOSTNAME"))
@@ -170,20 +168,20 @@ def _cluster(spec: str) -> Cluster | None:
     return cluster if cluster.machines > 1 else None
 
 
-def _usable_cores(root: Path) -> int:
-    """Return the number of cores that the control group grants, or of visible cores if it sets no limit."""
+def _vast(job: str, environment: Mapping[str, str], root: Path) -> Platform:
+    """Return a share of a machine: as many threads as it may use cores, and NCCL off shared memory if there is little.
+
+    The usable cores are those that the control group grants, or all visible ones if it sets no limit.
+    """
     visible = len(os.sched_getaffinity(0))
     file = root / "sys/fs/cgroup/cpu.max"  # "QUOTA PERIOD" in microseconds, or "max PERIOD"
     quota, _, period = file.read_text().strip().partition(" ") if file.is_file() else ("max", "", "")
-    return visible if quota == "max" else max(1, min(visible, math.floor(int(quota) / int(period))))
-
-
-def _shared_machine_settings(environment: Mapping[str, str], root: Path, cores: int) -> dict[str, str]:
-    """Return variables that limit threads to the usable cores, and keep NCCL off shared memory if there is little."""
+    cores = visible if quota == "max" else max(1, min(visible, math.floor(int(quota) / int(period))))
     settings = {"OMP_NUM_THREADS": str(cores)}
     shared_memory = root / "dev/shm"
     if shared_memory.is_dir():
         status = os.statvfs(shared_memory)
         if status.f_frsize * status.f_blocks < SMALL_SHARED_MEMORY:
             settings["NCCL_SHM_DISABLE"] = "1"
-    return {name: value for name, value in settings.items() if name not in environment}
+    missing = {name: value for name, value in settings.items() if name not in environment}
+    return Platform(VAST, job=job, settings=missing, cores=cores)

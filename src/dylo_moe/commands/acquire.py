@@ -129,10 +129,13 @@ class SkillStream:
         # one seed per skill, so that a resumed stream draws the same numbers
         set_seed(self.flags.training.seed + number)
         args, rows = self.flags.experts, self._read_examples(dataset)
+        for note in rows.notes:
+            self._print(note)
+        self.model.prompt_template = rows.template.name
         learned = acquire_skill(
             self.model,
             self.library,
-            self._sample_skill(name, rows),
+            SkillData(name, self._sample(rows.train), self._sample(rows.validation), len(rows.train)),
             lambda expert: self._train(name, dataset),
             extend=self.own.forced,
             measure=self.own.measure,
@@ -166,13 +169,6 @@ class SkillStream:
         """Return a dataset as single examples, not packed."""
         args = replace(self.flags.data, datasets=dataset, packing=False)
         return prepare(args, self.tokenizer, self.flags.training.seed)
-
-    def _sample_skill(self, name: str, rows: PreparedData) -> SkillData:
-        """Return a seeded sample of the training and the held-out examples of a skill."""
-        for note in rows.notes:
-            self._print(note)
-        self.model.prompt_template = rows.template.name
-        return SkillData(name, self._sample(rows.train), self._sample(rows.validation), len(rows.train))
 
     def _sample(self, rows: TokenRows) -> list[dict[str, torch.Tensor]]:
         order = np.random.default_rng(self.flags.training.seed).permutation(len(rows))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from dylo_moe.config import ComposeArgs, parse
+from dylo_moe.config import DEFAULT_ROUTING, ComposeArgs, parse
 from dylo_moe.core import DESCRIPTION_FILE, DyLoRA_MoE, load_tokenizer
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import ConfigError
@@ -62,9 +62,8 @@ def main(arguments: Sequence[str], program: str = "dylora-moe compose") -> int:
 def _open(args: ComposeArgs) -> tuple[DyLoRA_MoE, SkillLibrary, PreTrainedTokenizerBase]:
     """Return the mixture with all adapters, what is known of their examples so far, and the tokenizer."""
     if args.mixture is None:
-        options = {} if args.routing is None else {"routing": args.routing}
-        top_k = 1 if args.top_k is None else args.top_k
-        model = mixture_of(args.adapters, args.base_model, top_k=top_k, revision=args.revision, **options)
+        routing, top_k = args.routing or DEFAULT_ROUTING, args.top_k or 1
+        model = mixture_of(args.adapters, args.base_model, routing=routing, top_k=top_k, revision=args.revision)
         tokenizer = load_tokenizer(model.base_name, revision=model.revision)
         return model, SkillLibrary(model.router.hidden_size), tokenizer
     model, tokenizer = load_mixture(args.mixture, args.base_model)

@@ -23,7 +23,9 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     """
     args = parse(GenerateArgs, program, "Generate text with a trained mixture.", arguments)
     transformers.logging.disable_progress_bar()
-    prompt = None if args.instruction is not None else _read_prompt(args)
+    prompt = sys.stdin.read() if args.prompt is None and args.instruction is None else args.prompt
+    if prompt == "":
+        raise ConfigError("--prompt must not be empty: give --prompt, --instruction or text on standard input")
     model, tokenizer = load_mixture(args.trained_model, args.base_model)
     if prompt is None:
         prompt = template_of(model.prompt_template or AUTO, tokenizer).render(user_message(str(args.instruction)))
@@ -36,13 +38,6 @@ def main(arguments: Sequence[str], program: str = "dylora-moe generate") -> int:
     else:
         _generate(model, tokenizer, prompt, args)
     return 0
-
-
-def _read_prompt(args: GenerateArgs) -> str:
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
-    if not prompt:
-        raise ConfigError("--prompt must not be empty: give --prompt, --instruction or text on standard input")
-    return prompt
 
 
 def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str, args: GenerateArgs) -> None:

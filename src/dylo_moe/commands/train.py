@@ -76,7 +76,9 @@ def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
     arguments = make_trainer_arguments(flags)
     first = arguments.process_index == 0
     if not first:
-        console = _silence_process()
+        datasets.disable_progress_bars()
+        transformers.logging.set_verbosity_error()
+        console = Console(quiet=True)
     if first and flags.uses_wandb:
         wandb_store.check_access()
     resume_from = broadcast_from_main(partial(resume_folder, flags, console))
@@ -98,24 +100,11 @@ def train(flags: TrainConfig, console: Console) -> TrainingReport | None:
         trainer.accelerator.end_training()
         return None
     seconds = time.monotonic() - base.ended
-    report = _report(trainer, data, base.metrics, _evaluate_mixture(trainer, console), seconds)
-    trainer.save_model(report.checkpoint)
-    if first:
-        with atomic_file(Path(flags.training.output_dir) / REPORT_FILE) as file:
-            file.write(report.model_dump_json(indent=2) + "\n")
-        if uploads is not None:
-            uploads.finish(Path(report.checkpoint), report.steps)
-    _show(report, console)
+    report = _evaluate_mixture(trainer, data, base.metrics, seconds, console)
+    _save_and_show(trainer, report, flags, uploads, console)
     live.score_final()
     trainer.accelerator.end_training()
     return report
-
-
-def _silence_process() -> Console:
-    """Turn off progress bars and warnings in a process that is not the first; return a quiet console for it."""
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    return Console(quiet=True)
 
 
 def _start_wandb(flags: TrainConfig, console: Console, *, resumes: bool) -> ArtifactCallback | None:
@@ -160,18 +149,14 @@ def _evaluate_base(trainer: DyLoRATrainer, console: Console) -> dict[str, float]
         return trainer.evaluate_without_logging("base")
 
 
-def _evaluate_mixture(trainer: DyLoRATrainer, console: Console) -> dict[str, float]:
+def _evaluate_mixture(
+    trainer: DyLoRATrainer, data: PreparedData, base: dict[str, float], seconds: float, console: Console
+) -> TrainingReport:
     model = trainer.model
     model.set_maturity()
     routed = f"top-{model.router.top_k} of {len(model.experts.names)} experts"
     console.print(f"Evaluating the trained mixture, {routed}", highlight=False)
-    return trainer.evaluate_without_logging("mixture")
-
-
-def _report(
-    trainer: DyLoRATrainer, data: PreparedData, base: dict[str, float], mixture: dict[str, float], seconds: float
-) -> TrainingReport:
-    model = trainer.model
+    mixture = trainer.evaluate_without_logging("mixture")
     return TrainingReport(
         domains=data.domains,
         experts=model.experts.names,
@@ -191,7 +176,19 @@ def _report(
     )
 
 
-def _show(report: TrainingReport, console: Console) -> None:
+def _save_and_show(
+    trainer: DyLoRATrainer,
+    report: TrainingReport,
+    flags: TrainConfig,
+    uploads: ArtifactCallback | None,
+    console: Console,
+) -> None:
+    trainer.save_model(report.checkpoint)
+    if trainer.args.process_index == 0:
+        with atomic_file(Path(flags.training.output_dir) / REPORT_FILE) as file:
+            file.write(report.model_dump_json(indent=2) + "\n")
+        if uploads is not None:
+            uploads.finish(Path(report.checkpoint), report.steps)
     console.print(training_table(report))
     # the environment's commands need not be on PATH
     program = ["dylora-moe"] if shutil.which("dylora-moe") else [sys.executable, "-m", "dylo_moe"]

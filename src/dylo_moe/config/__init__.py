@@ -12,7 +12,7 @@ from dylo_moe.config.commands import (
     TrainArgs,
     TrainConfig,
 )
-from dylo_moe.config.composition import ComposeArgs
+from dylo_moe.config.composition import DEFAULT_ROUTING, ComposeArgs
 from dylo_moe.config.evaluation import OWN_BASE, BenchmarkArgs
 from dylo_moe.config.model import ModelArgs
 from dylo_moe.config.parser import parse, split_names, to_yaml, with_flags
@@ -21,6 +21,7 @@ from dylo_moe.config.skills import ExpertsArgs
 __all__ = [
     "AUTO_RESUME",
     "COMMANDS",
+    "DEFAULT_ROUTING",
     "LATEST",
     "OWN_BASE",
     "AcquireConfig",

@@ -6,6 +6,8 @@ from pathlib import Path
 from dylo_moe.config.parser import Group, flag, require
 from dylo_moe.spec import RoutingMode
 
+DEFAULT_ROUTING = "base_context"
+
 
 @dataclass
 class ComposeArgs(Group):
@@ -52,8 +54,7 @@ class ComposeArgs(Group):
         files = {name: Path(file).resolve() for name, file in samples.items()}
         twice = sorted(name for name, file in files.items() if list(files.values()).count(file) > 1)
         require(not twice, "sample", "a file of its own for each adapter", f"one file for {', '.join(twice)}")
-        routing = "base_context" if self.routing is None else self.routing
-        frozen = RoutingMode.parse(routing).reads_frozen_features
+        frozen = RoutingMode.parse(self.routing or DEFAULT_ROUTING).reads_frozen_features
         require(frozen, "routing", "base_context:K, context:K, prefix:K or final here", repr(self.routing))
         for name in ("routing", "top_k", "revision"):
             given = getattr(self, name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, NoReturn, TypedDict, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -22,6 +22,7 @@ from dylo_moe.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from typing_extensions import TypeForm
 
 GROUP = "group"
 """Key in the metadata of a configuration's field: the class of its group, where it is not the field's type."""
@@ -294,24 +295,36 @@ class _Gather(Action):
         setattr(namespace, self.dest, values if before is self.default else [*before, *values])
 
 
-def _arguments(group: type[Group]) -> Iterator[tuple[list[str], dict[str, Any]]]:
+class _Options(TypedDict, total=False):
+    dest: str
+    default: object
+    help: str | None
+    type: Callable[[str], object]
+    nargs: str
+    const: object
+    action: str | type[Action]
+
+
+def _arguments(group: type[Group]) -> Iterator[tuple[list[str], _Options]]:
     """Yield the names and the options of each flag of a group, as argparse takes them."""
-    hints = _types(group)
+    hints = get_type_hints(group)
     for field in dataclasses.fields(group):
         found, hint = flag_of(field), hints[field.name]
         spellings = [spelling for name in (field.name, *found.aliases) for spelling in _spellings(name)]
-        options: dict[str, Any] = {"dest": field.name, "default": field.default, "help": found.help or SUPPRESS}
+        options: _Options = {"dest": field.name, "default": field.default, "help": found.help or SUPPRESS}
         types = [kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not NoneType]
         if found.help is None:
             options |= {"type": partial(_from_text, hint)}
-            may_stand_alone = {bool, Any} & set(get_args(hint))
-            options |= {"nargs": "?", "const": True} if may_stand_alone else {}
+            if {bool, object} & set(get_args(hint)):  # it may stand alone
+                options |= {"nargs": "?", "const": True}
         elif types == [bool]:
             options |= {"type": partial(_from_text, bool), "nargs": "?", "const": True}
         elif types == [list[str]]:
             options |= {"nargs": "+", "action": _Gather}
         else:
-            options |= {"type": types[0]} | ({"nargs": "?", "const": found.bare} if found.bare else {})
+            options |= {"type": types[0]}
+            if found.bare:
+                options |= {"nargs": "?", "const": found.bare}
         yield spellings, options
         for name in _opposite(field):
             yield _spellings(name), {"dest": field.name, "action": "store_false", "help": found.help}
@@ -323,11 +336,6 @@ def _opposite(field: "dataclasses.Field[object]") -> list[str]:
 
 def _spellings(name: str) -> list[str]:
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
-
-
-def _types(group: type[Group]) -> dict[str, Any]:
-    hints = get_type_hints(group)
-    return {field.name: hints[field.name] for field in dataclasses.fields(group)}
 
 
 def _parts(config: "type[DataclassInstance]") -> "dict[str, type[DataclassInstance]]":
@@ -351,7 +359,7 @@ def _build(config: type[Config], values: Mapping[str, object]) -> Config:
     return make(**{name: _build(part, values) for name, part in _parts(config).items()})
 
 
-def _from_text(hint: Any, text: str) -> object:
+def _from_text(hint: "TypeForm[object]", text: str) -> object:
     try:
         return TypeAdapter(hint).validate_strings(text)
     except ValidationError as error:
@@ -368,7 +376,10 @@ def _read_yaml(path: Path, config: "type[DataclassInstance]") -> dict[str, objec
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path} must hold 'flag: value' lines, got a {type(values).__name__}")
-    types = {name: hint for group in groups_of(config) for name, hint in _types(group).items()}
+    types: dict[str, TypeForm[object]] = {}
+    for group in groups_of(config):
+        hints = get_type_hints(group)
+        types |= {field.name: hints[field.name] for field in dataclasses.fields(group)}
     for key, value in values.items():
         if key not in types:
             raise ConfigError(f"--config {path} has the unknown key {key!r}{did_you_mean(str(key), types)}")

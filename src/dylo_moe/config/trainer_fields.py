@@ -10,7 +10,7 @@ from enum import Enum
 from functools import reduce
 from inspect import isclass
 from operator import or_
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -83,15 +83,11 @@ class PassthroughArgs(Group):
 def other_fields(named: Iterable[str]) -> type[PassthroughArgs]:
     """Return the dataclass of all fields of ``TrainingArguments`` except those that are ``named`` already."""
     taken = set(named)
-    fields = [
-        (name, (Any if name in REFUSED else _without_enums(hint)) | None, hidden_flag())
-        for name, hint in get_type_hints(TrainingArguments).items()
-        if name in TrainingArguments.__dataclass_fields__ and name not in taken
-    ]
+    fields = []
+    for name, hint in get_type_hints(TrainingArguments).items():
+        if name in TrainingArguments.__dataclass_fields__ and name not in taken:
+            # a file holds text, which `TrainingArguments` converts to the enum: `SomeEnum | str` is `str` here
+            kept = [part for part in get_args(hint) if not (isclass(part) and issubclass(part, Enum))]
+            kind = object if name in REFUSED else reduce(or_, kept) if str in kept else hint
+            fields.append((name, kind | None, hidden_flag()))
     return dataclasses.make_dataclass("OtherFields", fields, bases=(PassthroughArgs,))
-
-
-def _without_enums(hint: object) -> Any:
-    """Return ``str`` for ``SomeEnum | str``: a file holds text, which ``TrainingArguments`` converts to the enum."""
-    kept = [part for part in get_args(hint) if not (isclass(part) and issubclass(part, Enum))]
-    return reduce(or_, kept) if str in kept else hint

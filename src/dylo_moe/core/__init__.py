@@ -4,31 +4,50 @@
 # imported again
 import dylo_moe.core.model  # noqa: F401
 from dylo_moe.core import checkpoint
-from dylo_moe.core.base.embedded import cache_directory
-from dylo_moe.core.base.fingerprint import fingerprint
-from dylo_moe.core.base.loading import (
+from dylo_moe.core.base import (
     DTYPES,
+    cache_directory,
     check_base_model,
+    check_quantization,
+    evaluating,
+    find_decoder,
+    fingerprint,
+    hidden_states_of,
     load_base_model,
     load_tokenizer,
     module_names,
     portable_name,
+    supports_packing,
 )
-from dylo_moe.core.base.quantization import check_quantization
-from dylo_moe.core.base.segments import supports_packing
-from dylo_moe.core.base.structure import evaluating, find_decoder, hidden_states_of
 from dylo_moe.core.checkpoint import DESCRIPTION_FILE, ExpertRecord, MixtureConfig, read_description
-from dylo_moe.core.lora.adapter_files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, read_config, read_weights
-from dylo_moe.core.lora.manager import ExpertManager, adapter_folder_of, check_import, check_new_name
-from dylo_moe.core.lora.plain_adapter import check_target, make_plain
+from dylo_moe.core.lora import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ExpertManager,
+    adapter_folder_of,
+    check_import,
+    check_new_name,
+    check_target,
+    make_plain,
+    read_config,
+    read_weights,
+)
 from dylo_moe.core.losses import IGNORE_INDEX, token_cross_entropy
 from dylo_moe.core.model import DyLoRA_MoE, DyLoRAOutput
 from dylo_moe.core.output import AuxLossWeights, routing_shares
 from dylo_moe.core.parts import RouterSpec, build_parts
-from dylo_moe.core.routing.balance import expert_load, expert_mask, updated_selection_bias
-from dylo_moe.core.routing.caches import CACHE_NAME
-from dylo_moe.core.routing.context import Context, running_means
-from dylo_moe.core.routing.router import YOUNG, DynamicHybridRouter, rms_normalize
+from dylo_moe.core.routing import (
+    CACHE_NAME,
+    YOUNG,
+    Context,
+    DynamicHybridRouter,
+    expert_load,
+    expert_mask,
+    rms_normalize,
+    running_means,
+    updated_selection_bias,
+)
 from dylo_moe.core.save_and_load import TRAINED_FILE, TRAINED_INDEX, load_base_of, locate_base
 
 __all__ = [

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dylo_moe.core.base.fingerprint import FINGERPRINT_PATTERN
-from dylo_moe.core.lora.adapter_files import ADAPTER_FILES, first_shape_mismatch, tensor_shapes, write_adapter
+from dylo_moe.core.base import FINGERPRINT_PATTERN
+from dylo_moe.core.lora import ADAPTER_FILES, first_shape_mismatch, tensor_shapes, write_adapter
 from dylo_moe.errors import CheckpointError, first_line
 
 DESCRIPTION_FILE = "dylo_moe.json"

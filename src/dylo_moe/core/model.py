@@ -19,22 +19,22 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from transformers.utils.generic import can_return_tuple
 
 from dylo_moe.core import save_and_load
-from dylo_moe.core.base.fingerprint import fingerprint
-from dylo_moe.core.base.lm_head import linear_lm_head
-from dylo_moe.core.base.segments import check_segments, positions_in_segments, supports_packing
-from dylo_moe.core.base.structure import argument_names, is_wrapped
+from dylo_moe.core.base import (
+    argument_names,
+    check_segments,
+    fingerprint,
+    is_wrapped,
+    linear_lm_head,
+    positions_in_segments,
+    supports_packing,
+)
 from dylo_moe.core.configuration import DyLoRAConfig, register
-from dylo_moe.core.lora.forward import check_weights
-from dylo_moe.core.lora.initialization import initialize_eva
-from dylo_moe.core.lora.state import ForwardRecord
+from dylo_moe.core.lora import ForwardRecord, check_weights, initialize_eva
 from dylo_moe.core.losses import without_padding
 from dylo_moe.core.ordinary_model import OrdinaryModel
 from dylo_moe.core.output import AuxLossWeights, DyLoRAOutput, LossOptions, lm_loss, make_output, sum_losses
 from dylo_moe.core.parts import Parts, RouterSpec, new_parts
-from dylo_moe.core.routing.caches import with_cache_renamed
-from dylo_moe.core.routing.context import real_tokens
-from dylo_moe.core.routing.hooks import RouterHooks
-from dylo_moe.core.routing.router import MATURE
+from dylo_moe.core.routing import MATURE, RouterHooks, real_tokens, with_cache_renamed
 from dylo_moe.errors import RoutingError
 from dylo_moe.spec import ExpertSpec
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from dylo_moe.core.base.offload import device_of
-from dylo_moe.core.lora.manager import ExpertManager, count_parameters
+from dylo_moe.core.base import device_of
+from dylo_moe.core.lora import ExpertManager, count_parameters
 from dylo_moe.errors import ModelError, RoutingError
 from dylo_moe.spec import RoutingMode
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from dylo_moe.core.lora.state import ForwardRecord
+from dylo_moe.core.lora import ForwardRecord
 from dylo_moe.core.losses import causal_lm_loss, linear_causal_lm_loss
-from dylo_moe.core.routing.balance import load_balance_loss, router_z_loss
+from dylo_moe.core.routing import load_balance_loss, router_z_loss
 
 
 @dataclass

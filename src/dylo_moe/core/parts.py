@@ -7,13 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dylo_moe.core.base.loading import load_base_model, portable_name
-from dylo_moe.core.lora.initialization import create_experts
-from dylo_moe.core.lora.manager import ExpertManager
-from dylo_moe.core.lora.targets import check_experts_per_block
+from dylo_moe.core.base import load_base_model, portable_name
+from dylo_moe.core.lora import ExpertManager, check_experts_per_block, create_experts
 from dylo_moe.core.output import AuxLossWeights
-from dylo_moe.core.routing.hooks import make_router
-from dylo_moe.core.routing.router import SUM_TO_ONE, DynamicHybridRouter
+from dylo_moe.core.routing import SUM_TO_ONE, DynamicHybridRouter, make_router
 from dylo_moe.errors import ExpertError
 from dylo_moe.spec import ExpertSpec, RoutingMode
 

@@ -14,14 +14,21 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dylo_moe.core import checkpoint
-from dylo_moe.core.base.embedded import EMBEDDED
-from dylo_moe.core.base.fingerprint import fingerprint, same_base_model
-from dylo_moe.core.base.hub import folder_of, is_hub_id
-from dylo_moe.core.base.loading import DTYPES, load_base_model, local_tokenizer, portable_name
-from dylo_moe.core.base.offload import is_offloaded, state_in_place
+from dylo_moe.core.base import (
+    DTYPES,
+    EMBEDDED,
+    fingerprint,
+    folder_of,
+    is_hub_id,
+    is_offloaded,
+    load_base_model,
+    local_tokenizer,
+    portable_name,
+    same_base_model,
+    state_in_place,
+)
 from dylo_moe.core.configuration import MODELING_FILE, MODELING_SOURCE, DyLoRAConfig, folder_config
-from dylo_moe.core.lora.initialization import hold_constant
-from dylo_moe.core.lora.manager import ExpertManager
+from dylo_moe.core.lora import ExpertManager, hold_constant
 from dylo_moe.core.output import AuxLossWeights
 from dylo_moe.core.parts import Parts, RouterSpec, build_parts
 from dylo_moe.durable import atomic_directory

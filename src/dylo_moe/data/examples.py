@@ -255,13 +255,8 @@ def _example_record(pair: PromptResponse, entry: DatasetEntry, template: Templat
         (prompt + response).encode()
     except UnicodeEncodeError as error:
         raise DatasetError(f"it holds half of a surrogate pair, \\u{ord(error.object[error.start]):04x}") from error
-    split = _split_of(pair.key, entry.spec.shares)
+    position = int.from_bytes(hashlib.sha256(pair.key.encode()).digest()[:8], "big") / 2**64
+    train, validation, _ = entry.spec.shares
+    split = 0 if position < train else 1 if position < train + validation else 2
     example = Example(prompt, response, entry.name)
     return {**example._asdict(), "split": split, "task": task, "problem": ""}
-
-
-def _split_of(key: str, shares: tuple[float, float, float]) -> int:
-    digest = hashlib.sha256(key.encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    train, validation, _ = shares
-    return 0 if position < train else 1 if position < train + validation else 2

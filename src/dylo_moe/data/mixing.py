@@ -85,7 +85,10 @@ class MixingSampler(Sampler[int]):
     def order(self) -> NDArray[np.int64]:
         """Return the row numbers of this epoch, without fillers."""
         random = np.random.default_rng([self.seed, self.epoch])
-        drawn = [_repeated(rows, count, random) for rows, count in zip(self.rows, self.counts, strict=True)]
+        drawn = []
+        for rows, count in zip(self.rows, self.counts, strict=True):
+            rounds = [random.permutation(rows) for _ in range(-(-count // len(rows)))]
+            drawn.append(np.concatenate(rounds)[:count])
         # row j of a dataset's n is placed between j/n and (j+1)/n of the epoch
         positions = [(np.arange(len(rows)) + random.random(len(rows))) / len(rows) for rows in drawn]
         order = np.concatenate(drawn)[np.argsort(np.concatenate(positions), kind="stable")]
@@ -104,8 +107,3 @@ class MixingSampler(Sampler[int]):
             random.shuffle(full)
             batches += [*full, *parts[len(full) :]]
         return np.concatenate(batches)
-
-
-def _repeated(rows: NDArray[np.int64], count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    rounds = [random.permutation(rows) for _ in range(-(-count // len(rows)))]
-    return np.concatenate(rounds)[:count]

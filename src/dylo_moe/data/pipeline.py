@@ -214,7 +214,11 @@ class _Pipeline:
             )
         domain.notes += _contamination_notes(found)
         for split, percent in percents.items():
-            encoded = self._encode(_subset(rows_of_split(rows, split), percent, seed), f"{entry.name} {split}")
+            chosen = rows_of_split(rows, split)
+            if percent < 100 and len(chosen):
+                count = max(1, round(len(chosen) * percent / 100))
+                chosen = chosen.select(np.random.default_rng(seed).permutation(len(chosen))[:count])
+            encoded = self._encode(chosen, f"{entry.name} {split}")
             domain.splits[split] = self._fitting(encoded, f"{entry.name} {split}", domain)
         lengths, prompts = (column(domain.splits["train"], name) for name in ("length", "prompt_length"))
         summary.train, summary.validation = len(domain.splits["train"]), len(domain.splits["validation"])
@@ -246,13 +250,6 @@ class _Pipeline:
             counts = f"{dropped:,} dropped (too long), {cut:,} cut at {self.max_length} tokens"
             domain.notes.append(f"{title}: of {len(encoded):,} rows {counts}")
         return encoded.select(np.flatnonzero(fits)) if dropped else encoded
-
-
-def _subset(rows: Dataset, percent: float, seed: int) -> Dataset:
-    if percent >= 100 or not len(rows):
-        return rows
-    count = max(1, round(len(rows) * percent / 100))
-    return rows.select(np.random.default_rng(seed).permutation(len(rows))[:count])
 
 
 def _summary(examples: Examples, found: Contamination | None) -> DomainSummary:

@@ -2,7 +2,7 @@
 
 from dylo_moe.evaluation.benchmark_run import BenchmarkPrompts, BenchmarkRun
 from dylo_moe.evaluation.generation import GenerationSettings, Model
-from dylo_moe.evaluation.judging.judge import Judge
+from dylo_moe.evaluation.judging import Judge
 from dylo_moe.evaluation.problems import BENCHMARKS, Problem, load_problems
 from dylo_moe.evaluation.prompts import COMPLETE, PromptStyle
 from dylo_moe.evaluation.results import (
@@ -14,7 +14,7 @@ from dylo_moe.evaluation.results import (
     read_result,
     write_result,
 )
-from dylo_moe.evaluation.sandbox.self_check import choose_sandbox
+from dylo_moe.evaluation.sandbox import choose_sandbox
 
 __all__ = [
     "BENCHMARKS",

@@ -25,7 +25,7 @@ from dylo_moe.evaluation.generation import (
     generate_samples,
     make_batches,
 )
-from dylo_moe.evaluation.judging.judge import Judge, Verdict
+from dylo_moe.evaluation.judging import Judge, Verdict
 from dylo_moe.evaluation.model_digest import model_record
 from dylo_moe.evaluation.problems import Problem, prompts_hash
 from dylo_moe.evaluation.prompts import PromptStyle, make_sanitizer

@@ -293,8 +293,9 @@ class _StopAfterPrompt(StoppingCriteria):
         self._stops, self._width = stops, width
 
     @override
-    def __call__(self, input_ids: LongTensor, scores: Tensor, **kwargs: object) -> Any:
-        return self._stops(input_ids[:, self._width :], scores, **kwargs)
+    def __call__(self, input_ids: LongTensor, scores: Tensor, **kwargs: object) -> Tensor:
+        stopped: Tensor = self._stops(input_ids[:, self._width :], scores, **kwargs)
+        return stopped
 
 
 class _PerSampleRNG(LogitsProcessor):
@@ -311,26 +312,18 @@ class _PerSampleRNG(LogitsProcessor):
 
     def __init__(self, batch: Sequence[tuple[Prompt, int]], settings: GenerationSettings, width: int) -> None:
         self._width, self._temperature = width, settings.temperature
-        self._numbers = torch.stack(
-            [
-                torch.rand(
-                    settings.max_new_tokens,
-                    dtype=torch.float64,
-                    generator=torch.Generator().manual_seed(_seed(settings.seed, prompt.task_id, index)),
-                )
-                for prompt, index in batch
-            ]
-        )
+        numbers = []
+        for prompt, index in batch:
+            digest = hashlib.sha256(f"{settings.seed}/{prompt.task_id}/{index}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            numbers.append(torch.rand(settings.max_new_tokens, dtype=torch.float64, generator=generator))
+        self._numbers = torch.stack(numbers)
 
     @override
-    def __call__(self, input_ids: LongTensor, scores: Tensor) -> Any:
+    def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self._width
         # on the CPU: not every accelerator has float64, and the sum over a large vocabulary must not be rounded
         cumulative = (scores.cpu().double() / self._temperature).softmax(dim=-1).cumsum(dim=-1)
         number = self._numbers[:, step : step + 1] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, number, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token.to(scores.device), 0.0)
-
-
-def _seed(seed: int, task_id: str, index: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{task_id}/{index}".encode()).digest()[:8], "little") >> 1

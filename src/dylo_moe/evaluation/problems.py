@@ -65,7 +65,7 @@ class Problem:
     setup: str = ""
 
     @property
-    def inputs(self) -> list[Sequence[Any]]:
+    def inputs(self) -> list[Sequence[object]]:
         """All lists of arguments, the benchmark's own first."""
         return [*self.base_inputs, *self.plus_inputs]
 

@@ -161,17 +161,13 @@ def summarize(problems_hash: str, verdicts: Mapping[str, list[VerdictRecord]]) -
         verdicts: Verdicts by task, the same number for each.
     """
     count = min(len(found) for found in verdicts.values())
-    pass_at = {
-        k: _estimate([pass_at_k(len(found), sum(one.passed for one in found), k) for found in verdicts.values()])
-        for k in _KS
-        if k <= count
-    }
+    pass_at = {}
+    for k in [k for k in _KS if k <= count]:
+        values = [pass_at_k(len(found), sum(one.passed for one in found), k) for found in verdicts.values()]
+        mean = sum(values) / len(values)
+        interval = wilson_interval(mean, len(values))
+        pass_at[k] = Estimate(value=mean, standard_error=standard_error(values), interval=interval)
     return BenchmarkRecord(problems_hash=problems_hash, pass_at=pass_at, verdicts=dict(verdicts))
-
-
-def _estimate(values: list[float]) -> Estimate:
-    mean = sum(values) / len(values)
-    return Estimate(value=mean, standard_error=standard_error(values), interval=wilson_interval(mean, len(values)))
 
 
 def compare_results(before: BenchmarkResult, after: BenchmarkResult) -> dict[str, Difference]:

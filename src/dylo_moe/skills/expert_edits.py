@@ -288,19 +288,17 @@ def _sum(parts: list[_Adapter], names: tuple[str, str]) -> _Adapter:
     (first, config), *others = parts
     if any(set(weights) != set(first) for weights, _ in others):
         raise ExpertError(f"the experts {' and '.join(names)} adapt different modules, and cannot be merged")
+    scaled: list[tuple[dict[str, Tensor], float]] = []
+    for weights, own in parts:
+        if own.get("rank_pattern") or own.get("alpha_pattern"):
+            raise ExpertError("experts with `rank_pattern` or `alpha_pattern` cannot be merged")
+        scaled.append((weights, own["lora_alpha"] / (math.sqrt(own["r"]) if own.get("use_rslora") else own["r"])))
     merged = {}
     for key in first:
-        tensors = [weights[key] * (_scaling(own) if _B in key else 1.0) for weights, own in parts]
+        tensors = [weights[key] * (scaling if _B in key else 1.0) for weights, scaling in scaled]
         merged[key] = torch.cat(tensors, dim=0 if _A in key else 1).contiguous()
     rank = sum(own["r"] for _, own in parts)
     return merged, {**config, "r": rank, "lora_alpha": rank, "use_rslora": False}
-
-
-def _scaling(config: dict[str, Any]) -> float:
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ExpertError("experts with `rank_pattern` or `alpha_pattern` cannot be merged")
-    rank = config["r"]
-    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 @contextmanager
@@ -323,11 +321,15 @@ def _rewritten(
         added: Whether to add a column to the router.
         replaced: Name of an expert whose files the block writes.
     """
-    router = _read_router(path)
+    file = path / checkpoint.ROUTER_FILE
+    try:
+        router = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged: {first_line(error)}") from error
     if added:
         router = _with_column(router)
     if removed is not None:
-        router = {key: _without_column(tensor, key, removed) for key, tensor in router.items()}
+        router = _without_column(router, removed)
     if library is not None and library.skills:
         solved = library.gate.weight().to(router["gates.0"])
         router["gates.0"][: len(solved)] = solved  # an expert without a skill keeps its column
@@ -342,13 +344,6 @@ def _rewritten(
         yield folder
 
 
-def _read_router(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path / checkpoint.ROUTER_FILE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / checkpoint.ROUTER_FILE} is damaged: {first_line(error)}") from error
-
-
 def _with_column(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a router's state with one more column, as ``DynamicHybridRouter.add_expert`` adds it."""
     gates, experts = state["expert_load"].shape
@@ -358,10 +353,14 @@ def _with_column(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return router.state_dict()
 
 
-def _without_column(tensor: Tensor, key: str, column: int) -> Tensor:
-    dim = 0 if key.startswith("gates.") else 1
-    kept = [index for index in range(tensor.shape[dim]) if index != column]
-    return tensor.index_select(dim, torch.tensor(kept))
+def _without_column(state: dict[str, Tensor], column: int) -> dict[str, Tensor]:
+    """Return a router's state with one column less."""
+    smaller = {}
+    for key, tensor in state.items():
+        dim = 0 if key.startswith("gates.") else 1
+        kept = [index for index in range(tensor.shape[dim]) if index != column]
+        smaller[key] = tensor.index_select(dim, torch.tensor(kept))
+    return smaller
 
 
 def _drop_column(description: MixtureConfig, column: int) -> None:

@@ -1,14 +1,17 @@
 """Training: the Trainer, checkpoints that survive interruptions, monitoring and artifacts."""
 
-from dylo_moe.training.artifacts import wandb_store
-from dylo_moe.training.artifacts.fetch import fetch_checkpoint, fetch_mixture, store_of, was_resumed_from
-from dylo_moe.training.artifacts.store import ArtifactCallback
+from dylo_moe.training.artifacts import (
+    ArtifactCallback,
+    fetch_checkpoint,
+    fetch_mixture,
+    store_of,
+    wandb_store,
+    was_resumed_from,
+)
 from dylo_moe.training.callbacks import BaseEvaluation, TokenProgressCallback
-from dylo_moe.training.checkpointing import checkpoints
-from dylo_moe.training.checkpointing.interruption import InterruptionCallback, StopRequest
+from dylo_moe.training.checkpointing import InterruptionCallback, StopRequest, checkpoints
 from dylo_moe.training.distributed import broadcast_from_main, first_non_none
-from dylo_moe.training.monitoring.callbacks import monitoring_callbacks
-from dylo_moe.training.monitoring.trackers import resolve_trackers
+from dylo_moe.training.monitoring import monitoring_callbacks, resolve_trackers
 from dylo_moe.training.trainer import DyLoRATrainer
 
 __all__ = [

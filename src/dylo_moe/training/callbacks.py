@@ -1,29 +1,14 @@
 """Callbacks that show progress, and evaluate the base model first."""
 
-import logging
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from typing_extensions import override
 
-from dylo_moe.training.checkpointing.interruption import EvaluationInterrupted
-
-
-class _AboveBars(logging.Handler):
-    """Log handler that writes messages above the progress bars instead of into them."""
-
-    @override
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
-
-
-_ABOVE_BARS = _AboveBars()
-_PACKAGE_LOGGER = logging.getLogger("dylo_moe")
+from dylo_moe.training.checkpointing import EvaluationInterrupted
 
 
 class TokenProgressCallback(ProgressCallback):
@@ -33,10 +18,10 @@ class TokenProgressCallback(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        open_bar: Callable[..., None] = super().on_train_begin
+        open_bar(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description("Training")
-            _PACKAGE_LOGGER.addHandler(_ABOVE_BARS)
         self._started, self._tokens_before = time.monotonic(), state.num_input_tokens_seen
         self._shown: dict[str, str] = {}
 
@@ -44,7 +29,8 @@ class TokenProgressCallback(ProgressCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        advance_bar: Callable[..., None] = super().on_step_end
+        advance_bar(args, state, control, **kwargs)
         rate = (state.num_input_tokens_seen - self._tokens_before) / (time.monotonic() - self._started)
         self._show({"tokens/s": f"{rate:.0f}"})
 
@@ -57,7 +43,8 @@ class TokenProgressCallback(ProgressCallback):
         eval_dataloader: object = None,
         **kwargs: object,
     ) -> None:
-        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)  # type: ignore[no-untyped-call]
+        advance_bar: Callable[..., None] = super().on_prediction_step
+        advance_bar(args, state, control, eval_dataloader, **kwargs)
         if self.prediction_bar is not None:
             self.prediction_bar.set_description("Evaluating", refresh=False)
 
@@ -77,7 +64,6 @@ class TokenProgressCallback(ProgressCallback):
 
     def close(self) -> None:
         """Close the bars where they are, so that later output starts on a new line."""
-        _PACKAGE_LOGGER.removeHandler(_ABOVE_BARS)
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()

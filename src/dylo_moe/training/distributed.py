@@ -27,9 +27,8 @@ _STORE_SECONDS = 10
 
 def broadcast_from_main(decide: Callable[[], T]) -> T:
     """Return the main process's decision in every process; the other processes wait for it."""
-    decision = [decide() if PartialState().is_main_process else None]
-    broadcast_object_list(decision)
-    return decision[0]  # type: ignore[return-value]
+    agreed: list[T] = broadcast_object_list([decide() if PartialState().is_main_process else None])
+    return agreed[0]
 
 
 def first_non_none(value: T | None) -> T | None:

@@ -4,9 +4,10 @@ The model sums its losses itself. Label smoothing, gradient accumulation and dat
 Saving and resuming are in ``resumable``; everything else is ``transformers.Trainer``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -14,10 +15,10 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from typing_extensions import override
 
 from dylo_moe.core import DyLoRA_MoE, DyLoRAOutput, expert_load, expert_mask, updated_selection_bias
-from dylo_moe.training.checkpointing.resumable_trainer import ResumableTrainer
+from dylo_moe.training.checkpointing import ResumableTrainer
 from dylo_moe.training.distributed import check_sharding
 from dylo_moe.training.domain_metrics import domain_metrics, example_sums
-from dylo_moe.training.monitoring.callbacks import MonitoringCallback
+from dylo_moe.training.monitoring import MonitoringCallback
 from dylo_moe.training.schedules import warm_restarts
 
 
@@ -189,12 +190,13 @@ class DyLoRATrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     @override
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, *args: object, **kwargs: object) -> None:
         """Log, evaluate and save where due, after the monitors have checked the step and may have ended the run."""
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             for monitor in self._monitors():
                 monitor.before_log_eval_save(self)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        log_save_evaluate: Callable[..., None] = super()._maybe_log_save_evaluate
+        log_save_evaluate(*args, **kwargs)
 
     def _monitors(self) -> list[MonitoringCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, MonitoringCallback)]
@@ -220,12 +222,9 @@ class DyLoRATrainer(ResumableTrainer):
         return None, sums, inputs["domain"]
 
     def _domain_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        return domain_metrics(
-            prediction.predictions,  # type: ignore[arg-type]
-            prediction.label_ids,  # type: ignore[arg-type]
-            self.domains,
-            self.model.experts.active,
-        )
+        sums, domain_of = prediction.predictions, prediction.label_ids
+        assert isinstance(sums, np.ndarray) and isinstance(domain_of, np.ndarray)
+        return domain_metrics(sums, domain_of, self.domains, self.model.experts.active)
 
 
 class _TrainerEvents(TrainerCallback):

@@ -1,6 +1,5 @@
 """Log entries of real Trainer runs against a slow and obvious computation; warnings; and the end at NaN."""
 
-import logging
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +15,6 @@ from transformers import DataCollatorForSeq2Seq, TrainerCallback
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.data.packing import Item, TokenCollator
 from dylo_moe.errors import TrainingError
-from dylo_moe.training.callbacks import TokenProgressCallback
 from dylo_moe.training.monitoring.callbacks import (
     DyLoRAMonitoringCallback,
     GradientMonitoringCallback,
@@ -326,20 +324,6 @@ def test_a_collapse_is_warned_of_once_with_its_remedy(
     (said,) = warnings_of(caplog)
     assert "collapsed: expert_0 got 96%" in said and "up to step 2" in said
     assert "raise `balance_coefficient` (now 0.5)" in said
-
-
-def test_a_warning_is_printed_above_the_bars(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = monitored(folder, tmp_path, "prefix:0", max_steps=2, learning_rate=1e-6)
-    trainer.train_dataset = one_token_rows()
-    point_router(trainer.model, 4.0)
-    progress = TokenProgressCallback()
-    trainer.add_callback(progress)
-    trainer.train()
-    progress.close()
-    said = [line for line in capsys.readouterr().err.splitlines() if "the router has collapsed" in line]
-    assert len(said) == 1 and said[0].rpartition("\r")[2].startswith("warning: the router has collapsed: expert_0")
-    logging.getLogger("dylo_moe").warning("afterwards")
-    assert "warning: afterwards" not in capsys.readouterr().err
 
 
 def test_a_collapse_at_one_layer_is_warned_of_even_if_the_mean_is_balanced(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dylo_moe.core.base.structure import is_wrapped
+from dylo_moe.core.base import is_wrapped
 from dylo_moe.core.lora.extension import Extension
 from dylo_moe.core.lora.layer_experts import LayerExperts, LoraLinear, active_experts
 from dylo_moe.core.lora.ops import (

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dylo_moe.core.base.structure import is_wrapped
+from dylo_moe.core.base import is_wrapped
 
 
 class LoraLinear(Protocol):

@@ -15,11 +15,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dylo_moe.core.base.hub import folder_of
-from dylo_moe.core.base.loading import cached_repository
-from dylo_moe.core.base.offload import is_offloaded, refuse_offloaded, state_in_place
-from dylo_moe.core.base.quantization import keep_trainable
-from dylo_moe.core.base.structure import find_decoder
+from dylo_moe.core.base import (
+    cached_repository,
+    find_decoder,
+    folder_of,
+    is_offloaded,
+    keep_trainable,
+    refuse_offloaded,
+    state_in_place,
+)
 from dylo_moe.core.lora.adapter_files import (
     ADAPTER_FILES,
     CONFIG_FILE,

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dylo_moe.core.base.structure import argument_names
+from dylo_moe.core.base import argument_names
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 from dylo_moe.spec import RoutingMode
 

@@ -15,7 +15,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from typing_extensions import override
 
-from dylo_moe.core.lora.extension import Extension, extend
+from dylo_moe.core.lora import Extension, extend
 from dylo_moe.errors import RoutingError
 
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from dylo_moe.core.base.offload import device_of
-from dylo_moe.core.base.structure import Decoder, argument_names, evaluating, hidden_states_of, named_arguments
-from dylo_moe.core.lora.extension import extend, restore
-from dylo_moe.core.lora.forward import RoutedBackbone
-from dylo_moe.core.lora.manager import ExpertManager
-from dylo_moe.core.lora.state import ForwardCall, RoutingState, Run
-from dylo_moe.core.lora.targets import experts_per_layer
-from dylo_moe.core.lora.token_weights import TokenWeights, one_hot_weights
+from dylo_moe.core.base import Decoder, argument_names, device_of, evaluating, hidden_states_of, named_arguments
+from dylo_moe.core.lora import (
+    ExpertManager,
+    ForwardCall,
+    RoutedBackbone,
+    RoutingState,
+    Run,
+    TokenWeights,
+    experts_per_layer,
+    extend,
+    one_hot_weights,
+    restore,
+)
 from dylo_moe.core.routing.caches import BaseContextPart, BasePass, ContextPart, RunningSums, carry, empty_copy, part_of
 from dylo_moe.core.routing.context import Context, means, running_sums
 from dylo_moe.core.routing.router import SUM_TO_ONE, DynamicHybridRouter

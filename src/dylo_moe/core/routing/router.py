@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from dylo_moe.core.base.offload import in_place
+from dylo_moe.core.base import in_place
 from dylo_moe.errors import RoutingError
 
 YOUNG, MATURE = 0, 1

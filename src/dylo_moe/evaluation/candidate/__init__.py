@@ -2,3 +2,5 @@
 
 The modules import the standard library and each other, and numpy only inside a function that has met a numpy value.
 """
+
+__all__ = ["codec", "confinement", "process"]

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import marshal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ _ITERATORS: tuple[type, ...] = (
     type(iter(())),
     type(_ for _ in ()),
 )
-_BUILD: dict[str, Callable[[list[Any]], object]] = {
+_BUILD: dict[str, Callable[[list[object]], object]] = {
     "list": list,
     "tuple": tuple,
     "set": set,
@@ -59,6 +59,8 @@ _BUILD: dict[str, Callable[[list[Any]], object]] = {
     "keys": lambda items: dict.fromkeys(items).keys(),
     "values": lambda items: dict(enumerate(items)).values(),
     "iterator": iter,
+}
+_BUILD_MAPPING: dict[str, Callable[[list[tuple[object, Any]]], object]] = {
     "dict": dict,
     "OrderedDict": collections.OrderedDict,
     "Counter": lambda pairs: collections.Counter(dict(pairs)),
@@ -122,7 +124,7 @@ def decode(text: str | bytes, names: Mapping[str, object] | None = None) -> Any:
         raise ValueError("not an encoded value: too deep") from error
 
 
-def decode_line(line: bytes, names: Mapping[str, object] | None = None) -> tuple[str, Any]:
+def decode_line(line: bytes, names: Mapping[str, object] | None = None) -> tuple[str, object]:
     """Return the word and the content of a line from an answer's process: ``("ok", value)`` or another word and a text.
 
     Raises:
@@ -204,17 +206,16 @@ def _from_json(tagged: Any, names: Mapping[str, object]) -> object:
         if name not in _NUMPY or type(inner) not in (bool, int, float):
             raise LookupError(name)
         return getattr(numpy, name)(inner)
-    if tag in _MAPPINGS.values():
-        return _BUILD[tag]([(_from_json(key, names), _from_json(item, names)) for key, item in rest[0]])
+    if tag == "range":
+        start, stop, step = (int(text, 16) for text in rest)
+        found = range(start, stop, step)
+        # opaque where a list of it would not fit into memory
+        return found if (stop - start) // step <= MAX_ITERATOR_ITEMS else Opaque("range")
+    if tag in _BUILD_MAPPING:
+        return _BUILD_MAPPING[tag]([(_from_json(key, names), _from_json(item, names)) for key, item in rest[0]])
     if tag in _BUILD:
         return _BUILD[tag]([_from_json(item, names) for item in rest[0]])
     return _LEAVES[tag](names, *rest)
-
-
-def _bounded_range(start: int, stop: int, step: int) -> object:
-    """Return a range, or an opaque value where a list of it would not fit into memory."""
-    found = range(start, stop, step)
-    return found if (stop - start) // step <= MAX_ITERATOR_ITEMS else Opaque("range")
 
 
 _LEAVES: dict[str, Callable[..., object]] = {
@@ -222,7 +223,6 @@ _LEAVES: dict[str, Callable[..., object]] = {
     "float": lambda names, text: float.fromhex(text),
     "complex": lambda names, real, imaginary: complex(float.fromhex(real), float.fromhex(imaginary)),
     "bytes": lambda names, text: bytes.fromhex(text),
-    "range": lambda names, *texts: _bounded_range(*(int(text, 16) for text in texts)),
     "digest": lambda names, text: Digest(str(text)),
     "opaque": lambda names, text: Opaque(str(text)),
     "name": lambda names, text: names[text],
@@ -237,7 +237,9 @@ def _update_digest(update: Callable[[bytes], object], value: Any) -> None:
         update(str(len(value)).encode())
         for start in range(0, len(value), _CHUNK):
             chunk = list(value[start : start + _CHUNK])
-            if _has_exact_bytes(chunk):
+            kinds = set(map(type, chunk))
+            # the bytes of strings, and of tuples of strings, are equal exactly where they are
+            if kinds == {str} or (kinds == {tuple} and set(map(type, itertools.chain.from_iterable(chunk))) <= {str}):
                 update(marshal.dumps(chunk, 2))
             else:
                 for item in chunk:
@@ -250,12 +252,6 @@ def _update_digest(update: Callable[[bytes], object], value: Any) -> None:
         update(f"{family}:{''.join(parts if ordered else sorted(parts))}".encode())
     else:
         update(marshal.dumps(_normal_form(value), 2))
-
-
-def _has_exact_bytes(chunk: Iterable[Any]) -> bool:
-    """Return whether all items are strings, or all tuples of strings: their bytes are equal exactly where they are."""
-    kinds = set(map(type, chunk))
-    return kinds == {str} or (kinds == {tuple} and set(map(type, itertools.chain.from_iterable(chunk))) <= {str})
 
 
 def _normal_form(value: Any) -> Any:

@@ -98,7 +98,10 @@ def become_user(user: int, readable: str) -> None:
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
-    _keep_capabilities(0 if os.access(readable, os.R_OK) else _CAP_DAC_READ_SEARCH)
+    kept = 0 if os.access(readable, os.R_OK) else _CAP_DAC_READ_SEARCH
+    # effective and permitted
+    if _libc().capset(struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", kept, kept, 0, 0, 0, 0)):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def restrict_files(paths: Iterable[str]) -> None:
@@ -160,14 +163,6 @@ def _program(architecture: int, column: int) -> bytes:
         steps += [(equal, 0, 4, call[column]), *test, (give, 0, 0, _ALLOW), (give, 0, 0, _ERRNO | _EPERM)]
     steps.append((give, 0, 0, _ALLOW))
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
-
-
-def _keep_capabilities(mask: int) -> None:
-    """Keep these capabilities, effective and permitted, and no others."""
-    header = struct.pack("=Ii", 0x20080522, 0)
-    data = struct.pack("=6I", mask, mask, 0, 0, 0, 0)
-    if _libc().capset(header, data):
-        raise OSError(ctypes.get_errno(), "capset")
 
 
 def _libc() -> ctypes.CDLL:

@@ -79,7 +79,7 @@ def _is_right(problem: Problem, arguments: Sequence[object], wanted: Any, output
 
 def _mbpp_exact(
     name: str, arguments: Sequence[object], wanted: Any, output: Any, tolerance: float
-) -> tuple[object, Any]:
+) -> tuple[object, object]:
     """Apply EvalPlus's special rules for MBPP: return whether the output is exactly right, and the expected value."""
     from evalplus.eval import _special_oracle as special
 

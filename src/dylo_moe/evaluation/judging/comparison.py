@@ -10,17 +10,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
-from typing import Any, Literal
+from typing import Literal
 
 from dylo_moe.evaluation.candidate import codec
 from dylo_moe.evaluation.judging import checker
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox.runner import start_arguments
+from dylo_moe.evaluation.sandbox import start_arguments
 
 PATIENCE = 60.0
 """Seconds of CPU time for one comparison: honest ones take milliseconds."""
 
 Status = Literal["passed", "wrong", "error", "timeout", "killed", "output"]
+_Calls = tuple[list[str], list[str]]
+"""Recorded calls, as ``checker.record_calls`` returns them."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,20 @@ class ComparisonWorker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection[object, Any] | None = None
+        self._connection: Connection[object, Verdict | _Calls] | None = None
 
-    def record(self, problem: Problem) -> tuple[list[str], list[str]]:
+    def record(self, problem: Problem) -> _Calls:
         """Return the result of ``checker.record_calls``, run in the process."""
-        found: tuple[list[str], list[str]] = self._ask("record", problem)
+        found = self._ask("record", problem)
+        assert isinstance(found, tuple)
         return found
 
     def compare(
         self, problem: Problem, inputs: Sequence[bytes], expected: Sequence[bytes], lines: Sequence[bytes]
     ) -> Verdict:
         """Return the verdict of ``compare_outputs``, run in the process."""
-        found: Verdict = self._ask("compare", problem, inputs, expected, lines)
+        found = self._ask("compare", problem, inputs, expected, lines)
+        assert isinstance(found, Verdict)
         return found
 
     def close(self) -> None:
@@ -67,7 +71,7 @@ class ComparisonWorker:
             self._process.wait()
         self._process = self._connection = None
 
-    def _ask(self, operation: Literal["record", "compare"], problem: Problem, *arguments: object) -> Any:
+    def _ask(self, operation: Literal["record", "compare"], problem: Problem, *arguments: object) -> Verdict | _Calls:
         connection = self._connection or self._start()
         connection.send((PATIENCE, operation, problem, *arguments))
         try:
@@ -82,7 +86,7 @@ class ComparisonWorker:
             raise RuntimeError(f"{problem.task_id}: its test does not end on the canonical solution")
         return Verdict(False, "output", f"comparing its outputs takes more than {PATIENCE} s")
 
-    def _start(self) -> "Connection[object, Any]":
+    def _start(self) -> "Connection[object, Verdict | _Calls]":
         own, other = Pipe()
         with other:
             self._process = subprocess.Popen(
@@ -127,7 +131,7 @@ def compare_outputs(
     words = [word for word, _ in parsed]
     if words and words[-1] in ("failed", "raised"):
         where = "running the code" if words[-1] == "failed" else f"input {len(words) - 2}"
-        message = "".join(character if character.isprintable() else "�" for character in parsed[-1][1])
+        message = "".join(character if character.isprintable() else "�" for character in str(parsed[-1][1]))
         return Verdict(False, "error", f"{where}: {message}")
     if words != ["ready", *["ok"] * len(inputs)]:
         return Verdict(False, "error", "it ended before its last output")

@@ -17,7 +17,7 @@ from dylo_moe.evaluation.candidate import codec, process
 from dylo_moe.evaluation.judging import checker
 from dylo_moe.evaluation.judging.comparison import ComparisonWorker
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox.runner import ResourceLimits, Sandbox
+from dylo_moe.evaluation.sandbox import ResourceLimits, Sandbox
 
 LIMIT_FLOOR, LIMIT_FACTOR = 1.0, 4.0
 """Limit of one call in seconds of CPU time: at least the floor, else a multiple of the canonical solution's time.
@@ -63,7 +63,11 @@ def run_reference(problem: Problem, sandbox: Sandbox, worker: ComparisonWorker, 
         EvaluationError: The canonical solution does not pass its own test, or the cache cannot be written.
     """
     inputs = [codec.encode(list(arguments), max_text=codec.UNLIMITED) for arguments in problem.inputs]
-    file = cache / f"{_key(problem, inputs)}.json"
+    # all that the outputs depend on
+    content = [problem.reference, problem.entry_point, problem.test, problem.setup, problem.benchmark, inputs]
+    own = [source.read_text() for source in _SOURCES]
+    key = hashlib.sha256(json.dumps([content, own, platform.python_version()]).encode()).hexdigest()
+    file = cache / f"{key}.json"
     if file.exists():
         inputs, names, lines = json.loads(file.read_text())
     else:
@@ -106,10 +110,3 @@ def _keep(file: Path, text: str) -> None:
         raise EvaluationError(
             f"cannot write {file} ({error.strerror}); set DYLO_MOE_CACHE to another folder"
         ) from error
-
-
-def _key(problem: Problem, inputs: list[str]) -> str:
-    """Return the SHA-256 of all that the outputs depend on."""
-    content = [problem.reference, problem.entry_point, problem.test, problem.setup, problem.benchmark, inputs]
-    own = [source.read_text() for source in _SOURCES]
-    return hashlib.sha256(json.dumps([content, own, platform.python_version()]).encode()).hexdigest()

@@ -16,8 +16,7 @@ from dylo_moe.core import cache_directory
 from dylo_moe.evaluation.judging.comparison import ComparisonWorker, Verdict
 from dylo_moe.evaluation.judging.expected_outputs import ReferenceRun, run_reference
 from dylo_moe.evaluation.problems import Problem
-from dylo_moe.evaluation.sandbox.runner import Sandbox
-from dylo_moe.evaluation.sandbox.self_check import choose_sandbox
+from dylo_moe.evaluation.sandbox import Sandbox, choose_sandbox
 
 __all__ = ["Judge", "Verdict"]
 

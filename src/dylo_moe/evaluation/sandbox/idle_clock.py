@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -20,7 +21,11 @@ class IdleClock:
 
     def is_runnable(self) -> bool:
         """Return whether it runs or waits for a CPU: a wait is counted only when it ends, so a long one seems idle."""
-        return any(_state(process) == "R" for process in self._all())
+        for process in self._all():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "R":
+                    return True
+        return False
 
     def seconds(self) -> float:
         """Return the idle seconds since the start."""
@@ -29,14 +34,11 @@ class IdleClock:
         return time.monotonic() - self._start - self._busy
 
     def _all(self) -> list[int]:
-        return [*self._processes, *_children(self._first)]
-
-
-def _state(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):  # it has ended
-        return ""
+        try:
+            children = Path(f"/proc/{self._first}/task/{self._first}/children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):  # there is no namespace, or it has ended
+            children = []
+        return [*self._processes, *map(int, children)]
 
 
 def _busy_seconds(process: int) -> float:
@@ -50,10 +52,3 @@ def _busy_seconds(process: int) -> float:
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
     except (FileNotFoundError, ProcessLookupError):  # it has ended
         return 0.0
-
-
-def _children(process: int | None) -> list[int]:
-    try:
-        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []

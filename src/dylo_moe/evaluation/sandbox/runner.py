@@ -165,11 +165,15 @@ class Sandbox:
         }
 
     def _start(self, request: IO[bytes], errors: IO[bytes]) -> tuple[subprocess.Popen[bytes], Namespace | None]:
+        visible = visible_files()
+        command = [visible.interpreter, "-s", "-S", "-P", "-B", "-X", "utf8", *start_arguments(process.__name__)]
         read_end, write_end = os.pipe()
+        if self.program:
+            command = [*_bubblewrap(self.program, visible, write_end), *command]
         with os.fdopen(read_end, "rb") as information:
             try:
                 started = subprocess.Popen(
-                    self._command(write_end),
+                    command,
                     stdin=request,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -185,11 +189,6 @@ class Sandbox:
             first = json.loads(text)["child-pid"] if text else None
             return started, Namespace(first, os.pidfd_open(first)) if first else None
         return started, None
-
-    def _command(self, info_descriptor: int) -> list[str]:
-        visible = visible_files()
-        python = [visible.interpreter, "-s", "-S", "-P", "-B", "-X", "utf8", *start_arguments(process.__name__)]
-        return [*_bubblewrap(self.program, visible, info_descriptor), *python] if self.program else python
 
 
 def start_arguments(module: str) -> list[str]:

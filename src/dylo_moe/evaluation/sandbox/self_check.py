@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dylo_moe.errors import EvaluationError
 from dylo_moe.evaluation.candidate import codec
-from dylo_moe.evaluation.sandbox.runner import UNSAFE, ResourceLimits, Sandbox, SandboxRun, available_sandboxes
+from dylo_moe.evaluation.sandbox.runner import UNSAFE, ResourceLimits, Sandbox, available_sandboxes
 
 _TOKEN = "DYLO_MOE_CANARY"
 
@@ -111,17 +111,12 @@ def find_leaks(sandbox: Sandbox) -> list[str]:
             run = sandbox.run(_PROBE, "probe", [codec.encode(arguments).encode()], limits)
         except OSError as error:
             return [f"it cannot be started ({error})"]
-    found = _report(run)
-    if found is None:
+    found: object = None
+    if run.status == "finished" and len(run.lines) == 2:
+        _, found = codec.decode_line(run.lines[1])
+    if not isinstance(found, dict) or found.get("run at all") is not True:
         return [f"the canary did not run ({run.detail or 'it answered nothing'})"]
     return [f"the canary could {name}" for name, done in found.items() if done and name != "run at all"]
-
-
-def _report(run: SandboxRun) -> dict[str, bool] | None:
-    if run.status != "finished" or len(run.lines) != 2:
-        return None
-    status, found = codec.decode_line(run.lines[1])
-    return found if status == "ok" and isinstance(found, dict) and found.get("run at all") is True else None
 
 
 @contextmanager

@@ -57,7 +57,11 @@ def visible_files() -> VisibleFiles:
     roots = [path for path in roots if not any(other in path.parents for other in roots)]
     files = [Path(interpreter), Path("/etc/ld.so.cache")]
     hidden = {folder for root in roots for folder in root.glob("python*/*-packages") if folder.is_dir()}
-    packages = {name: folder for name in PACKAGES if (folder := _package_folder(name))}
+    packages = {}
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec and spec.submodule_search_locations:
+            packages[name] = spec.submodule_search_locations[0]
     libraries = [str(Path(folder).with_name(f"{name}.libs")) for name, folder in packages.items()]
     own = str(Path(process.__file__).parent)
     return VisibleFiles(
@@ -68,11 +72,6 @@ def visible_files() -> VisibleFiles:
         packages=tuple(packages.items()),
         package_files=tuple(path for path in (*packages.values(), *libraries, own) if Path(path).exists()),
     )
-
-
-def _package_folder(name: str) -> str | None:
-    spec = importlib.util.find_spec(name)
-    return spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else None
 
 
 def _without(path: Path, hidden: set[Path]) -> Iterator[str]:

@@ -75,8 +75,7 @@ def fetch_checkpoint(reference: str, output: Path, replacing: Sequence[Path] = (
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=None if in_place else output) as scratch:
         folder = store.fetch(name, Path(scratch) / "checkpoint")
-        _check(folder, reference)
-        target = checkpoints.folder_of(output, _step(folder))
+        target = checkpoints.folder_of(output, _checked_step(folder, reference))
         for old in replacing:
             checkpoints.remove(old)
         wandb_store.adopt_run(output, entry.metadata)
@@ -114,7 +113,8 @@ def fetch_mixture(reference: str, root: Path) -> Path:
     return folder
 
 
-def _check(folder: Path, reference: str) -> None:
+def _checked_step(folder: Path, reference: str) -> int:
+    """Return the step of a fetched checkpoint, once it is verified."""
     if not (folder / checkpoints.MANIFEST).is_file() or not (folder / TRAINER_STATE_NAME).is_file():
         raise ArtifactError(
             f"the artifact {reference!r} is not a training checkpoint; name one that training put there"
@@ -122,9 +122,6 @@ def _check(folder: Path, reference: str) -> None:
     fault = checkpoints.find_corruption(folder)
     if fault is not None:
         raise CheckpointError(f"the checkpoint of the artifact {reference!r} is damaged: {fault}; use another version")
-
-
-def _step(folder: Path) -> int:
     try:
         return int(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import DISK_REFUSED, ArtifactError, ConfigError, causes_of, first_line
@@ -183,7 +183,7 @@ def start_run(
     return run
 
 
-def adopt_run(output_dir: Path, metadata: Mapping[str, Any]) -> None:
+def adopt_run(output_dir: Path, metadata: Mapping[str, object]) -> None:
     """Make the next run in ``output_dir`` continue the run that put an artifact, or none if that is not known."""
     if "run_id" in metadata:
         _store_run(output_dir, {"id": metadata["run_id"]} | {key: metadata.get(key) for key in ("project", "entity")})
@@ -200,7 +200,7 @@ def _stored_run(output_dir: Path) -> dict[str, str | None]:
     return found if isinstance(found, dict) else {}
 
 
-def _store_run(output_dir: Path, entry: Mapping[str, str | None]) -> None:
+def _store_run(output_dir: Path, entry: Mapping[str, object]) -> None:
     with atomic_file(output_dir / _RUN_FILE) as file:
         file.write(json.dumps(entry, indent=2) + "\n")
 

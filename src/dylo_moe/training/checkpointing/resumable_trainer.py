@@ -7,6 +7,7 @@ model; resumed runs that end as if they had never been stopped. What is trained,
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -44,6 +46,7 @@ class ResumableTrainer(Trainer):
     """
 
     model: DyLoRA_MoE
+    eval_dataset: Dataset[object]
 
     def __init__(self, data_identity: str = "", save_in_place: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -51,30 +54,37 @@ class ResumableTrainer(Trainer):
         self.save_in_place = save_in_place
 
     @override
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: Dataset[object] | dict[str, Dataset[object]] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """Evaluate as the Trainer does, without drawing any of the random numbers of training."""
         with self._preserve_rng():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluate_without_logging(self, prefix: str) -> dict[str, float]:
         """Return metrics on the held-out rows, named ``<prefix>_<metric>``, without logging or early stopping."""
         with self._preserve_rng():
-            return self.predict(self.eval_dataset, metric_key_prefix=prefix).metrics or {}  # type: ignore[arg-type]
+            return self.predict(self.eval_dataset, metric_key_prefix=prefix).metrics or {}
 
     def _preserve_rng(self) -> AbstractContextManager[None]:
         devices = [self.args.device.index or 0] if self.args.device.type == "cuda" else []
         return torch.random.fork_rng(devices=devices)
 
     @override
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def _evaluate(
+        self, trial: object, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
         try:
-            return super()._evaluate(*args, **kwargs)
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except EvaluationInterrupted:
             self.control.should_save = self.control.should_training_stop = True
             return {}
 
     @override
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
         if not metrics:  # interrupted; the resumed run repeats the evaluation
             return False
         best: bool = super()._determine_best_metric(metrics, trial)
@@ -85,17 +95,16 @@ class ResumableTrainer(Trainer):
 
     def evaluate_if_due(self) -> None:
         """Run the evaluation that an interruption cut off or came before; called when training begins."""
-        step = self.state.global_step
+        step, epoch, strategy = self.state.global_step, self.state.epoch or 0.0, self.args.eval_strategy
         done = any("eval_loss" in entry for entry in self.state.log_history if entry.get("step") == step)
-        if step and not done and self._evaluation_is_due():
+        if not step or done:
+            return
+        # due where the Trainer evaluates after the last step that was taken
+        due = strategy == IntervalStrategy.EPOCH and (epoch == int(epoch) or self._is_finished())
+        if strategy == IntervalStrategy.STEPS:
+            due = step % self.state.eval_steps == 0
+        if due:
             self._determine_best_metric(self._evaluate(None, None), None)
-
-    def _evaluation_is_due(self) -> bool:
-        """Return whether the Trainer evaluates after the last step that was taken."""
-        step, epoch = self.state.global_step, self.state.epoch or 0.0
-        if self.args.eval_strategy == IntervalStrategy.STEPS:
-            return step % self.state.eval_steps == 0
-        return self.args.eval_strategy == IntervalStrategy.EPOCH and (epoch == int(epoch) or self._is_finished())
 
     @override
     def _run_epoch(self, *args: object, **kwargs: object) -> None:
@@ -103,7 +112,8 @@ class ResumableTrainer(Trainer):
         if self._is_finished():
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+            run_epoch: Callable[..., None] = super()._run_epoch
+            run_epoch(*args, **kwargs)
 
     def _is_finished(self) -> bool:
         """Return whether all steps are done, or early stopping had ended the run before it was interrupted."""
@@ -112,7 +122,7 @@ class ResumableTrainer(Trainer):
         return stopped or self.state.global_step >= self.state.max_steps
 
     @override
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Write a checkpoint that gets its name only once all of it is on the disk."""
         folder = checkpoints.folder_of(Path(self._get_output_dir(trial)), self.state.global_step)
         staging = checkpoints.staging_path(folder, in_place=self.save_in_place)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 import torch
@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from dylo_moe.core import DyLoRA_MoE, DyLoRAOutput
 from dylo_moe.errors import TrainingError
-from dylo_moe.training.checkpointing.checkpoints import newest_whole
+from dylo_moe.training.checkpointing import checkpoints
 from dylo_moe.training.monitoring.gradients import ROUTER, gradient_norm, max_abs, parameter_groups
 from dylo_moe.training.monitoring.routing_statistics import RoutingStatistics, routing_entries
 
@@ -92,9 +92,15 @@ class GradientMonitoringCallback(MonitoringCallback):
 
     @override
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: DyLoRA_MoE | None = None,
+        **kwargs: object,
     ) -> None:
-        self._model: DyLoRA_MoE = kwargs["model"]
+        assert model is not None
+        self._model = model
         self._groups = parameter_groups(self._model)
         # kept on the device, so that no step waits for it
         self._loss = self._bad_step = torch.zeros((), device=args.device)
@@ -144,7 +150,7 @@ class GradientMonitoringCallback(MonitoringCallback):
     def _end(self, trainer: Trainer, reason: str) -> NoReturn:
         # closes the progress bars and the trackers, as at any other end
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-        checkpoint, _ = newest_whole(Path(trainer.args.output_dir or "."))
+        checkpoint, _ = checkpoints.newest_whole(Path(trainer.args.output_dir or "."))
         remedy = (
             "there is no checkpoint of this run yet, so start again"
             if checkpoint is None
@@ -197,9 +203,15 @@ class DyLoRAMonitoringCallback(MonitoringCallback):
 
     @override
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: DyLoRA_MoE | None = None,
+        **kwargs: object,
     ) -> None:
-        self._model: DyLoRA_MoE = kwargs["model"]
+        assert model is not None
+        self._model = model
         self._statistics = RoutingStatistics(len(self.domains))
         self._logged_step = state.global_step
         self._since = self._step_ended = time.monotonic()
