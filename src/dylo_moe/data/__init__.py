@@ -4,7 +4,7 @@ from dylo_moe.data.decontamination import decontaminate
 from dylo_moe.data.examples import SPLITS, get_dataset, read_examples, read_rows, splits_of
 from dylo_moe.data.formats import FORMATS, Row, user_message
 from dylo_moe.data.packing import TokenCollator, TokenRows
-from dylo_moe.data.pipeline import PreparedData, prepare_data
+from dylo_moe.data.pipeline import PreparedData, prepare_data, prepare_sample
 from dylo_moe.data.registry import AVAILABLE_DATASETS, REGISTRY, DatasetSpec, refuse_for_training, resolve
 from dylo_moe.data.templates import AUTO, PlainTemplate, template_of
 from dylo_moe.data.tokenization import encode_prompt
@@ -25,6 +25,7 @@ __all__ = [
     "encode_prompt",
     "get_dataset",
     "prepare_data",
+    "prepare_sample",
     "read_examples",
     "read_rows",
     "refuse_for_training",

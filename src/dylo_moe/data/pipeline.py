@@ -171,6 +171,36 @@ def prepare_data(
     )
 
 
+def prepare_sample(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    num_rows: int,
+    *,
+    max_length: int,
+    template: Template | None = None,
+    data_dir: str | Path | None = None,
+    seed: int = 42,
+) -> TokenRows:
+    """Read and tokenize some rows of a dataset, whatever split they are in; not decontaminated.
+
+    Args:
+        name: Dataset of the registry, or ``name=path``.
+        tokenizer: Tokenizer of the base model.
+        num_rows: Number of rows to choose at random by ``seed``; all if there are fewer.
+        max_length: Most tokens of an example; longer ones are cut.
+        template: Prompt template of conversations; the plain one by default.
+        data_dir: Folder with files or with a ``datasets`` cache.
+        seed: Seed of the choice.
+
+    Raises:
+        DatasetError: The dataset is unknown, unreachable or empty, or a row of it cannot be used.
+    """
+    template = template or PlainTemplate()
+    rows = read_examples(resolve(name, data_dir), template).rows
+    chosen = rows.select(np.random.default_rng(seed).permutation(len(rows))[:num_rows])
+    return _build_token_rows([_Pipeline(tokenizer, template, max_length, "cut", False, False, 1).encode(chosen, name)])
+
+
 def _build_token_rows(parts: list[Dataset], capacity: int | None = None) -> TokenRows:
     domains = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     examples = concatenate_datasets(parts)
@@ -218,14 +248,15 @@ class _Pipeline:
             if percent < 100 and len(chosen):
                 count = max(1, round(len(chosen) * percent / 100))
                 chosen = chosen.select(np.random.default_rng(seed).permutation(len(chosen))[:count])
-            encoded = self._encode(chosen, f"{entry.name} {split}")
+            encoded = self.encode(chosen, f"{entry.name} {split}")
             domain.splits[split] = self._fitting(encoded, f"{entry.name} {split}", domain)
         lengths, prompts = (column(domain.splits["train"], name) for name in ("length", "prompt_length"))
         summary.train, summary.validation = len(domain.splits["train"]), len(domain.splits["validation"])
         summary.train_tokens, summary.labelled_tokens = int(lengths.sum()), int((lengths - prompts).sum())
         return domain
 
-    def _encode(self, rows: Dataset, title: str) -> Dataset:
+    def encode(self, rows: Dataset, title: str) -> Dataset:
+        """Tokenize examples."""
         if not len(rows):
             raise DatasetError(f"{title} has no row left to use; choose other datasets, or a larger part of them")
         key = [rows._fingerprint, tokenizer_identity(self.tokenizer), self.max_length, self.overlong, code_digest()]

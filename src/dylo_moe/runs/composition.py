@@ -2,15 +2,14 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from dylo_moe.config import ComposeArgs
 from dylo_moe.core import DyLoRA_MoE
-from dylo_moe.data import TokenCollator, prepare_data, template_of
+from dylo_moe.data import TokenCollator, prepare_sample, template_of
 
 
 class RouteSamples(NamedTuple):
@@ -38,11 +37,14 @@ def read_route_samples(args: ComposeArgs, tokenizer: PreTrainedTokenizerBase) ->
     template, collator = template_of(args.template, tokenizer), TokenCollator(tokenizer.pad_token_id)
     batches, parts = {}, list[Dataset[object]]()
     for name, file in args.samples.items():
-        data = prepare_data([f"{name}={file}"], tokenizer, max_length=args.max_seq_length, template=template)
-        rows: Dataset[object] = ConcatDataset([data.train, data.validation])
-        count = len(data.train) + len(data.validation)
-        order = np.random.default_rng(args.seed).permutation(count)[: args.sample_rows]
-        sample: Subset[object] = Subset(rows, order.tolist())
+        sample = prepare_sample(
+            f"{name}={file}",
+            tokenizer,
+            args.sample_rows,
+            max_length=args.max_seq_length,
+            template=template,
+            seed=args.seed,
+        )
         parts.append(sample)
         batches[name] = list(DataLoader(sample, batch_size=args.batch_size, collate_fn=collator))
     return RouteSamples(batches, template.name, ConcatDataset(parts), collator)
