@@ -50,6 +50,63 @@ def script(name: str, *arguments: str, stdin: str = "", **environment: str) -> "
     )
 
 
+def taught(base: Path, output: Path, *more: str) -> list[str]:
+    short = ["--max_steps", "2", "--report_to", "none", "--output_dir", str(output)]
+    return ["train", "--model_name", str(base), *SHORT, *short, "--eval_strategy", "no", *more]
+
+
+def test_a_router_is_taught_from_the_datasets_and_stays(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(taught(base, tmp_path, "--teach_router", "domains", "--shared_rank", "2")) == 0
+    assert "Solved the router for 2 experts; of held-out examples, it sends" in capsys.readouterr().out
+    model = DyLoRA_MoE.from_pretrained(tmp_path / "best_model")
+    assert (model.experts.names, model.experts.shared) == (["python_stdlib", "cpp_headers"], "shared")
+    assert (model.routing, model.router.top_k) == ("context:1", 1)
+    report = json.loads((tmp_path / "report.json").read_text())
+    own = [report["mixture"][f"usage/{name}/{name}"] for name in report["domains"]]
+    assert report["mixture"]["route_accuracy"] == pytest.approx(sum(own) / 2)
+    assert report["mixture"]["route_accuracy"] > 0.6
+    # solved again from the same data, it is the same: the steps in between have not trained it
+    assert main(taught(base, tmp_path / "again", "--teach_router", "domains", "--max_steps", "1")) == 0
+    again = DyLoRA_MoE.from_pretrained(tmp_path / "again" / "best_model")
+    assert torch.equal(again.router.gates[0], model.router.gates[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--datasets", "python_stdlib", "--teach_router", "domains"], "--datasets must be two or more where"),
+        (["--teach_router", "domains", "--num_experts", "3"], "--num_experts must be left out, or 2 here, got 3"),
+        (["--teach_router", "clusters:1"], "--teach_router must be none, domains, or clusters:N with N of at least 2"),
+        (["--teach_router", "domains", "--routing", "per_layer"], "--routing must be context:K, base_context:K"),
+        (
+            ["--teach_router", "domains", "--balance", "bias"],
+            "--balance must be left out where --teach_router is given",
+        ),
+        (["--train_router"], "--train_router must be left out without --teach_router"),
+        (["--shared_rank", "-1"], "--shared_rank must be at least 0, got -1"),
+    ],
+)
+def test_a_router_that_cannot_be_taught_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(taught(base, tmp_path / "out", *flags)) == EXIT_USER_ERROR
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_clusters_than_examples_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn", reason="the extra clusters is not installed")
+    flags = ["--teach_router", "clusters:5", "--teach_rows", "2"]
+    assert main(taught(base, tmp_path, *flags)) == EXIT_USER_ERROR
+    assert "--teach_router must be clusters of at most the number of examples (4), got 5" in capsys.readouterr().err
+    assert main(taught(base, tmp_path, "--teach_router", "clusters:2", "--train_router")) == 0
+    assert DyLoRA_MoE.from_pretrained(tmp_path / "best_model").experts.names == ["expert_0", "expert_1"]
+
+
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """Return the output folder of a finished ``python train.py`` and its standard output and error."""

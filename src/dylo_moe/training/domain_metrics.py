@@ -52,6 +52,7 @@ def domain_metrics(
     Returns:
         ``loss``, ``mean_domain_loss`` and ``loss/<domain>`` in nats per labelled token, and
         ``usage/<domain>/<expert>``, fractions that sum to 1 over the experts (left out if the router did not run).
+        Where experts are called as their domains are, ``route_accuracy`` is the mean share that goes to the right one.
     """
     metrics = {"loss": float(sums[:, LOSS_SUM].sum() / max(1.0, sums[:, LABELLED].sum()))}
     for index, domain in enumerate(domains):
@@ -64,6 +65,9 @@ def domain_metrics(
             metrics.update(
                 {f"usage/{domain}/{expert}": float(share) for expert, share in zip(experts, usage, strict=True)}
             )
+    own = [metrics[key] for domain in domains if (key := f"usage/{domain}/{domain}") in metrics]
+    if own:
+        metrics["route_accuracy"] = float(np.mean(own))
     losses = [value for key, value in metrics.items() if key.startswith("loss/")]
     metrics["mean_domain_loss"] = float(np.mean(losses))
     return metrics
