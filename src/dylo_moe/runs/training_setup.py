@@ -13,6 +13,7 @@ from dylo_moe.core import DyLoRA_MoE, check_base_model, check_quantization, supp
 from dylo_moe.data import PreparedData, TokenCollator, prepare_data, refuse_for_training, resolve, template_of
 from dylo_moe.errors import ConfigError, ModelError, first_line
 from dylo_moe.runs.output_folder import check_writable
+from dylo_moe.skills import check_clustering
 from dylo_moe.training import DyLoRATrainer, monitoring_callbacks, resolve_trackers, store_of
 
 _EVA_BATCHES = 16
@@ -33,6 +34,8 @@ def check_inputs(flags: TrainConfig) -> None:
         )
     if flags.model.bits is not None:
         check_quantization(flags.model.bits)
+    if flags.experts.num_clusters is not None:
+        check_clustering()
     if flags.wandb.wandb_checkpoint_artifact is not None:
         store_of(flags.wandb.wandb_checkpoint_artifact)
     for name in flags.data.names:

@@ -16,7 +16,7 @@ from dylo_moe.skills.expert_edits import (
 )
 from dylo_moe.skills.library import NoveltyReport, SkillLibrary, SkillRecord, save_with_skills
 from dylo_moe.skills.rank_choice import rank_for
-from dylo_moe.skills.teaching import cluster_examples, route_accuracy, teach_router
+from dylo_moe.skills.teaching import check_clustering, cluster_examples, route_accuracy, teach_router
 
 __all__ = [
     "ExpertFacts",
@@ -27,6 +27,7 @@ __all__ = [
     "SkillLibrary",
     "SkillRecord",
     "acquire_skill",
+    "check_clustering",
     "cluster_examples",
     "export_expert",
     "extract_features",

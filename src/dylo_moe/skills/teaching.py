@@ -4,6 +4,7 @@ The kinds are the datasets that the examples come from, or clusters of examples.
 features that no expert changes, so it stays right while the experts train.
 """
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -32,23 +33,28 @@ class RouteAccuracy(NamedTuple):
     examples: float
 
 
+def check_clustering() -> None:
+    """Raise ``ConfigError`` unless scikit-learn is installed, which finds clusters."""
+    if find_spec("sklearn") is None:
+        raise ConfigError(
+            "`teach_router` clusters needs scikit-learn, which is not installed: pip install 'dylora-moe[clusters]'"
+        )
+
+
 def cluster_examples(features: SkillFeatures, num_clusters: int, seed: int) -> Labels:
     """Return the k-means cluster of each example, by the mean of what the router reads at its tokens.
 
     Raises:
         ConfigError: There are fewer examples than clusters, or scikit-learn is not installed.
     """
+    check_clustering()
+    from sklearn.cluster import KMeans
+
     count = len(features.routed)
     if num_clusters > count:
         raise ConfigError(
             f"`teach_router` must be clusters of at most the number of examples ({count}), got {num_clusters}"
         )
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ConfigError(
-            "`teach_router` clusters needs scikit-learn, which is not installed: pip install 'dylora-moe[clusters]'"
-        ) from error
     found: Labels = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(features.routed.numpy())
     return found.astype(np.int64)
 
