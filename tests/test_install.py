@@ -71,7 +71,7 @@ def test_a_plain_install_learns_a_skill(base: Path, rows: Path, tmp_path: Path) 
 def test_a_missing_extra_is_named(base: Path, rows: Path, tmp_path: Path) -> None:
     train = ("train", "--model_name", base, "--datasets", f"mine={rows}", *SHORT, "--output_dir", tmp_path)
     for flags, extra in (
-        (["--load_in_4bit"], "quantisation"),
+        (["--load_in_4bit"], "quantization"),
         (["--teach_router", "clusters:2"], "clusters"),
         (["--report_to", "tensorboard"], "tensorboard"),
         (["--report_to", "wandb"], "wandb"),

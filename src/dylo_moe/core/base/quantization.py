@@ -24,7 +24,7 @@ def check_quantization(bits: int) -> None:
     if not is_bitsandbytes_available():
         raise ModelError(
             f"`bits`={bits} (`load_in_{bits}bit`) needs bitsandbytes, and it is not installed or too old; "
-            "run: pip install 'dylora-moe[quantisation]', or leave it out"
+            "run: pip install 'dylora-moe[quantization]', or leave it out"
         )
     if not validate_bnb_backend_availability():
         raise ModelError(
