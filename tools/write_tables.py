@@ -21,6 +21,7 @@ from benchmarks.sandbox import table as sandbox_table
 from benchmarks.speed import profile as speed_profile
 from benchmarks.speed import table as speed_table
 from benchmarks.training import __main__ as training_run
+from benchmarks.versions import __main__ as versions
 from tools import peft_own_tests
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "judge": ("benchmarks/judge/judge.json", judge.table),
     "humaneval": ("benchmarks/humaneval/humaneval.json", humaneval_tables.scores_table),
     "humaneval batches": ("benchmarks/humaneval/humaneval.json", humaneval_tables.batches_table),
+    "versions": ("benchmarks/versions/versions.json", versions.table),
     "peft": ("tools/peft_own_tests.json", peft_own_tests.outcomes_table),
     "data rows": ("benchmarks/data/data.json", data_tables.rows_table),
     "data scale": ("benchmarks/data/data.json", data_tables.scale_table),
