@@ -29,6 +29,7 @@ TESTED_IN = {
     "core/base/segments.py": "core/base/test_structure.py",
     "core/configuration.py": "interop/test_auto_classes.py",
     "core/lora/adapter_files.py": "core/lora/test_manager.py",
+    "core/lora/import_checks.py": "core/lora/test_manager.py",
     "core/lora/forward.py": "core/lora/test_state.py",
     "core/lora/layer_experts.py": "core/lora/test_layer.py",
     "core/ordinary_model.py": "core/test_model.py",

@@ -8,8 +8,7 @@ dozen of its methods, and a saved mixture is a folder that ``AutoModelForCausalL
 base model, in which tools look up the vocabulary, the positions or the attention.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,12 +20,10 @@ from transformers.utils.generic import can_return_tuple
 from dylo_moe.core import save_and_load
 from dylo_moe.core.base import (
     argument_names,
-    check_segments,
     fingerprint,
     is_wrapped,
     linear_lm_head,
     positions_in_segments,
-    supports_packing,
 )
 from dylo_moe.core.configuration import DyLoRAConfig, register
 from dylo_moe.core.lora import ForwardRecord, check_weights, initialize_eva
@@ -54,13 +51,11 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         dropout: Dropout on the experts' input while training.
         target_modules: Names of linear modules, or a place; see ``ExpertSpec``.
         use_rslora: Whether to scale updates by ``alpha / sqrt(rank)``.
-        init: How experts start: ``default``, ``gaussian`` or ``orthogonal`` as in PEFT, or ``pissa``, see
-            ``initialization.initialize_pissa``. For EVA, which needs data, call ``initialize_eva`` afterwards.
+        init: How experts start; see ``ExpertSpec``. For EVA, which needs data, call ``initialize_eva`` afterwards.
         shared_rank: Rank of a further expert that every token has at weight 1; 0 for none.
         experts_per_layer: Number of the first experts that each block of layers carries, lowest block first; see
             ``targets.experts_per_layer``. Needs ``per_layer``, where each layer has a gate for its own experts.
-        routing: ``per_layer``, ``prefix:K``, ``context:K`` (both also without ``:K``, for a quarter of the layers) or
-            ``final``; the default did best in ``benchmarks/quality``.
+        routing: Routing mode, see ``spec.routing_mode``; the default did best in ``benchmarks/quality``.
         top_k: Experts per token when routing is sparse; 2 by default, or 1 if there is one expert.
         temperature: Divisor of the router's logits.
         expert_scale: ``sum_to_one``, or ``unit`` to add up the experts as one LoRA of all their ranks does; see
@@ -137,7 +132,6 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             self._fingerprint = fingerprint(base)
             self._head_is_plain = linear_lm_head(base, decoder.backbone) is not None
             self._argument_names = argument_names(base)
-            self._keeps_examples_apart: bool | None = None
             hooks = RouterHooks(
                 base, decoder, self.routing_mode, self.router, experts.routing_state, experts.active_indices
             )
@@ -252,17 +246,6 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             outputs = self.experts.base_model(return_dict=True, **arguments)
         return make_output(outputs, record), record.features
 
-    def _check_segments(self, segment_ids: Tensor) -> None:
-        check_segments(self.experts.base_model, segment_ids)
-        if self._keeps_examples_apart is None:
-            with self.base_only():
-                self._keeps_examples_apart = supports_packing(self.experts.base_model)
-        if not self._keeps_examples_apart:
-            raise RoutingError(
-                f"`segment_ids`: {type(self.experts.base_model).__name__} lets the examples of a row see each other; "
-                "give each example a row of its own"
-            )
-
     def generate(
         self,
         *args: object,
@@ -289,14 +272,6 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             weights = check_weights(weights)
         with state.cache_stacks(), state.scoped(weights=weights), self._overrides_of_generate():
             return self._base.generate(*args, **kwargs)
-
-    @contextmanager
-    def base_only(self) -> Iterator[None]:
-        """Run the base model alone, without any expert, for a block of code."""
-        with self.experts.routing_state.scoped(base_only=True):
-            yield
-
-    disable_adapter = base_only
 
     def add_expert(self, name: str | None = None, **options: Any) -> str:
         """Add a young expert, with the options of ``ExpertManager.create``; the router grows by one.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from dylo_moe.core.base import device_of
+from dylo_moe.core.base import check_segments, device_of, supports_packing
 from dylo_moe.core.lora import ExpertManager, count_parameters
 from dylo_moe.errors import ModelError, RoutingError
 from dylo_moe.spec import RoutingMode
@@ -67,6 +67,7 @@ class OrdinaryModel(PreTrainedModel):
         super().__init__(base.config)
         base.generation_config = generation_config
         self.loss_type = "ForCausalLM"
+        self._keeps_examples_apart: bool | None = None
 
     def _mark_config(self, undo: list[Callable[[], None]]) -> None:
         """Set fields of the base's configuration that tools read for the whole model; ``undo`` resets them."""
@@ -242,6 +243,25 @@ class OrdinaryModel(PreTrainedModel):
         """Start continuous batching; raises as ``generate_batch``."""
         self._check_paged()
         return self._base.init_continuous_batching(*args, **kwargs)
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Run the base model alone, without any expert, for a block of code."""
+        with self.experts.routing_state.scoped(base_only=True):
+            yield
+
+    disable_adapter = base_only
+
+    def _check_segments(self, segment_ids: Tensor) -> None:
+        check_segments(self.experts.base_model, segment_ids)
+        if self._keeps_examples_apart is None:
+            with self.base_only():
+                self._keeps_examples_apart = supports_packing(self.experts.base_model)
+        if not self._keeps_examples_apart:
+            raise RoutingError(
+                f"`segment_ids`: {type(self.experts.base_model).__name__} lets the examples of a row see each other; "
+                "give each example a row of its own"
+            )
 
     def _check_paged(self) -> None:
         if self.routing_mode.needs_router_cache:

@@ -12,8 +12,9 @@ from dylo_moe.core.lora.adapter_files import (
 )
 from dylo_moe.core.lora.extension import Extension, extend, restore
 from dylo_moe.core.lora.forward import RoutedBackbone, check_weights
+from dylo_moe.core.lora.import_checks import adapter_folder_of, check_import, check_new_name
 from dylo_moe.core.lora.initialization import create_experts, hold_constant, initialize_eva
-from dylo_moe.core.lora.manager import ExpertManager, adapter_folder_of, check_import, check_new_name, count_parameters
+from dylo_moe.core.lora.manager import ExpertManager, count_parameters
 from dylo_moe.core.lora.plain_adapter import check_target, make_plain
 from dylo_moe.core.lora.state import ForwardCall, ForwardRecord, RoutingState, Run
 from dylo_moe.core.lora.targets import check_experts_per_block, experts_per_layer

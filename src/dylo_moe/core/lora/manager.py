@@ -18,16 +18,13 @@ from transformers import PreTrainedModel
 from dylo_moe.core.base import (
     cached_repository,
     find_decoder,
-    folder_of,
     is_offloaded,
     keep_trainable,
     refuse_offloaded,
     state_in_place,
 )
 from dylo_moe.core.lora.adapter_files import (
-    ADAPTER_FILES,
     CONFIG_FILE,
-    check_adapter,
     first_shape_mismatch,
     read_config,
     read_weights,
@@ -36,17 +33,16 @@ from dylo_moe.core.lora.adapter_files import (
     write_adapter,
 )
 from dylo_moe.core.lora.enable import enable_routing
+from dylo_moe.core.lora.import_checks import adapter_folder_of, check_import, check_new_name
 from dylo_moe.core.lora.plain_adapter import check_target, make_plain
 from dylo_moe.core.lora.state import RoutingState
-from dylo_moe.core.lora.targets import base_modules, layers_of_expert, linear_modules, select_targets
+from dylo_moe.core.lora.targets import base_modules, layers_of_expert, select_targets
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import ExpertError, ModelError, did_you_mean
 from dylo_moe.spec import ExpertSpec
 
 SHARED = "shared"
 """Name of a shared expert that is given none."""
-
-_NAMES_IN_KEYS = {"weight", "bias", "base_layer", "lora_A", "lora_B", "base_model", "model"}
 
 
 class ExpertManager:
@@ -360,40 +356,6 @@ def _without_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
-
-
-def adapter_folder_of(path: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of an adapter, fetched where ``path`` is a Hub id.
-
-    Raises:
-        ExpertError: There is no such folder.
-        CheckpointError: The repository cannot be fetched.
-    """
-    folder = folder_of(path, revision=revision, files=ADAPTER_FILES)
-    if not folder.is_dir():
-        raise ExpertError(f"there is no folder {str(path)!r} to import an adapter from")
-    return folder
-
-
-def check_import(
-    folder: Path, name: str, base_model: PreTrainedModel, layers: Iterable[nn.Module], taken: Iterable[str]
-) -> None:
-    """Raise ``ExpertError`` unless an adapter folder can become an expert of this name; see ``import_adapter``."""
-    modules = base_modules(base_model)
-    check_new_name(name, taken, modules)
-    check_adapter(folder, linear_modules(base_model, layers), modules)
-
-
-def check_new_name(name: str, taken: Iterable[str], modules: Iterable[str]) -> None:
-    """Raise ``ExpertError`` unless a name is valid for a new expert, given the others' names and those of modules."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-        raise ExpertError(f"an expert's name has letters, digits, _ and - only, got {name!r}")
-    if name in taken:
-        raise ExpertError(f"there is an expert {name!r} already; choose another name")
-    # PEFT finds an adapter's tensors by its name in their keys, and stores it as an attribute
-    parts = {part for module in modules for part in module.split(".")}
-    if name in parts or name in _NAMES_IN_KEYS or name.isdigit() or hasattr(nn.ModuleDict, name):
-        raise ExpertError(f"an expert cannot be called {name!r}: a module has that name; choose another one")
 
 
 def count_parameters(module: nn.Module, *, trainable: bool = False) -> int:
