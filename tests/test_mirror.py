@@ -52,6 +52,7 @@ TESTED_IN = {
     "reports/benchmark_tables.py": "commands/test_benchmark.py",
     "reports/skill_tables.py": "commands/test_acquire.py",
     "runs/composition.py": "commands/test_compose.py",
+    "runs/distillation.py": "skills/test_distillation.py",
     "runs/teaching.py": "commands/test_train.py",
     "runs/benchmark_setup.py": "commands/test_moved_base.py",
     "runs/mixtures.py": "commands/test_moved_base.py",

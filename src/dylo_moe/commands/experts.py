@@ -6,7 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from dylo_moe.config import ExpertsArgs, parse
-from dylo_moe.reports import experts_table, exported_line, loss_table, stream_metrics_line
+from dylo_moe.reports import experts_table, exported_line, kept_table, loss_table, stream_metrics_line
+from dylo_moe.runs import distill
 from dylo_moe.skills import (
     export_expert,
     freeze_expert,
@@ -48,6 +49,10 @@ def main(arguments: Sequence[str], program: str = "dylora-moe experts") -> int:
         console.print(exported_line(name, folder, exported), highlight=False, soft_wrap=True)
     if args.import_ is not None:
         import_expert(path, args.import_, args.as_, revision=args.revision, base_model=args.base_model)
+    if args.distill is not None:
+        options = args.distill_steps, args.rank, args.base_model
+        kept = distill(path, Path(args.distill), args.samples, *options)
+        console.print(kept_table(kept))
     library = read_library(path)
     console.print(experts_table(list_experts(path), library))
     if library is not None:

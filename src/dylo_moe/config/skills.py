@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dylo_moe.config.composition import pairs
 from dylo_moe.config.model import ExpertArgs
 from dylo_moe.config.parser import Group, flag, require, split_names
 from dylo_moe.spec import RoutingMode
@@ -105,6 +106,14 @@ class ExpertsArgs(Group):
     export: list[str] | None = flag(
         None, "NAME FOLDER: write this expert to a new folder, as a PEFT adapter for any tool."
     )
+    distill: str | None = flag(
+        None, "FOLDER: write one plain LoRA that does about what the mixture does; needs --sample."
+    )
+    sample: list[str] | None = flag(
+        None, "NAME=FILE: examples of a kind of text, to distill on three quarters and measure on the rest."
+    )
+    rank: int | None = flag(None, "Rank of --distill; the largest rank of an expert if not given.", ge=1)
+    distill_steps: int = flag(60, "Optimizer steps of --distill, 4 examples each; 0 for no training.", ge=0)
     import_: str | None = flag(
         None,
         "Add this PEFT adapter, a folder or a Hub id, as a young expert; routing is dense while one is young.",
@@ -116,13 +125,13 @@ class ExpertsArgs(Group):
     revision: str | None = flag(None, "Commit, tag or branch of what --import names on the Hub.")
     base_model: str | None = flag(
         None,
-        "Where the base model is now, a folder or Hub id, for --rename and --import; where the checkpoint says if not "
-        "given.",
+        "Where the base model is now, a folder or Hub id, for --rename, --import and --distill; where the checkpoint "
+        "says if not given.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        changes = ("rename", "freeze", "unfreeze", "remove", "merge", "export", "import_")
+        changes = ("rename", "freeze", "unfreeze", "remove", "merge", "export", "import_", "distill")
         given = [name.rstrip("_") for name in changes if getattr(self, name) is not None]
         require(len(given) <= 1, given[-1] if given else "rename", "left out where another change is given", given)
         for name, sign in (("rename", "="), ("merge", ",")):
@@ -132,5 +141,13 @@ class ExpertsArgs(Group):
             require(ok, name, f"two different names with {sign!r} between them", repr(value))
         ok = self.export is None or len(self.export) == 2
         require(ok, "export", "the name of an expert and a folder", " ".join(self.export or []))
+        require(self.distill is None or bool(self.samples), "sample", "given at least once for --distill", "none")
+        for name, value in (("sample", self.sample), ("rank", self.rank)):
+            require(value is None or self.distill is not None, name, "left out without --distill", repr(value))
         for name, value in (("as", self.as_), ("revision", self.revision)):
             require(value is None or self.import_ is not None, name, "left out without --import", repr(value))
+
+    @property
+    def samples(self) -> dict[str, str]:
+        """File of examples of each kind of text, by its name."""
+        return pairs("sample", self.sample)

@@ -4,6 +4,7 @@ from dylo_moe.reports.benchmark_tables import comparison_table, result_table
 from dylo_moe.reports.skill_tables import (
     experts_table,
     exported_line,
+    kept_table,
     loss_table,
     novelty_line,
     stream_metrics_line,
@@ -15,6 +16,7 @@ __all__ = [
     "comparison_table",
     "experts_table",
     "exported_line",
+    "kept_table",
     "loss_table",
     "novelty_line",
     "result_table",

@@ -1,10 +1,10 @@
 """Format skills and experts as tables for a terminal. Every figure comes from the checkpoint or its model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from dylo_moe.skills import ExpertFacts, ExportedAdapter, NoveltyReport, SkillLibrary
+from dylo_moe.skills import ExpertFacts, ExportedAdapter, KeptLoss, NoveltyReport, SkillLibrary
 
 
 def novelty_line(name: str, report: NoveltyReport, expert: str, rank: int) -> str:
@@ -44,6 +44,16 @@ def experts_table(experts: Sequence[ExpertFacts], library: SkillLibrary | None) 
         table.add_row(
             *(expert.name, ", ".join(skills), str(expert.rank), f"{expert.parameters:,}", maturity, ", ".join(usage))
         )
+    return table
+
+
+def kept_table(losses: Mapping[str, KeptLoss]) -> Table:
+    """Return a table of what a distilled LoRA kept of a mixture's loss on each kind of text."""
+    table = Table(title="Held-out loss, nats per token", title_justify="left")
+    for column in ("sample", "base", "mixture", "mean update", "distilled"):
+        table.add_column(column, justify="left" if column == "sample" else "right")
+    for name, found in losses.items():
+        table.add_row(name, *(f"{loss:.3f}" for loss in found))
     return table
 
 

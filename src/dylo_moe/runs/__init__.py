@@ -2,6 +2,7 @@
 
 from dylo_moe.runs.benchmark_setup import chosen_problems, load_model, style_of
 from dylo_moe.runs.composition import RouteSamples, finetune_router, read_route_samples
+from dylo_moe.runs.distillation import distill
 from dylo_moe.runs.live_benchmark import LiveBenchmark
 from dylo_moe.runs.mixtures import load_mixture, to_device
 from dylo_moe.runs.output_folder import check_writable
@@ -27,6 +28,7 @@ __all__ = [
     "check_packing",
     "check_writable",
     "chosen_problems",
+    "distill",
     "finetune_router",
     "first_batches",
     "load_mixture",

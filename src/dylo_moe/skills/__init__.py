@@ -2,6 +2,14 @@
 
 from dylo_moe.skills.acquisition import SkillData, SkillFeatures, acquire_skill, extract_features
 from dylo_moe.skills.composition import learn_routes, mixture_of, routes_of
+from dylo_moe.skills.distillation import (
+    STUDENT,
+    KeptLoss,
+    add_student,
+    distillation_loss,
+    mean_weights,
+    student_logits,
+)
 from dylo_moe.skills.expert_edits import (
     ExpertFacts,
     ExportedAdapter,
@@ -19,22 +27,27 @@ from dylo_moe.skills.rank_choice import rank_for
 from dylo_moe.skills.teaching import check_clustering, cluster_examples, route_accuracy, teach_router
 
 __all__ = [
+    "STUDENT",
     "ExpertFacts",
     "ExportedAdapter",
+    "KeptLoss",
     "NoveltyReport",
     "SkillData",
     "SkillFeatures",
     "SkillLibrary",
     "SkillRecord",
     "acquire_skill",
+    "add_student",
     "check_clustering",
     "cluster_examples",
+    "distillation_loss",
     "export_expert",
     "extract_features",
     "freeze_expert",
     "import_expert",
     "learn_routes",
     "list_experts",
+    "mean_weights",
     "merge_experts",
     "mixture_of",
     "rank_for",
@@ -44,5 +57,6 @@ __all__ = [
     "route_accuracy",
     "routes_of",
     "save_with_skills",
+    "student_logits",
     "teach_router",
 ]
