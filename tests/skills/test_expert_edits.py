@@ -8,7 +8,14 @@ import torch
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.cli import main
 from dylo_moe.errors import ExpertError
-from dylo_moe.skills.expert_edits import list_experts, merge_experts, read_library, remove_expert, rename_expert
+from dylo_moe.skills.expert_edits import (
+    export_expert,
+    list_experts,
+    merge_experts,
+    read_library,
+    remove_expert,
+    rename_expert,
+)
 from dylo_moe.skills.library import SkillLibrary, SkillRecord, save_with_skills
 from tests.support.families import HIDDEN, mixture, tiny, token_ids
 from tests.support.tiny_folder import write_tiny_folder
@@ -176,3 +183,44 @@ def test_unusable_names_and_removing_the_only_expert_are_refused(path: Path) -> 
     remove_expert(path, "expert_1")
     with pytest.raises(ExpertError, match="only expert"):
         remove_expert(path, "expert_2")
+
+
+@pytest.fixture
+def with_shared(tmp_path: Path) -> Path:
+    """Return a mixture of two mature experts and a shared one."""
+    mixture(routing="prefix:1", dtype=torch.float32, num_experts=2, shared_rank=5, mature=True).save_pretrained(
+        tmp_path / "model"
+    )
+    return tmp_path / "model"
+
+
+def test_a_shared_expert_is_listed_renamed_frozen_and_removed(
+    with_shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [(one.name, one.rank, one.maturity) for one in list_experts(with_shared)][-1] == ("shared", 5, None)
+    before = logits(loaded(with_shared), [0.2, 0.8])
+    without = logits(loaded(with_shared), [0.2, 0.8, 0.0])
+    rename_expert(with_shared, "shared", "common", "demo")
+    assert main(["experts", str(with_shared), "--freeze", "common"]) == 0
+    assert "shared, frozen" in capsys.readouterr().out
+    model = loaded(with_shared)
+    assert (model.experts.shared, model.experts.frozen) == ("common", {"common"})
+    assert torch.equal(logits(model, [0.2, 0.8]), before)
+    remove_expert(with_shared, "common")
+    assert loaded(with_shared).experts.shared is None
+    torch.testing.assert_close(logits(loaded(with_shared), [0.2, 0.8]), without)
+
+
+def test_another_edit_keeps_the_shared_expert(with_shared: Path) -> None:
+    alone = logits(loaded(with_shared), [0.0, 1.0])
+    remove_expert(with_shared, "expert_0")
+    torch.testing.assert_close(logits(loaded(with_shared), [1.0]), alone)
+
+
+def test_a_shared_expert_cannot_be_merged_or_imported_over(with_shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExpertError, match="the shared expert 'shared' is always on, and cannot be merged"):
+        merge_experts(with_shared, "expert_0", "shared")
+    export_expert(with_shared, "expert_0", tmp_path / "shared")
+    with pytest.raises(ExpertError, match="there is an expert 'shared' already"):
+        loaded(with_shared).import_expert(tmp_path / "shared")
+    loaded(with_shared).import_expert(tmp_path / "shared", "another")  # the remedy

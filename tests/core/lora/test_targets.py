@@ -11,7 +11,7 @@ from torch import Tensor
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.routing.balance import expert_load, load_balance_loss, updated_selection_bias
 from dylo_moe.errors import ExpertError
-from tests.support.families import LAYERS, mixture, relative_error, tiny, token_ids
+from tests.support.families import FAMILIES, LAYERS, mixture, relative_error, tiny, token_ids
 
 BLOCKS = [1, 2, 4]
 
@@ -182,3 +182,29 @@ def test_impossible_blocks_are_refused(blocks: list[int], message: str) -> None:
 def test_a_gate_that_layers_share_has_all_experts(routing: str) -> None:
     with pytest.raises(ExpertError, match=f"`experts_per_layer` needs `routing` per_layer, got {routing}"):
         mixture("llama", routing, experts_per_layer=[1, 3])
+
+
+def adapted(family: str, target_modules: str) -> set[str]:
+    model = mixture(family, "per_layer", num_experts=1, target_modules=target_modules)
+    return {name for name, module in model.experts.base_model.named_modules() if hasattr(module, "lora_A")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_and_mlp_are_the_two_parts_of_all_linear_modules(family: str) -> None:
+    attention, mlp, everything = (adapted(family, place) for place in ("attention", "mlp", "all-linear"))
+    assert attention | mlp == everything
+    assert not attention & mlp
+    assert all("attn" in name or "attention" in name for name in attention)
+    assert all(".mlp." in name for name in mlp)
+
+
+def test_an_expert_added_later_finds_the_same_modules() -> None:
+    model = mixture("gpt2", "per_layer", num_experts=1, target_modules="mlp")
+    before = adapted("gpt2", "mlp")
+    model.add_expert("later", target_modules="mlp")
+    later = {
+        name
+        for name, module in model.experts.base_model.named_modules()
+        if hasattr(module, "lora_A") and "later" in module.lora_A
+    }
+    assert later == before
