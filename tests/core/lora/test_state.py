@@ -192,6 +192,14 @@ def test_a_forward_in_which_the_router_was_not_reached_raises(routing: str) -> N
     assert model(PROMPTS[0]).router_logits is not None
 
 
+@pytest.mark.parametrize("routing", ["prefix:1", "context:1", "base_context:1"])
+def test_a_forward_that_calls_other_layers_raises(routing: str) -> None:
+    model = mixture(routing=routing)
+    model.experts.decoder.backbone.layers = tiny().model.layers
+    with pytest.raises(RoutingError, match=r"0 of 1 gates ran in a forward of LlamaForCausalLM"):
+        model(PROMPTS[0])
+
+
 @EVERY_ROUTING
 @torch.no_grad()
 def test_each_row_can_have_its_expert(routing: str) -> None:
