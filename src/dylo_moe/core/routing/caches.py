@@ -131,10 +131,15 @@ class ContextPart(RouterPart):
 
 
 class BaseContextPart(RouterPart):
-    """The cache of the base's first layers and the sums over the tokens so far, for routing ``base_context:K``."""
+    """The cache of the base's first layers and the sums over the tokens so far, for routing ``base_context:K``.
 
-    def __init__(self, cache: Cache) -> None:
-        self.base, self.context = BasePass(cache), ContextPart()
+    Args:
+        cache: Cache of which the first layers are used.
+        num_layers: Number of these layers, K.
+    """
+
+    def __init__(self, cache: Cache, num_layers: int) -> None:
+        self.base, self.context, self._num_layers = BasePass(cache), ContextPart(), num_layers
 
     @override
     def length(self) -> int:
@@ -142,8 +147,13 @@ class BaseContextPart(RouterPart):
 
     @override
     def follow(self, method: str, num_removed: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        for part in (self.context, self.base):  # the first one may refuse
-            part.follow(method, num_removed, args, kwargs)
+        self.context.follow(method, num_removed, args, kwargs)
+        cache, layers = self.base.cache, self.base.cache.layers
+        cache.layers = layers[: self._num_layers]  # the others hold nothing, and some kinds cannot crop nothing
+        try:
+            self.base.follow(method, num_removed, args, kwargs)
+        finally:
+            cache.layers = layers
 
 
 def _num_tokens(sums: RunningSums) -> int:
@@ -238,9 +248,6 @@ def with_cache_renamed(kwargs: dict[str, object], names: Collection[str]) -> dic
     return {**{name: value for name, value in kwargs.items() if name not in given}, wanted: cache}
 
 
-def empty_copy(cache: Cache, num_layers: int | None = None) -> Cache:
-    """Return another cache of the same kind, for a cache that is still empty; with the first layers alone, if given."""
-    copied = copy.deepcopy(cache)
-    if num_layers is not None:  # some kinds cannot crop a layer that holds nothing
-        del copied.layers[num_layers:]
-    return copied
+def empty_copy(cache: Cache) -> Cache:
+    """Return another cache of the same kind, for a cache that is still empty."""
+    return copy.deepcopy(cache)

@@ -147,7 +147,8 @@ class RouterHooks:
         name, cache = _cache_among(arguments)
         part: BaseContextPart | None = part_of(cache, BaseContextPart, self.kind)
         if part is None and (cache is not None or arguments.get("use_cache") is not False):
-            part = BaseContextPart(DynamicCache() if cache is None else empty_copy(cache, self._layer))
+            whole = DynamicCache(config=vars(self.backbone).get("config")) if cache is None else cache
+            part = BaseContextPart(empty_copy(whole), self._layer or 0)
             name = name or next((one for one in _CACHE_NAMES if one in self._argument_names), "")
         call.router_input = self._context(call, arguments, None if part is None else part.context)
         with suppress(_BaseLayersDone):
