@@ -99,7 +99,7 @@ def test_a_stream_resumes_after_a_stop_and_a_kill(base: Path, stream: list[str],
 def test_rank_from_data_and_novelty_by_entropy(
     base: Path, stream: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--rank_from_data", "--lora_r", "32", "--novelty", "entropy", "--skill", *stream, rows_again(stream))
+    more = ("--rank_from_data", "--lora_r", "32", "--novelty", "entropy", "--skill", rows_again(stream))
     assert main(arguments(base, stream, tmp_path, *more)) == 0
     printed = capsys.readouterr().out.replace("\n", " ")
     assert "by cosine" in printed and "by entropy" in printed

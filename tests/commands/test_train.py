@@ -85,7 +85,7 @@ def test_a_router_is_taught_from_the_datasets_and_stays(
             "--balance must be left out where --teach_router is given",
         ),
         (["--train_router"], "--train_router must be left out without --teach_router"),
-        (["--shared_rank", "-1"], "--shared_rank must be at least 0, got -1"),
+        (["--shared_rank", "-1"], "--shared_rank must be 0 or more, got -1"),
     ],
 )
 def test_a_router_that_cannot_be_taught_is_refused(

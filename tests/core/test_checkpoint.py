@@ -340,13 +340,26 @@ def test_a_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
         ),
         ({}, "sql", "this run has expert_0, expert_1, expert_2, sql under"),
         ({"routing": "per_layer"}, None, "under routing final, and this run has .* under per_layer"),
+        ({"expert_scale": "unit"}, None, "under routing final, and this run has .* under final with expert_scale unit"),
+        ({"shared_rank": 2}, None, "this run has expert_0, expert_1, expert_2, shared under final"),
         ({"rank": 5}, None, "do not fit expert 'expert_0'"),
         ({"target_modules": ["q_proj"]}, None, "do not fit expert 'expert_0'"),
         ({"target_modules": "all-linear"}, None, "do not fit expert 'expert_0'"),
         ({"family": "qwen3"}, None, "base model"),
         ({"seed": 3}, None, "base model"),
     ],
-    ids=["fewer", "more", "routing", "rank", "fewer modules", "more modules", "another family", "another base"],
+    ids=[
+        "fewer",
+        "more",
+        "routing",
+        "scale",
+        "shared",
+        "rank",
+        "fewer modules",
+        "more modules",
+        "another family",
+        "another base",
+    ],
 )
 def test_weights_of_another_set_are_refused_whole(
     tmp_path: Path, options: dict[str, object], grow: str | None, message: str

@@ -503,7 +503,7 @@ def test_a_deep_copy_routes_independently(routing: str) -> None:
         (
             {"routing": "lst"},
             RoutingError,
-            "`routing` must be final, per_layer, prefix, prefix:K, context or context:K, got 'lst'",
+            "`routing` must be final, per_layer, prefix:K, context:K or base_context:K, got 'lst'",
         ),
         ({"routing": "prefix:9"}, RoutingError, "prefix:K needs K from 0 to 2 for this model, got 'prefix:9'"),
         (

@@ -12,7 +12,7 @@ def test_sums_cover_labelled_and_real_tokens_only() -> None:
     logits = torch.randn(2, 4, 5)
     labels = torch.tensor([[-100, 1, 2, -100], [-100, -100, 3, 4]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    weights = torch.rand(2, 2, 4, 3)
+    weights = torch.rand(2, 2, 4, 3).softmax(dim=-1)
     sums = example_sums(DyLoRAOutput(logits=logits, routing_weights=weights), labels, mask, 3)
     log_p = logits.log_softmax(dim=-1)
     assert sums[0, 0].item() == pytest.approx(-(log_p[0, 0, 1] + log_p[0, 1, 2]).item(), rel=1e-6)
@@ -21,6 +21,8 @@ def test_sums_cover_labelled_and_real_tokens_only() -> None:
     assert sums[:, 2].tolist() == [3, 4]
     expected = torch.stack([weights.mean(0)[0, :3].sum(0), weights.mean(0)[1].sum(0)])
     torch.testing.assert_close(sums[:, 3:], expected.double())
+    unit = example_sums(DyLoRAOutput(logits=logits, routing_weights=3 * weights), labels, mask, 3)
+    torch.testing.assert_close(unit, sums)
 
 
 def test_without_a_router_usage_is_zero() -> None:

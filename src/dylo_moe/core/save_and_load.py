@@ -31,6 +31,7 @@ from dylo_moe.core.configuration import MODELING_FILE, MODELING_SOURCE, DyLoRACo
 from dylo_moe.core.lora import ExpertManager, hold_constant
 from dylo_moe.core.output import AuxLossWeights
 from dylo_moe.core.parts import Parts, RouterSpec, build_parts
+from dylo_moe.core.routing import SUM_TO_ONE
 from dylo_moe.durable import atomic_directory
 from dylo_moe.errors import CheckpointError
 
@@ -309,8 +310,8 @@ def locate_base(path: Path, entry: checkpoint.BaseModelRecord, given: str | None
 def load_weights(model: "DyLoRA_MoE", path: Path) -> None:
     """Load the weights of a checkpoint into a mixture; see ``DyLoRA_MoE.load_weights``."""
     description = checkpoint.read_description(path)
-    theirs = (description.adapters, f"{description.routing.mode}, {description.routing.expert_scale}")
-    ours = (model.experts.adapters, f"{model.routing}, {model.router.expert_scale}")
+    theirs = (description.adapters, _routing_text(description.routing.mode, description.routing.expert_scale))
+    ours = (model.experts.adapters, _routing_text(model.routing, model.router.expert_scale))
     if theirs != ours:
         raise CheckpointError(
             f"the checkpoint {path} has experts {', '.join(theirs[0])} under routing {theirs[1]}, and this run "
@@ -326,6 +327,10 @@ def load_weights(model: "DyLoRA_MoE", path: Path) -> None:
     for name, folder in folders.items():
         model.experts.load_weights(name, folder)
     _set_router(model, router, description)
+
+
+def _routing_text(mode: str, expert_scale: str) -> str:
+    return mode if expert_scale == SUM_TO_ONE else f"{mode} with expert_scale {expert_scale}"
 
 
 def _name_model(model: "DyLoRA_MoE", folder: Path) -> None:

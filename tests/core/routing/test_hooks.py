@@ -286,7 +286,7 @@ def test_final_refuses_a_cache_that_knows_one_pass_only() -> None:
 @pytest.mark.parametrize(
     ("routing", "message"),
     [
-        ("first", "`routing` must be final, per_layer, prefix, prefix:K, context or context:K, got 'first'"),
+        ("first", "`routing` must be final, per_layer, prefix:K, context:K or base_context:K, got 'first'"),
         ("", "`routing` must be .*, got ''"),
         ("prefix:", "`routing` must be .*, got 'prefix:'"),
         ("prefix:-1", "`routing` must be .*, got 'prefix:-1'"),
