@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -33,7 +34,6 @@ from transformers import (
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.core.base.structure import find_decoder
-from dylo_moe.core.routing.caches import CACHE_NAME
 from dylo_moe.errors import RoutingError
 from tests.support.families import (
     GPT_LIKE,
@@ -165,8 +165,8 @@ def test_the_backbone_is_the_module_that_the_model_calls_below_its_head(family: 
 @pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
 def test_the_router_runs_and_the_cache_padding_and_packing_change_nothing(family: str, routing: str) -> None:
-    if routing == "base_context:1" and family == "jamba" and CACHE_NAME != "cache":
-        pytest.skip("base_context on a base with Mamba layers needs transformers 5.23")
+    if routing == "base_context:1" and family == "jamba" and transformers.__version__.startswith("5.10."):
+        pytest.skip("base_context on a base with Mamba layers fails with transformers 5.10; 5.23 was tried next")
     model = mixture_on(family, routing)
     assert model(ROWS[0][None]).router_logits is not None
     alone = torch.cat([answers(model, [row]) for row in ROWS])
