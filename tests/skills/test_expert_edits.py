@@ -200,7 +200,7 @@ def test_a_shared_expert_is_listed_renamed_frozen_and_removed(
     assert [(one.name, one.rank, one.maturity) for one in list_experts(with_shared)][-1] == ("shared", 5, None)
     before = logits(loaded(with_shared), [0.2, 0.8])
     without = logits(loaded(with_shared), [0.2, 0.8, 0.0])
-    rename_expert(with_shared, "shared", "common", "demo")
+    rename_expert(with_shared, "shared", "common")
     assert main(["experts", str(with_shared), "--freeze", "common"]) == 0
     assert "shared, frozen" in capsys.readouterr().out
     model = loaded(with_shared)

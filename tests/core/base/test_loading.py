@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 from dylo_moe import DyLoRA_MoE, ExpertManager
 from dylo_moe.core.base.embedded import _is_whole, cache_directory, embedded_model
 from dylo_moe.core.base.fingerprint import fingerprint, same_base_model
-from dylo_moe.core.base.loading import DTYPES, check_base_model, load_base_model, load_tokenizer
+from dylo_moe.core.base.loading import DTYPES, check_base_model, load_base_model, load_tokenizer, module_names
 from dylo_moe.errors import ModelError
 from tests.support.families import FAMILIES, tiny, token_ids
 
@@ -240,6 +240,14 @@ def test_a_cached_folder_is_whole_or_not(tmp_path: Path, damage: str) -> None:
         case "checksums cut short":
             (tmp_path / "sha256.json").write_text('{"config.json": ')
     assert _is_whole(tmp_path) == (damage == "nothing")
+
+
+def test_names_of_modules_are_found_although_the_embedded_model_was_never_unpacked(
+    embedded_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        monkeypatch.setenv("DYLO_MOE_CACHE", scratch)
+        assert "model.layers.0.self_attn.q_proj" in module_names("demo")
 
 
 def test_without_its_package_the_embedded_model_is_refused_in_one_line(

@@ -139,8 +139,11 @@ def module_names(name: str, *, revision: str | None = None) -> list[str]:
     Raises:
         ModelError: The configuration cannot be loaded.
     """
-    with _readable_errors(name), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_model_source(name), revision=revision))
+    with _readable_errors(name):
+        # outside of empty weights: the embedded model may be unpacked now
+        config = AutoConfig.from_pretrained(_model_source(name), revision=revision)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
     return [module for module, _ in model.named_modules() if module]
 
 
