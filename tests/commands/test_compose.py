@@ -51,6 +51,10 @@ def test_it_makes_a_mixture_adds_to_it_and_trains_its_router(
     model = DyLoRA_MoE.from_pretrained(tmp_path / "three")
     assert model.experts.names == list(adapters)
     assert model.experts.frozen == set(adapters)
+    assert "was trained after it was solved" not in capsys.readouterr().out
+    again = [*arguments({"fourth": adapters["patterns"]}, {"fourth": samples["patterns"]}, tmp_path / "four")]
+    assert main([*again, "--mixture", str(tmp_path / "three")]) == 0
+    assert "was trained after it was solved" in capsys.readouterr().out.replace("\n", " ")
     report = json.loads((tmp_path / "three" / "report.json").read_text())
     assert report["finetuned"].keys() == {"patterns"}
     assert (

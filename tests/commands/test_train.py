@@ -68,9 +68,15 @@ def test_a_router_is_taught_from_the_datasets_and_stays(
     assert report["mixture"]["route_accuracy"] == pytest.approx(sum(own) / 2)
     assert report["mixture"]["route_accuracy"] > 0.6
     # solved again from the same data, it is the same: the steps in between have not trained it
-    assert main(taught(base, tmp_path / "again", "--teach_router", "domains", "--max_steps", "1")) == 0
+    assert main(taught(base, tmp_path / "again", "--teach_router", "domains", "--max_steps", "4")) == 0
     again = DyLoRA_MoE.from_pretrained(tmp_path / "again" / "best_model")
     assert torch.equal(again.router.gates[0], model.router.gates[0])
+    # the first step has a rate of 0, and in the second the experts still add nothing
+    more = ["--teach_router", "domains", "--train_router", "--expert_scale", "unit", "--max_steps", "4"]
+    assert main(taught(base, tmp_path / "trained", *more)) == 0
+    trained = DyLoRA_MoE.from_pretrained(tmp_path / "trained" / "best_model")
+    assert not torch.equal(trained.router.gates[0], model.router.gates[0])
+    assert (trained.router.expert_scale, model.router.expert_scale) == ("unit", "sum_to_one")
 
 
 @pytest.mark.parametrize(

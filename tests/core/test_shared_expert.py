@@ -137,6 +137,8 @@ def test_its_place_and_its_name_are_its_own() -> None:
     assert model.router.num_experts == 3
     with pytest.raises(ExpertError, match="always active"):
         model.experts.set_active(["expert_0", "shared"])
+    with pytest.raises(ExpertError, match="always active"):
+        model.set_maturity(1, ["shared"])
     with pytest.raises(ExpertError, match="has the shared expert 'shared' already"):
         model.experts.create(shared=True)
     with pytest.raises(ExpertError, match="there is an expert 'shared' already"):

@@ -14,21 +14,10 @@ from dylo_moe.skills.composition import base_name_of, learn_routes, mixture_of, 
 from dylo_moe.skills.expert_edits import remove_expert
 from dylo_moe.skills.library import SkillLibrary, save_with_skills
 from tests.support.families import padded, relative_error
-from tests.support.plain_adapters import KINDS, with_adapter, write_adapters
-from tests.support.tiny_folder import write_tiny_folder
+from tests.support.plain_adapters import KINDS, with_adapter
 
 PLACES = {"everywhere": (5, 9), "rank_stabilized": (90, 94), "patterns": (200, 204)}
 """Tokens that the texts of each adapter's task are made of."""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_folder(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_adapters(base, tmp_path_factory.mktemp("adapters"))
 
 
 def texts(kind: str, count: int = 24, seed: int = 0) -> list[dict[str, Tensor]]:

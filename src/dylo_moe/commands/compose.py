@@ -19,7 +19,7 @@ from dylo_moe.core import DESCRIPTION_FILE, DyLoRA_MoE, load_tokenizer
 from dylo_moe.durable import atomic_file
 from dylo_moe.errors import ConfigError
 from dylo_moe.runs import RouteSamples, finetune_router, load_mixture, read_route_samples, to_device
-from dylo_moe.skills import SkillLibrary, learn_routes, mixture_of, routes_of, save_with_skills
+from dylo_moe.skills import SkillLibrary, is_as_solved, learn_routes, mixture_of, routes_of, save_with_skills
 
 REPORT_FILE = "report.json"
 
@@ -40,6 +40,12 @@ def main(arguments: Sequence[str], program: str = "dylora-moe compose") -> int:
     started = time.monotonic()
     model, library, tokenizer = _open(args)
     to_device(model)
+    if args.mixture is not None and not is_as_solved(model, library):
+        console.print(
+            f"The router of {args.mixture} was trained after it was solved; it is solved again, without that training",
+            highlight=False,
+            soft_wrap=True,
+        )
     samples = read_route_samples(args, tokenizer)
     model.prompt_template, model.tokenizer = samples.template, tokenizer
     learn_routes(model, library, samples.batches)

@@ -314,7 +314,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         """
         if maturity not in (0, 1):
             raise RoutingError(f"`maturity` must be 0 (young) or 1 (mature), got {maturity}")
-        self.experts.check_known(names or [])
+        self.experts.check_routed(names or [])
         for name in self.experts.names if names is None else names:
             self.router.maturity[self.experts.names.index(name)] = maturity
 

@@ -1,7 +1,7 @@
 """Skills learned one after another: is it new, which expert, and the closed-form router."""
 
 from dylo_moe.skills.acquisition import SkillData, SkillFeatures, acquire_skill, extract_features
-from dylo_moe.skills.composition import learn_routes, mixture_of, routes_of
+from dylo_moe.skills.composition import is_as_solved, learn_routes, mixture_of, routes_of
 from dylo_moe.skills.distillation import (
     STUDENT,
     KeptLoss,
@@ -45,6 +45,7 @@ __all__ = [
     "extract_features",
     "freeze_expert",
     "import_expert",
+    "is_as_solved",
     "learn_routes",
     "list_experts",
     "mean_weights",

@@ -25,6 +25,7 @@ from dylo_moe.errors import ExpertError
 from dylo_moe.skills.acquisition import Batches, extract_features
 from dylo_moe.skills.features import check_frozen_features
 from dylo_moe.skills.library import SkillLibrary, SkillRecord
+from dylo_moe.skills.teaching import best_experts
 
 
 def base_name_of(adapters: Mapping[str, Path]) -> str:
@@ -113,11 +114,12 @@ def learn_routes(model: DyLoRA_MoE, library: SkillLibrary, samples: Mapping[str,
         ExpertError: There is no such expert, an expert has no example, or the library knows it.
     """
     check_frozen_features(model.routing_mode)
-    model.experts.check_known(samples)
-    for name in sorted(samples, key=model.experts.names.index):
-        features = extract_features(model, samples[name])
+    model.experts.check_routed(samples)
+    for name in samples:
         if name in library.names:
             raise ExpertError(f"the examples of {name!r} were learned already")
+    for name in sorted(samples, key=model.experts.names.index):
+        features = extract_features(model, samples[name])
         library.gate.learn(features.tokens, model.experts.names.index(name))
         count = len(features.embeddings)
         # the thresholds of novelty need examples that the means were not made of
@@ -133,11 +135,15 @@ def learn_routes(model: DyLoRA_MoE, library: SkillLibrary, samples: Mapping[str,
     model.set_maturity()
 
 
-@torch.no_grad()
+def is_as_solved(model: DyLoRA_MoE, library: SkillLibrary) -> bool:
+    """Return whether the gate still is what ``learn_routes`` solved, and was not trained since."""
+    solved = library.gate.weight()
+    gate = model.router.gates[0].detach().cpu()[: len(solved)]
+    return torch.allclose(gate, solved.to(gate), rtol=1e-4, atol=1e-6)
+
+
 def routes_of(model: DyLoRA_MoE, batches: Batches) -> dict[str, float]:
     """Return the share of the examples' tokens whose best expert is each one, by name."""
-    features = extract_features(model, batches)
-    gate = model.router.gates[0].detach().cpu().to(features.tokens)
-    counts = torch.bincount((features.tokens @ gate.T).argmax(dim=-1), minlength=len(model.experts))
-    shares = counts.double() / len(features.tokens)
+    best = best_experts(model, extract_features(model, batches).tokens)
+    shares = torch.bincount(best, minlength=len(model.experts)).double() / len(best)
     return dict(zip(model.experts.names, shares.tolist(), strict=True))

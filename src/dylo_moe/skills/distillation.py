@@ -45,8 +45,8 @@ def low_rank(down: Sequence[Tensor], up: Sequence[Tensor], rank: int) -> tuple[T
         rank: Rank of the approximation.
 
     Returns:
-        ``A``, ``(rank, in_features)``, and ``B``, ``(out_features, rank)``, float32; each carries the square roots of
-        the singular values. Rows beyond the sum's own rank are zero.
+        ``A``, ``(rank, in_features)``, and ``B``, ``(out_features, rank)``, float32, of lower rank where the ranks of
+        the updates do not sum to it; each carries the square roots of the singular values.
     """
     rows, columns = torch.cat([part.double() for part in down]), torch.cat([part.double() for part in up], dim=1)
     left, left_rest = torch.linalg.qr(columns)
@@ -54,8 +54,7 @@ def low_rank(down: Sequence[Tensor], up: Sequence[Tensor], rank: int) -> tuple[T
     u, values, v = torch.linalg.svd(left_rest @ right_rest.T)
     kept = min(rank, len(values))
     roots = values[:kept].sqrt()
-    a, b = roots[:, None] * (v[:kept] @ right.T), left @ u[:, :kept] * roots
-    return F.pad(a, (0, 0, 0, rank - kept)).float(), F.pad(b, (0, rank - kept)).float()
+    return (roots[:, None] * (v[:kept] @ right.T)).float(), (left @ u[:, :kept] * roots).float()
 
 
 @torch.no_grad()
@@ -97,9 +96,9 @@ def add_student(model: DyLoRA_MoE, rank: int, weights: Tensor) -> None:
         down = [layer.lora_A[name].weight.detach() for name in names]
         up = [layer.lora_B[name].weight.detach() * scales[name] * layer.scaling[name] for name in names]
         a, b = low_rank(down, up, rank)
-        with torch.no_grad():
-            layer.lora_A[STUDENT].weight.copy_(a)
-            layer.lora_B[STUDENT].weight.copy_(b)
+        with torch.no_grad():  # ranks beyond those stay as PEFT starts them, and can train
+            layer.lora_A[STUDENT].weight[: len(a)] = a
+            layer.lora_B[STUDENT].weight[:, : len(a)] = b
     experts.freeze(*(name for name in experts.adapters if name != STUDENT))
     model.router.requires_grad_(False)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dylo_moe.core import DyLoRA_MoE
 from dylo_moe.errors import ConfigError, ExpertError
@@ -83,10 +84,15 @@ def teach_router(model: DyLoRA_MoE, features: SkillFeatures, labels: Labels) -> 
     model.set_maturity()
 
 
-@torch.no_grad()
+def best_experts(model: DyLoRA_MoE, features: Tensor) -> Tensor:
+    """Return the expert that the gate prefers for each feature: from ``(n, hidden_size)`` to ``(n,)``, on the CPU."""
+    gate: Tensor = model.router.gates[0].detach().cpu().to(features)
+    return (features @ gate.T).argmax(dim=-1)
+
+
 def route_accuracy(model: DyLoRA_MoE, features: SkillFeatures, labels: Labels) -> RouteAccuracy:
     """Return how often the gate of a model prefers the right expert."""
-    gate, wanted = model.router.gates[0].detach().cpu().float(), torch.from_numpy(labels)
-    tokens = (features.tokens @ gate.T).argmax(dim=-1) == wanted[features.example]
-    examples = (features.routed @ gate.T).argmax(dim=-1) == wanted
+    wanted = torch.from_numpy(labels)
+    tokens = best_experts(model, features.tokens) == wanted[features.example]
+    examples = best_experts(model, features.routed) == wanted
     return RouteAccuracy(float(tokens.double().mean()), float(examples.double().mean()))

@@ -268,9 +268,7 @@ class ExpertManager:
             ExpertError: There is no such expert, or no name is given.
         """
         wanted = [names] if isinstance(names, str) else list(names)
-        self.check_known(wanted)
-        if self.shared in wanted:
-            raise ExpertError(f"the shared expert {self.shared!r} is always active; name routed experts only")
+        self.check_routed(wanted)
         if not wanted:
             raise ExpertError("at least one expert must be active")
         self.active = [name for name in self.names if name in wanted]
@@ -348,6 +346,13 @@ class ExpertManager:
                 raise ExpertError(
                     f"there is no expert {name!r} (there are: {known}){did_you_mean(name, self.adapters)}"
                 )
+
+    def check_routed(self, names: Iterable[str]) -> None:
+        """Raise ``ExpertError`` unless all names are those of experts that the router knows."""
+        wanted = list(names)
+        self.check_known(wanted)
+        if self.shared in wanted:
+            raise ExpertError(f"the shared expert {self.shared!r} is always active; name routed experts only")
 
 
 @contextmanager
