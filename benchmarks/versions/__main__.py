@@ -152,7 +152,8 @@ def table(result: dict[str, Any]) -> str:
     rounds, where = result["rows"][0]["ratio"]["rounds"], result["environment"]
     before, now = (result["commits"][key][:7] for key in ("before", "now"))
     machine = f"{where['processor']}, {where['threads']} threads, torch {where['versions']['torch']}"
-    in_sittings = f"{rounds} rounds in {result['sittings']} sittings"
+    sittings = result.get("sittings", 1)  # the first results had one, and did not say so
+    in_sittings = f"{rounds} rounds in {sittings} sitting{'s' if sittings > 1 else ''}"
     return "\n".join([*lines, "", f"{in_sittings}, {before} and {now}; {machine}."])
 
 
