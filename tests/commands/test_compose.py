@@ -57,9 +57,8 @@ def test_it_makes_a_mixture_adds_to_it_and_trains_its_router(
     assert "was trained after it was solved" in capsys.readouterr().out.replace("\n", " ")
     report = json.loads((tmp_path / "three" / "report.json").read_text())
     assert report["finetuned"].keys() == {"patterns"}
-    assert (
-        main(["generate", "--trained_model", str(tmp_path / "three"), "--prompt", "abab", "--max_new_tokens", "2"]) == 0
-    )
+    generate = ["generate", "--trained_model", str(tmp_path / "three"), "--prompt", "abab", "--max_new_tokens", "2"]
+    assert main(generate) == main([*generate, "--route", "prompt"]) == 0
     assert main(["experts", str(tmp_path / "three"), "--remove", "patterns"]) == 0
     assert DyLoRA_MoE.from_pretrained(tmp_path / "three").experts.names == two
 

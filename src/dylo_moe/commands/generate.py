@@ -52,6 +52,7 @@ def _generate(model: DyLoRA_MoE, tokenizer: PreTrainedTokenizerBase, prompt: str
         attention_mask=torch.ones_like(ids),
         max_new_tokens=args.max_new_tokens,
         num_beams=args.num_beams,
+        route=args.route,
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
         **sampling,

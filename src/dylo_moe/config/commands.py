@@ -240,6 +240,12 @@ class GenerateArgs(Group):
     instruction: str | None = flag(None, "A task in words, put into the template of the instruction datasets.")
     expert: str | None = flag(None, "Use this expert alone, instead of the mixture.")
     base_only: bool = flag(False, "Use the base model without any expert.")
+    route: str | None = flag(
+        None,
+        "What chooses a token's experts: the tokens before it (token), or the whole prompt for all (prompt); as the "
+        "mixture says if not given.",
+        choices=("token", "prompt"),
+    )
     max_new_tokens: int = flag(128, "Most tokens to generate.", ge=1)
     temperature: float = flag(0.0, "0 is greedy; above, sampling.", ge=0)
     top_p: float = flag(1.0, "Sample from the smallest set of tokens with this probability.", gt=0, le=1)

@@ -89,6 +89,7 @@ class MixtureConfig(_Entry):
     routing: RoutingRecord
     losses: LossRecord
     prompt_template: Literal["chat", "plain"] | None = None
+    route: Literal["token", "prompt"] = "token"
 
     @property
     def records(self) -> list[ExpertRecord | SharedExpertRecord]:

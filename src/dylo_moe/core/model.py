@@ -18,19 +18,14 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from transformers.utils.generic import can_return_tuple
 
 from dylo_moe.core import save_and_load
-from dylo_moe.core.base import (
-    argument_names,
-    fingerprint,
-    is_wrapped,
-    linear_lm_head,
-    positions_in_segments,
-)
+from dylo_moe.core.base import argument_names, fingerprint, is_wrapped, linear_lm_head, positions_in_segments
 from dylo_moe.core.configuration import DyLoRAConfig, register
 from dylo_moe.core.lora import ForwardRecord, check_weights, initialize_eva
 from dylo_moe.core.losses import without_padding
 from dylo_moe.core.ordinary_model import OrdinaryModel
 from dylo_moe.core.output import AuxLossWeights, DyLoRAOutput, LossOptions, lm_loss, make_output, sum_losses
 from dylo_moe.core.parts import Parts, RouterSpec, new_parts
+from dylo_moe.core.prompt_route import TOKEN, find_prompt_weights, weights_to_generate
 from dylo_moe.core.routing import MATURE, RouterHooks, real_tokens, with_cache_renamed
 from dylo_moe.errors import RoutingError
 from dylo_moe.spec import ExpertSpec
@@ -70,6 +65,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
     Attributes:
         losses: Weights of the router's losses.
         prompt_template: Template around conversations in training, ``chat`` or ``plain``; saved with the model.
+        route: How ``generate`` routes by default, ``token`` or ``prompt``; saved with the model.
 
     Raises:
         ModelError: The base model cannot be loaded or has no target module.
@@ -124,6 +120,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
             super().__init__(experts)
             self.base_name, self.revision, self.routing_mode = model.base_name, model.revision, model.routing_mode
             self.losses, self.prompt_template = model.loss_weights, model.prompt_template
+            self.route = TOKEN
             self.tokenizer: PreTrainedTokenizerBase | None = None
             self.model = experts.peft_model
             self.router = model.router
@@ -251,6 +248,7 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         *args: object,
         routing_weights: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
+        route: str | None = None,
         **kwargs: object,
     ) -> Any:
         """Generate with the mixture: transformers' ``generate``, each new token routed as in training.
@@ -261,6 +259,8 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
                 ...)`` for each prompt, or ``(batch, tokens, ...)`` for each token of prompt and answer; later tokens
                 use the last one.
             adapter_names: The expert of each prompt, or ``__base__`` for the base alone.
+            route: ``token`` routes each token by the tokens before it, ``prompt`` all of them by the whole prompt, see
+                ``prompt_weights``; by default as ``self.route`` says.
             **kwargs: Passed to ``transformers.GenerationMixin.generate``.
 
         Returns:
@@ -270,8 +270,22 @@ class DyLoRA_MoE(OrdinaryModel, GenerationMixin):
         weights = self._given_weights(routing_weights, adapter_names)
         if weights is not None:
             weights = check_weights(weights)
+        elif not state.scope.base_only:
+            weights = weights_to_generate(self, route or self.route, args, kwargs)
         with state.cache_stacks(), state.scoped(weights=weights), self._overrides_of_generate():
             return self._base.generate(*args, **kwargs)
+
+    def prompt_weights(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return routing weights of prompts as a whole, the router's at their last tokens: ``(batch, 1, experts)``.
+
+        Args:
+            input_ids: ``(batch, seq)``.
+            attention_mask: ``(batch, seq)``, nonzero for real tokens.
+
+        Raises:
+            RoutingError: The routing mode has a gate in each layer.
+        """
+        return find_prompt_weights(self, input_ids, attention_mask)
 
     def add_expert(self, name: str | None = None, **options: Any) -> str:
         """Add a young expert, with the options of ``ExpertManager.create``; the router grows by one.

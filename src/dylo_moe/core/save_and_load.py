@@ -182,6 +182,7 @@ def describe(model: "DyLoRA_MoE", folder: Path) -> checkpoint.MixtureConfig:
         ),
         losses=checkpoint.LossRecord(**asdict(model.losses)),
         prompt_template=model.prompt_template,
+        route=model.route,
     )
 
 
@@ -204,6 +205,7 @@ def load(
     description = checkpoint.read_description(path)
     model = cls(_read_parts(path, description, given, options))
     _set_router(model, checkpoint.read_router(path, model.router.state_dict()), description)
+    model.route = description.route
     model.experts.freeze(*(expert.name for expert in description.records if expert.frozen))
     hold_constant(model.experts, [expert.name for expert in description.experts if expert.pissa])
     _name_model(model, path)

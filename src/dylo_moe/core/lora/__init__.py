@@ -16,7 +16,7 @@ from dylo_moe.core.lora.import_checks import adapter_folder_of, check_import, ch
 from dylo_moe.core.lora.initialization import create_experts, hold_constant, initialize_eva
 from dylo_moe.core.lora.manager import ExpertManager, count_parameters
 from dylo_moe.core.lora.plain_adapter import check_target, make_plain
-from dylo_moe.core.lora.state import ForwardCall, ForwardRecord, RoutingState, Run
+from dylo_moe.core.lora.state import ForwardCall, ForwardRecord, RoutesFound, RoutingState, Run
 from dylo_moe.core.lora.targets import check_experts_per_block, experts_per_layer
 from dylo_moe.core.lora.token_weights import TokenWeights, one_hot_weights
 
@@ -29,6 +29,7 @@ __all__ = [
     "ForwardCall",
     "ForwardRecord",
     "RoutedBackbone",
+    "RoutesFound",
     "RoutingState",
     "Run",
     "TokenWeights",

@@ -45,15 +45,21 @@ class ForwardRecord:
 
     Attributes:
         wants_features: Whether to keep the backbone's output.
+        ends_with_routes: Whether the forward ends, by ``RoutesFound``, when the first gate has run.
         features: Output of the backbone, ``(batch, seq, hidden_size)``.
         router_logits: Logits of each gate, ``(batch, seq, num_active_experts)``, in order.
         routing_weights: Routing weights of each gate, of the same shape.
     """
 
     wants_features: bool = False
+    ends_with_routes: bool = False
     features: Tensor | None = None
     router_logits: list[Tensor] = field(default_factory=list)
     routing_weights: list[Tensor] = field(default_factory=list)
+
+
+class RoutesFound(Exception):
+    """Ends a forward of which only the routes are wanted."""
 
 
 class Scope(NamedTuple):

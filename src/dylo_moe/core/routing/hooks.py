@@ -18,6 +18,7 @@ from dylo_moe.core.lora import (
     ExpertManager,
     ForwardCall,
     RoutedBackbone,
+    RoutesFound,
     RoutingState,
     Run,
     TokenWeights,
@@ -231,6 +232,8 @@ class RouterHooks:
         if call.record is not None:
             call.record.router_logits.append(output.logits)
             call.record.routing_weights.append(output.weights)
+            if call.record.ends_with_routes:
+                raise RoutesFound
 
 
 def make_router(
