@@ -25,6 +25,7 @@ from benchmarks.speed import sections
 from benchmarks.speed.codegemma import codegemma
 from benchmarks.speed.contenders import Lineup
 from benchmarks.speed.figure import write_figure
+from benchmarks.speed.mixtures import mixtures
 from benchmarks.speed.table import tables
 from dylo_moe.core.base.loading import load_base_model
 
@@ -38,6 +39,7 @@ SECTIONS: dict[str, Callable[[sections.Run], dict[str, Any]]] = {
     "forward": sections.forward,
     "experts": sections.experts,
     "generate": sections.generate,
+    "mixtures": mixtures,
     "codegemma": codegemma,
 }
 

@@ -2,7 +2,8 @@
 
 A name gives the kind and the size: ``lora_r16`` and ``lora_r64`` are PEFT's plain LoRA; ``peft_4`` is PEFT with four
 active adapters, whose updates are summed; ``ours_per_layer_4`` is ``DyLoRA_MoE`` with four experts. The contenders of
-other libraries are in ``peers.py``. All have rank 16 and no dropout on the attention projections (MixLoRA: on the MLP).
+other libraries are in ``peers.py``, those with a shared expert and of composed adapters in ``mixtures.py``. All others
+have rank 16 and no dropout on the attention projections (MixLoRA: on the MLP).
 """
 
 import copy
